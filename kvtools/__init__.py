@@ -1,0 +1,63 @@
+"""kvtools: generation of many samples from one prompt, for Hugging Face models and other servers.
+
+The prompt's KV cache is stored and read once, what rollouts keep is evicted and quantised,
+reasoning steps are scored without full logits. Importing this needs torch only; `generate`, `patch`
+and `Rollouts` need transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .config import CacheConfig
+from .ops.attention import Plan, merge_states, plan_from_block_table, tree_attention
+from .ops.evict import compact_kv, key_scores, select_victims
+from .ops.quant import KVPages, append_kv, dequantize_kv, quantize_kv
+from .ops.sampling import sample
+from .ops.scoring import step_scores, token_logprobs
+
+if TYPE_CHECKING:
+    from .cache import KVCache
+    from .hf import generate, patch
+    from .rollouts import Rollouts
+
+__version__ = "0.1.0"
+__all__ = [
+    "CacheConfig",
+    "KVCache",
+    "KVPages",
+    "Plan",
+    "Rollouts",
+    "append_kv",
+    "compact_kv",
+    "dequantize_kv",
+    "generate",
+    "key_scores",
+    "merge_states",
+    "patch",
+    "plan_from_block_table",
+    "quantize_kv",
+    "sample",
+    "select_victims",
+    "step_scores",
+    "token_logprobs",
+    "tree_attention",
+]
+
+_LAZY = {"KVCache": "cache", "generate": "hf", "patch": "hf", "Rollouts": "rollouts"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'kvtools' has no attribute {name!r}")
+    try:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    except ModuleNotFoundError as error:
+        if error.name == "transformers":
+            hint = "transformers is not installed: pip install kvtools[hf]"
+        elif error.name == "kvtools._host":
+            hint = (
+                "kvtools was installed without its C++ module: reinstall it without KVTOOLS_EXT=0"
+            )
+        else:
+            raise
+        raise ImportError(f"kvtools.{name} is not available: {hint}") from error

@@ -1,0 +1,404 @@
+"""The cache of a model: prompts once, rollouts as rows over them, everything in pages."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .config import CacheConfig
+from .ops.attention import tree_attention
+from .ops.evict import key_scores, select_victims
+from .ops.quant import KVPages, append_kv
+from .policy import Candidates, policy_of
+from .store import Pass, Store
+
+PROTECTED = 0.1  # share of a prompt budget kept at each end of the prompt (arXiv:2605.18053)
+
+Index = Tensor | np.ndarray | Sequence[int]
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    length: int
+    sinks: int  # first tokens, kept apart unquantised
+    in_order: bool  # nothing was evicted in any layer
+
+
+class KVCache:
+    """Keys and values of rows (rollouts) over shared prompts, for all layers of a model.
+
+    Use it in two moves. `add_prompt`, then `fill` once per layer: a prompt is compressed and stored
+    once for all its rows. `extend`, then `attend` once per layer: every row gets new tokens and
+    attends to its path.
+
+    Args:
+        config: how keys and values are kept.
+        layers: number of layers.
+        device: where the pages live.
+        pages: pages per pool, fixed; None lets the pools grow as needed. There is a pool for each
+            distinct factor of `layer_budget`, and one for sinks.
+
+    Rows are numbered 0..rows-1 in the order in which they were added; `gather` renumbers them.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        layers: int,
+        *,
+        device: torch.device | str = "cpu",
+        pages: int | None = None,
+    ) -> None:
+        self.config, self.layers, self.device = config, layers, torch.device(device)
+        factors = config.factors(layers)
+        stores = {factor: Store(config, factor, pages) for factor in set(factors)}
+        self.stores = list(stores.values())
+        self._store = [stores[factor] for factor in factors]
+        self._sinks = None
+        if config.sinks and not config.exact:
+            plain = CacheConfig(page_size=config.sinks, impl=config.impl)
+            self._sinks = Store(plain, 1.0, pages)
+        self._prompts: list[_Prompt] = []
+        self._prompt = np.zeros(0, np.int64)  # by row
+        self._center: dict[int, Tensor] = {}  # mean keys [prompts, heads, D] by layer
+        self._seen = np.zeros(0, np.int32)
+        self._passes: dict[Store, list[Pass]] = {}
+        self._filling: dict[Store, tuple[int, np.ndarray]] = {}
+
+    @property
+    def rows(self) -> int:
+        return len(self._seen)
+
+    @property
+    def lengths(self) -> Tensor:
+        """[rows] tokens each row has seen, evicted ones too; int32, on the CPU."""
+        return torch.from_numpy(self._seen.copy())
+
+    def add_prompt(self, length: int, copies: int = 1) -> None:
+        """Add `copies` rows over a new prompt of `length` tokens; `fill` must follow for every
+        layer.
+
+        Raises:
+            ValueError: `length` or `copies` is not positive, or the prompt is too short for its
+                budget.
+            PoolExhausted: a fixed pool has too few pages. Nothing has changed.
+        """
+        if length < 1:
+            raise ValueError(f"length={length}: a prompt needs at least one token")
+        if copies < 1:
+            raise ValueError(f"copies={copies}: a prompt needs at least one row")
+        sinks = min(self.config.sinks, length) if self._sinks else 0
+        kept = {store: store.kept(length) - sinks for store in self.stores}
+        wanted = {**kept, **({self._sinks: sinks} if self._sinks else {})}
+        for store, slots in wanted.items():
+            store.reserve(-(-slots // store.config.page_size))
+        self._filling = {}
+        for store, slots in wanted.items():
+            base = sinks if store is not self._sinks else 0
+            self._filling[store] = slots, store.insert(slots, base, copies)
+        in_order = all(slots + sinks == length for slots in kept.values())
+        self._prompts.append(_Prompt(length, sinks, in_order))
+        self._prompt = np.concatenate([self._prompt, np.full(copies, len(self._prompts) - 1)])
+        self._seen = np.concatenate([self._seen, np.full(copies, length, np.int32)])
+
+    def fill(
+        self,
+        layer: int,
+        q_hld: Tensor,
+        k_hld: Tensor,
+        v_hld: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sliding: int = 0,
+        sink_h: Tensor | None = None,
+    ) -> None:
+        """Store the last added prompt's keys and values of one layer, compressed as configured.
+
+        Args:
+            layer: index of the layer.
+            q_hld: queries of the prompt after RoPE; they judge which tokens are worth keeping.
+            k_hld, v_hld: keys after RoPE, and values.
+            scale, softcap, sliding, sink_h: as for `tree_attention`.
+        """
+        config, store, prompt = self.config, self._store[layer], self._prompts[-1]
+        heads, length, d = k_hld.shape
+        if length != prompt.length:
+            raise ValueError(
+                f"k_hld has {length} tokens, the prompt was announced with {prompt.length}"
+            )
+        pages = store.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
+        if config.k_format != "none":
+            k_raw, k_hld = k_hld, k_hld - self._center_of(layer, k_hld, softcap, sink_h)
+        else:
+            k_raw = k_hld
+        if self._sinks:
+            sink_pages = self._sinks.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
+            self._write(self._sinks, sink_pages, k_hld, v_hld, slice(prompt.sinks))
+        kept = self._filling[store][0]
+        if kept == length - prompt.sinks:
+            self._write(store, pages, k_hld, v_hld, slice(prompt.sinks, length))
+            return
+        policy = policy_of(config.policy)
+        mass = k_hld.new_zeros(1, heads, length, dtype=torch.float32)
+        low = torch.zeros_like(mass, dtype=torch.int32)
+        if policy.observe:
+            queries = {"all": length, "last": 1, "window": min(config.window, length)}[
+                policy.observe
+            ]
+            mass, low = key_scores(
+                q_hld[None, :, -queries:], k_raw[None], sink_h=sink_h, sinks=prompt.sinks,
+                scale=scale, softcap=softcap, sliding=sliding, group=config.group, impl=config.impl,
+            )  # fmt: skip
+        position = torch.arange(length, device=k_hld.device, dtype=torch.int32)
+        candidates = position[prompt.sinks :].expand(1, heads, -1)
+        mass, low = (x[:, :, prompt.sinks :] for x in (mass, low))
+        now = candidates.new_full((1,), length)
+        worth = policy.score(Candidates(candidates, mass, low, low, now, layer, prompt=True))
+        score, tie = worth if isinstance(worth, tuple) else (worth, None)
+        edge = int(PROTECTED * (kept + prompt.sinks))
+        victims = select_victims(
+            score, candidates, length - prompt.sinks - kept, tie_nhs=tie,
+            protect_below_n=now.new_full((1,), max(config.sinks, edge)),
+            protect_from_n=now - max(config.recent, edge), impl=config.impl,
+        )  # fmt: skip
+        keep = torch.ones_like(candidates, dtype=torch.bool).scatter_(2, victims.long(), False)
+        index = keep[0].nonzero()[:, 1].view(heads, kept) + prompt.sinks
+        self._write(store, pages, k_hld, v_hld, index)
+
+    def extend(self, counts: Index) -> Tensor:
+        """Give every row `counts` new tokens; `attend` must follow for every layer.
+
+        Args:
+            counts: [rows] new tokens per row, not negative.
+
+        Returns:
+            Their true positions [sum(counts)], row by row, int32.
+
+        Raises:
+            PoolExhausted: a fixed pool has too few pages. Nothing has changed.
+        """
+        counts = _to_numpy(counts, "counts", self.rows)
+        if len(counts) and counts.min() < 0:
+            raise ValueError(f"counts must not be negative, got {counts.min()}")
+        for store in self.stores:
+            grow = counts
+            if store.budget is not None:
+                grow = np.minimum(counts, store.budget - store.forest.own_lengths()).astype(
+                    np.int32
+                )
+            store.reserve(store.forest.pages_needed(grow))
+        self._passes = {s: s.passes(counts, self._seen, self.device) for s in self.stores}
+        if self._sinks:
+            row_t = np.repeat(np.arange(self.rows), counts)
+            plan = self._sinks.plan(counts, self.device)
+            none = torch.zeros(0)
+            self._passes[self._sinks] = [Pass(None, none, torch.from_numpy(row_t), none, plan)]
+        ahead = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        position = np.repeat(self._seen, counts) + ahead
+        self._seen = self._seen + counts
+        self._position = torch.from_numpy(position.astype(np.int32)).to(self.device)
+        row_t = np.repeat(self._prompt, counts)
+        self._prompt_t = torch.from_numpy(row_t).to(self.device)
+        return self._position
+
+    def attend(
+        self,
+        layer: int,
+        q_thd: Tensor,
+        k_thd: Tensor,
+        v_thd: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        sliding: int = 0,
+        sink_h: Tensor | None = None,
+    ) -> Tensor:
+        """Store the new tokens of one layer, and attend from each to its row.
+
+        Args:
+            layer: index of the layer.
+            q_thd, k_thd, v_thd: of the tokens that `extend` announced, in its order, after RoPE.
+            scale, softcap, sliding, sink_h: as for `tree_attention`.
+
+        Returns:
+            out_thd.
+        """
+        config, store = self.config, self._store[layer]
+        pages = store.layers[layer]
+        options = dict(scale=scale, softcap=softcap, sliding=sliding, impl=config.impl)
+        if layer in self._center:
+            k_thd = k_thd - self._center[layer][self._prompt_t].to(k_thd.dtype)
+        state = None
+        if self._sinks:
+            plan = self._passes[self._sinks][0].plan
+            state = tree_attention(
+                q_thd, self._position, self._sinks.layers[layer], plan, **options
+            )
+        if pages.importance is not None and policy_of(config.policy).mass == "step":
+            pages.importance.zero_()
+        options |= dict(sink_h=sink_h, group=config.group)
+        options |= dict(window=config.window if pages.history is not None else 0)
+        passes = self._passes[store]
+        out_thd = torch.empty_like(q_thd) if len(passes) > 1 else None
+        for step in passes:
+            every = step.token is None
+            q, k, v = (x if every else x[step.token] for x in (q_thd, k_thd, v_thd))
+            slot = step.slot_t
+            if step.evict is not None:
+                slot = slot.long()[:, None].repeat(1, k.shape[1])
+                slot[step.evict] = store.victims_of(layer, step)
+            append_kv(k, v, slot, pages, step.position_t, impl=config.impl)
+            part = state if every or state is None else tuple(x[step.token] for x in state)
+            out, _ = tree_attention(q, step.position_t, pages, step.plan, state=part, **options)
+            if out_thd is None:
+                return out
+            out_thd[step.token] = out
+        return out_thd
+
+    def gather(self, index: Index) -> None:
+        """Make the rows rows[index]: fork, prune, reorder, select, resample.
+
+        Without a `budget` nothing is copied. With one, a row that appears k times has its own
+        tokens, at most `budget`, copied k - 1 times, because each row evicts on its own.
+
+        Args:
+            index: present row numbers, repeats allowed.
+
+        Raises:
+            IndexError: a number is not a row.
+            PoolExhausted: a fixed pool has too few pages. Nothing has changed.
+        """
+        index = _to_numpy(index, "index").astype(np.int64)
+        bad = index[(index < 0) | (index >= self.rows)]
+        if len(bad):
+            raise IndexError(f"index holds {bad[0]}; there are rows 0 to {self.rows - 1}")
+        rows = index.astype(np.int32)
+        for store in self.stores:
+            if store.budget is not None:
+                store.reserve(store.forest.gather_pages_needed(rows))
+        for store in [*self.stores, *filter(None, [self._sinks])]:
+            store.gather(rows)
+        alive, self._prompt = np.unique(self._prompt[index], return_inverse=True)
+        self._prompts = [self._prompts[i] for i in alive]
+        self._seen = self._seen[index]
+        for layer, center in self._center.items():
+            self._center[layer] = center[torch.from_numpy(alive).to(center.device)]
+
+    def crop(self, lengths: Index) -> None:
+        """Rewind each row to its own length. Tokens evicted meanwhile do not come back.
+
+        Args:
+            lengths: [rows] tokens to keep per row, prompt included; at most the present lengths.
+
+        Raises:
+            ValueError: a length is out of range, or cuts into a prompt of which tokens were evicted
+                or the sinks.
+        """
+        lengths = _to_numpy(lengths, "lengths", self.rows)
+        prompts = [self._prompts[i] for i in self._prompt]
+        for row, (length, prompt) in enumerate(zip(lengths, prompts, strict=True)):
+            least = max(1, prompt.sinks) if prompt.in_order else prompt.length
+            if not least <= length <= self._seen[row]:
+                raise ValueError(
+                    f"lengths[{row}]={length} is out of range: this row can be cropped to "
+                    f"{least}..{self._seen[row]} tokens"
+                )
+        cut = lengths < self._seen
+        for store in self.stores:
+            # What a path lacks against the true length: the sinks, and what the prompt lost.
+            own = np.maximum(lengths - [p.length for p in prompts], 0)
+            kept = [min(store.kept(p.length), n) for p, n in zip(prompts, lengths, strict=True)]
+            slots = np.array(kept, np.int64) - [p.sinks for p in prompts] + own
+            store.crop(lengths, slots, cut)
+        self._seen = lengths.astype(np.int32)
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held, over the storage of all tensors.
+
+        Returns:
+            `prefix`: keys, values and scales of prompts; `suffix`: those of rows, free slots
+                included;
+            `metadata`: positions, importance, history, victims, mean keys and plans; `total`: their
+                sum.
+        """
+        prefix = suffix = metadata = 0
+        for store in [*self.stores, *filter(None, [self._sinks])]:
+            share = store.forest.prefix_pages() / max(store.forest.num_pages, 1)
+            for pages in store.layers.values():
+                content = sum(map(_nbytes, (pages.k, pages.v, pages.k_scale, pages.v_scale)))
+                prefix += round(content * share)
+                suffix += content - round(content * share)
+                metadata += sum(map(_nbytes, (pages.position, pages.importance, pages.history)))
+            metadata += sum(map(_nbytes, [*store.victims.values(), *store.tensors()]))
+        metadata += sum(map(_nbytes, self._center.values()))
+        total = prefix + suffix + metadata
+        return {"prefix": prefix, "suffix": suffix, "metadata": metadata, "total": total}
+
+    def kept(self, layer: int, row: int) -> list[list[int]]:
+        """True positions that each KV head of a layer still holds of a row, ascending."""
+        store, prompt = self._store[layer], self._prompts[self._prompt[row]]
+        pages = store.layers[layer]
+        slots = torch.from_numpy(store.forest.row_slots(row).astype(np.int64)).to(pages.k.device)
+        sinks = list(range(prompt.sinks))
+        if pages.position is None:
+            return [sinks + list(range(prompt.sinks, prompt.sinks + len(slots)))] * pages.k.shape[1]
+        position = pages.position[slots // pages.page_size, :, slots % pages.page_size]
+        seen = int(self._seen[row])
+        return [sinks + sorted(p for p in head if p < seen) for head in position.T.tolist()]
+
+    def _center_of(
+        self, layer: int, k_hld: Tensor, softcap: float, sink_h: Tensor | None
+    ) -> Tensor:
+        """The last prompt's mean key [heads, 1, D], which softmax does not see once it is taken off
+        all keys.
+
+        Zero where scores are compared with something else than each other: a soft cap, a sink
+            logit.
+        """
+        sinks = self._prompts[-1].sinks
+        center = k_hld[:, sinks:].mean(1, keepdim=True)
+        if softcap or sink_h is not None or k_hld.shape[1] <= sinks:
+            center = torch.zeros_like(center)
+        held = self._center.get(layer, center.new_zeros(0, *center[:, 0].shape))
+        # A prompt whose filling failed was dropped by `gather`; rows of this layer may lag behind.
+        held = torch.cat(
+            [held, held.new_zeros(len(self._prompts) - 1 - len(held), *held.shape[1:])]
+        )
+        self._center[layer] = torch.cat([held, center.transpose(0, 1)])
+        return center
+
+    def _write(
+        self, store: Store, pages: KVPages, k_hld: Tensor, v_hld: Tensor, index: slice | Tensor
+    ) -> None:
+        """Write the last prompt's tokens `index`, [heads, kept] or a slice for all heads."""
+        slots = torch.from_numpy(self._filling[store][1]).to(k_hld.device)
+        if isinstance(index, slice):
+            k, v = k_hld[:, index], v_hld[:, index]
+            position = torch.arange(k_hld.shape[1], device=k_hld.device, dtype=torch.int32)[index]
+            position = position.expand(k.shape[0], -1)
+        else:
+            wide = index[..., None].expand(-1, -1, k_hld.shape[-1])
+            k, v, position = k_hld.gather(1, wide), v_hld.gather(1, wide), index.to(torch.int32)
+        append_kv(
+            k.transpose(0, 1), v.transpose(0, 1), slots, pages,
+            position[0] if pages.position is not None else None, impl=self.config.impl,
+        )  # fmt: skip
+        if pages.position is not None:  # heads keep different tokens
+            slots = slots.long()
+            pages.position[slots // pages.page_size, :, slots % pages.page_size] = position.T
+
+
+def _to_numpy(x: Index, name: str, length: int | None = None) -> np.ndarray:
+    array = x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+    if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
+        raise ValueError(f"{name} must be a list of integers, got {array.dtype} {array.shape}")
+    if length is not None and len(array) != length:
+        raise ValueError(f"{name} has {len(array)} entries; there are {length} rows")
+    return array.astype(np.int32)
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.untyped_storage().nbytes()

@@ -1,0 +1,302 @@
+"""The command `kvtools`: what can run here, generation from a prompt, and the demo.
+
+What the user can put right is one line on standard error and exit code 2; --debug shows the
+traceback.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import importlib
+import importlib.metadata
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+
+import kvtools.ops
+from kvtools import models
+
+FIGURES = ("", "prefill s", "tokens/s", "KV MiB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    args = parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"kvtools: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+        return 2
+    return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    root = Parser(
+        prog="kvtools", description="N continuations of one prompt for little more than one."
+    )
+    commands = root.add_subparsers(required=True, metavar="command")
+
+    env = commands.add_parser("env", parents=[common], help="what is installed, what can run")
+    env.add_argument("--json", action="store_true", help="print JSON")
+    env.set_defaults(run=run_env)
+
+    generate = commands.add_parser("generate", parents=[common], help="continue a prompt n times")
+    add_generate(generate)
+    generate.set_defaults(run=run_generate)
+
+    demo = commands.add_parser("demo", parents=[common], help="16 rollouts of a real model")
+    demo.add_argument("-n", type=count, default=16, help="continuations (default 16)")
+    demo.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="default 64")
+    demo.add_argument("--device", default=default_device(), help="default: cuda, else cpu")
+    demo.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    demo.add_argument("--readme", type=Path, metavar="PATH", help="rewrite the table in this file")
+    demo.set_defaults(run=run_demo)
+    return root
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="folder or hub name, or smollm2 for the packaged model")
+    prompt = command.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT")
+    prompt.add_argument("--prompt-file", type=Path, metavar="PATH")
+    prompt.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from stdin")
+    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    command.add_argument("-n", type=count, default=1, help="continuations (default 1)")
+    command.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
+    command.add_argument("--dtype", default="auto", help="default: that of the checkpoint")
+    command.add_argument("--device", default=default_device(), help="default: cuda, else cpu")
+    command.add_argument("--compare", action="store_true", help="run plain generate beside it")
+    command.add_argument("--json", action="store_true", help="print the result as JSON")
+
+    sampling = command.add_argument_group("sampling (default: what the model asks for)")
+    sampling.add_argument("--temperature", type=number(float, 0), metavar="T")
+    sampling.add_argument("--top-k", type=number(int, 0), metavar="K")
+    sampling.add_argument("--top-p", type=number(float, 0, 1), metavar="P")
+    sampling.add_argument("--min-p", type=number(float, 0, 1), metavar="P")
+    sampling.add_argument("--seed", type=int, default=0, help="default 0")
+    sampling.add_argument("--greedy", action="store_true", help="as does temperature 0")
+
+    # Read off CacheConfig, so that the two cannot drift apart.
+    cache = command.add_argument_group("cache (the fields of kvtools.CacheConfig)")
+    for field in dataclasses.fields(kvtools.CacheConfig):
+        cache.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            dest=f"cache_{field.name}",
+            type=literal,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=f"default {field.default}",
+        )
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """An argparse type: a number of that kind from `least` to `most`."""
+
+    def convert(text: str) -> Any:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value <= most:
+                return value
+        bounds = f"{least} or more" if most == math.inf else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, {bounds}")
+
+    return convert
+
+
+count = number(int, 1)
+
+
+def literal(text: str) -> Any:
+    """A number where it reads as one, a list where it has commas, else the word itself."""
+    if "," in text:
+        return [literal(part) for part in text.split(",")]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None if text == "none" else text
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run_env(args: argparse.Namespace) -> None:
+    found = environment()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    console = Console()
+    facts = Table.grid(padding=(0, 2))
+    for name, version in found["versions"].items():
+        facts.add_row(name, version or "not installed")
+    facts.add_row("compiled part", found["compiled"])
+    facts.add_row("CUDA", ", ".join(found["cuda"]) or "no device")
+    console.print(facts)
+    table = Table("operation", *next(iter(found["ops"].values())))
+    for name, impls in found["ops"].items():
+        table.add_row(name, *(reason or "yes" for reason in impls.values()))
+    console.print(table)
+
+
+def environment() -> dict:
+    """What is installed and, per operation and implementation, why it cannot run here (or None)."""
+    versions = {"python": platform.python_version()}
+    for package in ("kvtools", "torch", "triton", "transformers"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    versions["kvtools"] = versions["kvtools"] or getattr(kvtools, "__version__", "source tree")
+    versions["torch"] = torch.__version__  # knows its build (+cpu, +cu130)
+    try:
+        importlib.import_module("kvtools._host")
+        compiled = "built"
+    except ImportError as error:
+        compiled = f"not built ({error}); pip install . without KVTOOLS_EXT=0 builds it"
+    impls = [impl for impl in get_args(kvtools.ops.Impl) if impl != "auto"]
+    ops = {
+        name: {impl: obstacle(op, impl) for impl in impls} for name, op in kvtools.ops.OPS.items()
+    }
+    cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"versions": versions, "compiled": compiled, "cuda": cuda, "ops": ops}
+
+
+def obstacle(op: Any, impl: str) -> str | None:
+    """Why `impl` of `op` cannot run here, or None."""
+    if impl not in op.impls:
+        return "not written"
+    if impl == "triton" and importlib.util.find_spec("triton") is None:
+        return "pip install triton"
+    if impl in ("triton", "cuda") and not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    # All that can be wrong without a model comes before loading one.
+    text = read_prompt(args)
+    given = {name[6:]: value for name, value in vars(args).items() if name.startswith("cache_")}
+    config = kvtools.CacheConfig(**given)
+    options = sampling_options(args)
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {args.dtype}: not a torch dtype; try float32 or bfloat16")
+    model, tokenizer = models.load(args.model, args.dtype, args.device)
+    inputs = encode(tokenizer, text, args.chat).to(model.device)
+
+    rows = {}
+    with progress() as bar:
+        for name in ("kvtools", "plain") if args.compare else ("kvtools",):
+            task = bar.add_task(name, total=args.max_new_tokens)
+            torch.manual_seed(args.seed)
+            new, rows[name] = models.measure(
+                model,
+                inputs,
+                config if name == "kvtools" else None,
+                lambda task=task: bar.advance(task),
+                pad_token_id=tokenizer.pad_token_id,
+                **options,
+            )
+            rows[name]["texts"] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    result = {
+        "model": args.model,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": args.seed,
+        "config": given,
+        "prompt_tokens": inputs["input_ids"].shape[1],
+        **rows["kvtools"],
+    }
+    if args.compare:
+        result["plain"] = rows["plain"]
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return
+    for i, text in enumerate(rows["kvtools"]["texts"]):
+        print(f"--- {i + 1}\n{text.strip()}")
+    table = Table(*FIGURES)
+    for name, row in rows.items():
+        table.add_row(name, *figures(row))
+    Console().print(table)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    if args.prompt_file:
+        if not args.prompt_file.is_file():
+            raise FileNotFoundError(
+                f"--prompt-file {args.prompt_file}: no such file; name a text file"
+            )
+        text = args.prompt_file.read_text(encoding="utf-8")
+    else:
+        text = sys.stdin.read() if args.stdin else args.prompt
+    if not text.strip():
+        raise ValueError("the prompt is empty; give some text")
+    return text
+
+
+def sampling_options(args: argparse.Namespace) -> dict:
+    options = {"max_new_tokens": args.max_new_tokens, "num_return_sequences": args.n}
+    if args.greedy or args.temperature == 0:
+        # transformers refuses several greedy continuations; sampling from the best one is the same.
+        return options | ({"do_sample": True, "top_k": 1} if args.n > 1 else {"do_sample": False})
+    names = ("temperature", "top_k", "top_p", "min_p")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return options | {"do_sample": True} | given
+
+
+def encode(tokenizer: Any, text: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise ValueError("this model has no chat template; leave out --chat")
+    message = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(
+        message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def progress() -> Progress:
+    """A bar on standard error, gone when done; nothing where that is no terminal."""
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def figures(row: dict) -> list[str]:
+    rate = row["tokens_per_s"]
+    return [
+        f"{row['prefill_s']:.2f}",
+        "-" if rate is None else f"{rate:.1f}",
+        f"{row['memory']['total'] / 2**20:.2f}",
+    ]
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    from kvtools import demo
+
+    demo.run(args.n, args.max_new_tokens, args.device, args.json, args.readme)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""How keys and values are kept: the options."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .policy import Policy, policy_of
+
+BITS = {16: "none", 8: "int8", 4: "int4", 2: "int2", "fp8": "fp8"}
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How keys and values are kept.
+
+    Args:
+        bits: 16 (the model's own dtype), 8, 4, 2 or "fp8", for keys and values.
+        k_bits, v_bits: override `bits` for one of them.
+        prompt_budget: tokens of a prompt that are kept, an int, or a fraction of the prompt as a
+            float in (0, 1]; None keeps all.
+        budget: tokens that a row may own beyond its prompt; None for no limit.
+        policy: "scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random", or a callable
+            that takes `kvtools.policy.Candidates` and returns the worth of each.
+        window: w, steps over which low attention is counted, and queries of a prompt that judge its
+            tokens.
+        recent: r, newest tokens that are never evicted.
+        sinks: first tokens of a prompt, never evicted and always kept unquantised.
+        drop: m, victims chosen at a time; default half the budget.
+        group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
+            their average does.
+        layer_budget: "uniform"; "later" for half the budgets at the first layer up to one and a
+            half at the last; or one factor per layer.
+        page_size: token slots per page.
+        impl: who computes; see the operators.
+
+    Raises:
+        ValueError: a value is out of range; the message names it and the remedy.
+    """
+
+    bits: int | str = 16
+    k_bits: int | str | None = None
+    v_bits: int | str | None = None
+    prompt_budget: int | float | None = None
+    budget: int | None = None
+    policy: str | Policy | Callable = "scissorhands"
+    window: int = 32
+    recent: int = 16
+    sinks: int = 4
+    drop: int | None = None
+    group: str = "all"
+    layer_budget: str | Sequence[float] = "uniform"
+    page_size: int = 16
+    impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "k_bits", "v_bits"):
+            value = getattr(self, name)
+            if value is not None and value not in BITS:
+                raise ValueError(
+                    f"{name}={value!r} does not exist; expected one of 16, 8, 4, 2 or 'fp8'"
+                )
+        for name, least in (("window", 1), ("recent", 1), ("sinks", 0), ("page_size", 1)):
+            value = getattr(self, name)
+            if not is_int(value) or value < least:
+                raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        policy_of(self.policy)
+        if self.group not in ("all", "mean"):
+            raise ValueError(f"group={self.group!r}: expected 'all' or 'mean'")
+        floor = self.sinks + self.recent
+        if self.budget is not None and (not is_int(self.budget) or self.budget <= floor):
+            raise ValueError(
+                f"budget={self.budget!r} must be an integer above sinks + recent = {floor}: "
+                "raise budget or lower recent"
+            )
+        if is_int(self.prompt_budget):
+            if self.prompt_budget <= floor:
+                raise ValueError(
+                    f"prompt_budget={self.prompt_budget} must be above sinks + recent = {floor}: "
+                    "raise prompt_budget or lower recent (1.0, a float, keeps the whole prompt)"
+                )
+        elif self.prompt_budget is not None and not 0 < self.prompt_budget <= 1:
+            raise ValueError(
+                f"prompt_budget={self.prompt_budget!r} must be an integer, or a fraction in (0, 1]"
+            )
+        if self.drop is not None:
+            if self.budget is None:
+                raise ValueError(f"drop={self.drop!r} needs a budget: set budget too")
+            if not is_int(self.drop) or not 0 < self.drop <= self.budget - self.recent:
+                raise ValueError(
+                    f"drop={self.drop!r} must be an integer from 1 to budget - recent = "
+                    f"{self.budget - self.recent}"
+                )
+        if isinstance(self.layer_budget, str) and self.layer_budget not in ("uniform", "later"):
+            raise ValueError(
+                f"layer_budget={self.layer_budget!r}: expected 'uniform', 'later' or one factor "
+                "per layer"
+            )
+
+    @property
+    def k_format(self) -> str:
+        return BITS[self.bits if self.k_bits is None else self.k_bits]
+
+    @property
+    def v_format(self) -> str:
+        return BITS[self.bits if self.v_bits is None else self.v_bits]
+
+    @property
+    def exact(self) -> bool:
+        """Nothing is lost: neither quantised nor evicted."""
+        lossless = self.k_format == self.v_format == "none"
+        return lossless and self.budget is None and self.prompt_budget in (None, 1.0)
+
+    def factors(self, layers: int) -> list[float]:
+        """What each layer's budgets are multiplied by."""
+        if self.layer_budget == "uniform":
+            return [1.0] * layers
+        if self.layer_budget == "later":
+            return [0.5 + i / max(layers - 1, 1) for i in range(layers)]
+        if len(self.layer_budget) != layers or min(self.layer_budget) <= 0:
+            raise ValueError(
+                f"layer_budget has {len(self.layer_budget)} factors; the model needs {layers} "
+                "positive ones"
+            )
+        return [float(factor) for factor in self.layer_budget]
+
+
+def is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

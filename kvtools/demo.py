@@ -1,0 +1,153 @@
+"""The demo: rollouts of SmolLM2-135M-Instruct on a page of Python's documentation, four ways."""
+
+import json
+import subprocess
+from datetime import date
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kvtools import cli, models
+
+QUESTION = (
+    "Explain in your own words what garbage collection is, and why programs should close files."
+)
+COLUMNS = ("", "prefill s", "tokens/s", "KV MiB", "ratio", "ratio to 16 bit")
+BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+
+
+def configs() -> dict:
+    """The rows of the table: a name, and the cache (None is plain `generate`)."""
+    from kvtools import CacheConfig
+
+    return {
+        "plain generate": None,
+        "kvtools, 16-bit": CacheConfig(),
+        "kvtools, 4-bit": CacheConfig(bits=4),
+        "kvtools, 4-bit, budget": CacheConfig(bits=4, prompt_budget=0.5, budget=40),
+    }
+
+
+def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Path | None) -> None:
+    """Run all rows, print them, and write what was asked for."""
+    console = Console()
+    model, tokenizer = models.load("smollm2", torch.float32, device)
+    inputs = cli.encode(tokenizer, f"{topics['objects']}\nQuestion: {QUESTION}", chat=True)
+    inputs = inputs.to(model.device)
+    length = inputs["input_ids"].shape[1]
+    console.print(
+        f"SmolLM2-135M-Instruct, float32, {place(device)}: {n} rollouts of up to {new_tokens} "
+        f"tokens after a prompt of {length}.\n[bold]{QUESTION}[/bold]"
+    )
+    with torch.no_grad():
+        model(inputs["input_ids"][:, :16])  # the first pass is slow, whoever makes it
+    rows = {}
+    for name, config in configs().items():
+        console.rule(name)
+        with cli.progress() as bar:
+            task = bar.add_task(name, total=new_tokens)
+            torch.manual_seed(0)
+            new, rows[name] = models.measure(
+                model,
+                inputs,
+                config,
+                lambda bar=bar, task=task: bar.advance(task),
+                do_sample=True,
+                temperature=0.7,
+                top_p=0.95,
+                top_k=0,
+                max_new_tokens=new_tokens,
+                num_return_sequences=n,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        for text in tokenizer.batch_decode(new[:3], skip_special_tokens=True):
+            console.print("• " + " ".join(text.split())[:200], markup=False, highlight=False)
+    result = {
+        "model": "SmolLM2-135M-Instruct",
+        "dtype": "float32",
+        "n": n,
+        "prompt_tokens": length,
+        "new_tokens": new_tokens,
+        "device": place(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": cli.environment()["versions"]["transformers"],
+        "date": date.today().isoformat(),
+        **commit(),
+        "rows": rows,
+    }
+    table = Table(*COLUMNS)
+    for cells in lines(result):
+        table.add_row(*cells)
+    console.print(table)
+    console.print(caption(result), highlight=False)
+    if json_path:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    if readme:
+        rewrite(readme, result)
+
+
+def lines(result: dict) -> list[list[str]]:
+    """The cells of the table."""
+    plain = result["rows"]["plain generate"]["memory"]["total"]
+    out = []
+    for name, row in result["rows"].items():
+        ratio = plain / row["memory"]["total"]
+        # Plain generate held 4 bytes per element here; compression is quoted against 2.
+        out.append([name, *cli.figures(row), f"{ratio:.1f}", f"{ratio / 2:.1f}"])
+    return out
+
+
+def caption(result: dict) -> str:
+    dirty = ", with uncommitted changes" if result["dirty"] else ""
+    return (
+        f"{result['n']} rollouts of {result['new_tokens']} tokens, prompt of "
+        f"{result['prompt_tokens']}, {result['dtype']}, {result['device']}, "
+        f"{result['threads']} threads, torch {result['torch']}, "
+        f"transformers {result['transformers']}, commit {result['commit']}{dirty}. "
+        "KV MiB is what the tensors of the cache hold; ratio: plain generate's over it, as it ran "
+        "in float32, and counted at 2 bytes per element."
+    )
+
+
+def rewrite(readme: Path, result: dict) -> None:
+    """Put the table between the markers of `readme`."""
+    text = readme.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme} has no {BEGIN} ... {END} to put the table in")
+    rows = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *lines(result)]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    head, tail = text.split(BEGIN)[0], text.split(END, 1)[1]
+    readme.write_text(f"{head}{BEGIN}\n{table}\n\n{caption(result)}\n{END}{tail}")
+
+
+def place(device: str) -> str:
+    """A name of the device for people."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else device
+
+
+def commit() -> dict:
+    """Which sources ran; None outside of git."""
+
+    def git(*command: str) -> str | None:
+        try:
+            out = subprocess.run(
+                ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True
+            )
+        except OSError:
+            return None
+        return out.stdout.strip() if out.returncode == 0 else None
+
+    return {
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(git("status", "--porcelain")),
+    }

@@ -1,0 +1,160 @@
+"""Importance from a window of queries, who goes, and closing the gaps."""
+
+import torch
+from torch import Tensor
+
+from ..reference import evict as reference
+from . import Impl, Op, check
+from .quant import KVPages
+
+
+def _fake_key_scores(q_bhwd: Tensor, k_bhsd: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(q_bhwd.dtype, torch.float32)
+    shape = k_bhsd.shape[:3]
+    return k_bhsd.new_empty(shape, dtype=dtype), k_bhsd.new_empty(shape, dtype=torch.int32)
+
+
+_key_scores = Op(
+    "key_scores",
+    "(Tensor q_bhwd, Tensor k_bhsd, Tensor? sink_h, int sinks, float scale, float softcap, "
+    "int sliding, str group) -> (Tensor, Tensor)",
+    _fake_key_scores,
+    reference=reference.key_scores,
+)
+_select_victims = Op(
+    "select_victims",
+    "(Tensor score_nhs, Tensor tie_nhs, Tensor position_nhs, Tensor protect_below_n, "
+    "Tensor protect_from_n, int count) -> Tensor",
+    lambda score_nhs, *args: score_nhs.new_empty(*score_nhs.shape[:2], args[-1], dtype=torch.int32),
+    reference=reference.select_victims,
+)
+_compact_kv = Op(
+    "compact_kv",
+    "(Tensor source_nh, Tensor target_nh, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, "
+    "Tensor(d!)? v_scale, Tensor(e!)? position, Tensor(f!)? importance, Tensor(g!)? history) -> ()",
+    lambda *args: None,
+    reference=reference.compact_kv,
+)
+
+
+def key_scores(
+    q_bhwd: Tensor,
+    k_bhsd: Tensor,
+    *,
+    sink_h: Tensor | None = None,
+    sinks: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sliding: int = 0,
+    group: str = "all",
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Importance of keys from the last w queries of a sequence.
+
+    Equivalent to, with p the causal attention probabilities of the w queries:
+
+        mass[s] = Σ_w mean over the group of p[s];  low[s] = Σ_w (p[s] < mean of p over the keys
+        from `sinks` on)
+
+    Args:
+        q_bhwd: queries of the last w positions, after RoPE; w <= s. fp64, fp32, fp16 or bf16.
+        k_bhsd: all keys, in order, after RoPE.
+        sink_h: [Hq] logits of a sink without a value (gpt-oss).
+        sinks: leading keys left out of the mean: they hold most of the mass.
+        scale, softcap, sliding: as for `tree_attention`.
+        group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
+            their average does.
+        impl: "auto" is the reference.
+
+    Returns:
+        mass_bhs in fp32 (fp64 for fp64), and low_bhs in int32.
+
+    Numerics: accumulates in fp32.
+
+    Reference: Scissorhands, arXiv:2305.17118; SnapKV, arXiv:2404.14469.
+    """
+    check(
+        q_bhwd.dim() == 4 and k_bhsd.dim() == 4, "q_bhwd and k_bhsd must be [b, heads, tokens, D]"
+    )
+    w, s = q_bhwd.shape[2], k_bhsd.shape[2]
+    check(w <= s, f"q_bhwd has {w} queries for {s} keys; the queries are the last of the sequence")
+    check(
+        q_bhwd.shape[1] % k_bhsd.shape[1] == 0,
+        f"q_bhwd has {q_bhwd.shape[1]} heads, not a multiple of the {k_bhsd.shape[1]} of k_bhsd",
+    )
+    check(group in ("all", "mean"), f"group={group!r}: expected 'all' or 'mean'")
+    check(sinks >= 0, f"sinks={sinks} must not be negative")
+    scale = q_bhwd.shape[-1] ** -0.5 if scale is None else scale
+    return _key_scores(impl, q_bhwd, k_bhsd, sink_h, sinks, scale, softcap, sliding, group)
+
+
+def select_victims(
+    score_nhs: Tensor,
+    position_nhs: Tensor,
+    count: int,
+    *,
+    tie_nhs: Tensor | None = None,
+    protect_below_n: Tensor | None = None,
+    protect_from_n: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Choose the `count` tokens of each row and KV head that are worth least.
+
+    Equivalent to sorting by (protected, not empty, score, tie, position) and taking the first
+    `count`.
+
+    Args:
+        score_nhs: worth of each token, any real dtype; the lowest go first.
+        position_nhs: true positions, int32; `EMPTY` slots go before all others.
+        count: how many, at most s.
+        tie_nhs: decides among equal scores, lowest first; default none, so the oldest goes.
+        protect_below_n: tokens at positions below are protected, int32.
+        protect_from_n: tokens at positions from there on are protected, int32.
+        impl: "auto" is the reference.
+
+    Returns:
+        index_nhm, int32, in the order in which they should go. Protected tokens appear only where
+        fewer than `count` are unprotected.
+
+    Numerics: exact; a row's result does not depend on its batch.
+
+    Reference: Scissorhands, arXiv:2305.17118.
+    """
+    n, _, s = position_nhs.shape
+    check(
+        score_nhs.shape == position_nhs.shape,
+        f"score_nhs has shape {tuple(score_nhs.shape)}, position_nhs {tuple(position_nhs.shape)}",
+    )
+    check(0 <= count <= s, f"count={count} must be between 0 and the {s} tokens of a row")
+    tie_nhs = torch.zeros_like(score_nhs) if tie_nhs is None else tie_nhs
+    below = position_nhs.new_zeros(n) if protect_below_n is None else protect_below_n
+    start = position_nhs.new_full((n,), 2**31 - 1) if protect_from_n is None else protect_from_n
+    return _select_victims(impl, score_nhs, tie_nhs, position_nhs, below, start, count)
+
+
+def compact_kv(
+    source_nh: Tensor, target_nh: Tensor, pages: KVPages, *, impl: Impl = "auto"
+) -> None:
+    """Move tokens from slot to slot, each KV head on its own, codes and all.
+
+    Equivalent to:
+
+        for each i, h:  pages[target[i, h]] = pages[source[i, h]], all sources read before any
+            target is written
+
+    Args:
+        source_nh: flat slots, int32 or int64.
+        target_nh: as `source_nh`; distinct within a head. May overlap the sources.
+        pages: changed in place, nothing is re-quantised.
+        impl: "auto" is the reference.
+
+    Numerics: exact.
+    """
+    check(
+        source_nh.shape == target_nh.shape
+        and source_nh.dim() == 2
+        and source_nh.shape[1] == pages.k.shape[1],
+        f"source_nh {tuple(source_nh.shape)} and target_nh {tuple(target_nh.shape)} must both be "
+        f"[n, {pages.k.shape[1]}]",
+    )
+    _compact_kv(impl, source_nh, target_nh, *pages.tensors())

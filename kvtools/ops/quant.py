@@ -1,0 +1,294 @@
+"""Rotate, quantise and store keys and values."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..reference import quant as reference
+from . import Impl, Op, check
+
+FORMATS = ("none", "fp8", "int8", "int4", "int2")
+EMPTY = 2**31 - 1  # position of a slot that holds no token: after every query, so never seen
+
+
+@dataclass
+class KVPages:
+    """One layer's pages. Any page can hold any tokens; a flat slot is `page * page_size + offset`.
+
+    Every tensor has the axes page, KV head and slot first, with any strides; only the last axis of
+    `k` and `v` must be contiguous, so that the caches of other servers are views.
+
+    Attributes:
+        k, v: [pages, Hkv, page_size, D] in a float dtype or fp8 (float8_e4m3fn); uint8 with a last
+            axis of D, D/2 or D/4 for int8, int4 and int2. K and V may differ. Quantised formats are
+            rotated.
+        k_scale, v_scale: [pages, Hkv, page_size] fp16, one scale per token and head; None if
+            unquantised.
+        position: [pages, Hkv, page_size] int32, true token position; None means "in order".
+        importance: [pages, Hkv, page_size] fp32, attention received so far; None if no policy needs
+            it.
+        history: [pages, Hkv, page_size, ceil(w / 32)] int32, a ring of w bits: bit `position % w`
+            tells whether the query at that position gave the token less than the mean attention.
+            None if not needed.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    position: Tensor | None = None
+    importance: Tensor | None = None
+    history: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        pages: int,
+        heads: int,
+        page_size: int,
+        d: int,
+        *,
+        k_format: str = "none",
+        v_format: str = "none",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        position: bool = False,
+        importance: bool = False,
+        window: int = 0,
+    ) -> "KVPages":
+        """Pages without content. `window` > 0 adds a history of that many steps."""
+
+        def new(dtype: torch.dtype, *last: int) -> Tensor:
+            return torch.empty(pages, heads, page_size, *last, dtype=dtype, device=device)
+
+        def codes(format: str) -> Tensor:
+            check_format(format, d)
+            if format == "none":
+                return new(dtype, d)
+            kind = torch.float8_e4m3fn if format == "fp8" else torch.uint8
+            return new(kind, d // reference.CODES_PER_BYTE[format])
+
+        return cls(
+            codes(k_format),
+            codes(v_format),
+            new(torch.float16) if k_format != "none" else None,
+            new(torch.float16) if v_format != "none" else None,
+            new(torch.int32) if position else None,
+            new(torch.float32) if importance else None,
+            new(torch.int32, -(-window // 32)) if window else None,
+        )
+
+    @property
+    def page_size(self) -> int:
+        return self.k.shape[2]
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The seven tensors in the order of the fields."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def grow(self, pages: int) -> None:
+        """Enlarge every tensor to `pages` pages, keeping the content."""
+        for field in fields(self):
+            old = getattr(self, field.name)
+            if old is not None and pages > old.shape[0]:
+                new = torch.empty(pages, *old.shape[1:], dtype=old.dtype, device=old.device)
+                new[: old.shape[0]] = old
+                setattr(self, field.name, new)
+
+
+def check_format(format: str, d: int) -> None:
+    """Raise ValueError unless `format` exists and can hold heads of size `d`."""
+    check(
+        format in FORMATS, f"format={format!r} does not exist; expected one of {', '.join(FORMATS)}"
+    )
+    check(
+        format == "none" or d % 8 == 0,
+        f"head size {d} is not supported by format={format!r}: it must be a multiple of 8; use "
+        "format='none'",
+    )
+
+
+def _fake_quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    dtype = torch.float8_e4m3fn if format == "fp8" else torch.uint8
+    codes = x.new_empty(*x.shape[:-1], x.shape[-1] // reference.CODES_PER_BYTE[format], dtype=dtype)
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float16)
+
+
+_quantize_kv = Op(
+    "quantize_kv",
+    "(Tensor x, str format) -> (Tensor, Tensor)",
+    _fake_quantize,
+    reference=reference.quantize_kv,
+)
+_dequantize_kv = Op(
+    "dequantize_kv",
+    "(Tensor codes, Tensor scale, int d, ScalarType dtype) -> Tensor",
+    lambda codes, scale, d, dtype: codes.new_empty(*codes.shape[:-1], d, dtype=dtype),
+    reference=reference.dequantize_kv,
+)
+_append_kv = Op(
+    "append_kv",
+    "(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, "
+    "Tensor(d!)? v_scale, Tensor? position_t, Tensor(e!)? position, Tensor(f!)? importance, "
+    "Tensor(g!)? history) -> ()",
+    lambda *args: None,
+    reference=reference.append_kv,
+)
+
+
+def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor, Tensor]:
+    """Rotate heads by a randomised Hadamard transform and quantise each with one scale.
+
+    Equivalent to:
+
+        y = x @ rotation;  s = argmin over clipping ranges of |dequantised - y|²
+        int n bits: code = round(y / s + (2ⁿ - 1) / 2), value = (code - (2ⁿ - 1) / 2) s
+        fp8: code = e4m3(y / s), s = max|y| / 448
+
+    Args:
+        x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8. Must be finite.
+        format: "fp8", "int8", "int4" or "int2".
+        impl: "auto" is the reference.
+
+    Returns:
+        codes [..., D · bits / 8]: float8_e4m3fn, or uint8 in which byte j holds the codes of
+            elements j, j + D/n,
+        ..., lowest bits first (n codes per byte); and scale [...] in fp16. Zero vectors give the
+        smallest scale.
+
+    Numerics: computed in fp32 (fp64 for fp64). A vector's bits do not depend on its batch.
+
+    Reference: QuaRot, arXiv:2404.00456 (rotation); the range search is the usual least-squares
+        clipping.
+    """
+    check(format != "none", "format='none' is unquantised; use 'fp8', 'int8', 'int4' or 'int2'")
+    check_format(format, x.shape[-1])
+    check(x.is_floating_point(), f"x has dtype {x.dtype}; quantize_kv takes floating point heads")
+    return _quantize_kv(impl, x, format)
+
+
+def dequantize_kv(
+    codes: Tensor, scale: Tensor, d: int, *, dtype: torch.dtype = torch.float32, impl: Impl = "auto"
+) -> Tensor:
+    """Undo `quantize_kv`: decode and rotate back.
+
+    Equivalent to:
+
+        x = decode(codes, scale) @ rotation.T
+
+    Args:
+        codes: as `quantize_kv` returned them; the format is read off the dtype and the last axis.
+        scale: [...] fp16.
+        d: head size of the result.
+        dtype: of the result.
+        impl: "auto" is the reference.
+
+    Returns:
+        x [..., d].
+
+    Numerics: computed in fp32 (fp64 if `dtype` is fp64).
+    """
+    sizes = {d} if codes.dtype == torch.float8_e4m3fn else {d, d // 2, d // 4}
+    check(
+        codes.dtype in (torch.uint8, torch.float8_e4m3fn) and codes.shape[-1] in sizes,
+        f"codes of dtype {codes.dtype} and last axis {codes.shape[-1]} hold no format of head size "
+        f"d={d}",
+    )
+    check(
+        scale.shape == codes.shape[:-1],
+        f"scale has shape {tuple(scale.shape)}, expected {tuple(codes.shape[:-1])}",
+    )
+    return _dequantize_kv(impl, codes, scale, d, dtype)
+
+
+def append_kv(
+    k_thd: Tensor,
+    v_thd: Tensor,
+    slot: Tensor,
+    pages: KVPages,
+    position_t: Tensor | None = None,
+    *,
+    impl: Impl = "auto",
+) -> None:
+    """Write new tokens into pages, packed.
+
+    Equivalent to:
+
+        for each token t and head h:  pages[slot[t, h]] = quantize_kv(k[t, h]), quantize_kv(v[t, h])
+
+    Args:
+        k_thd: keys, after RoPE. fp64, fp32, fp16 or bf16.
+        v_thd: values, dtype of `k_thd`.
+        slot: flat slots, [t] for all heads alike or [t, h]. int32 or int64; distinct; a token whose
+            first slot is negative is skipped.
+        pages: where to; changed in place. `importance` and `history` of the slots become zero.
+        position_t: true positions, int32; required where `pages.position` exists.
+        impl: "auto" is the reference.
+
+    Numerics: as `quantize_kv`; unquantised pages take a cast.
+    """
+    t, h, d = k_thd.shape
+    check(
+        v_thd.shape == k_thd.shape,
+        f"v_thd has shape {tuple(v_thd.shape)}, k_thd {tuple(k_thd.shape)}",
+    )
+    check(h == pages.k.shape[1], f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
+    check_pages(pages, d)
+    check(
+        k_thd.is_floating_point() and k_thd.dtype == v_thd.dtype,
+        "k_thd and v_thd must share a floating point dtype",
+    )
+    check(
+        k_thd.device == pages.k.device, f"k_thd is on {k_thd.device}, the pages on {pages.k.device}"
+    )
+    check(
+        slot.shape in ((t,), (t, h)) and slot.dtype in (torch.int32, torch.int64),
+        f"slot must be int32 or int64 of shape [{t}] or [{t}, {h}], got {slot.dtype} "
+        f"{tuple(slot.shape)}",
+    )
+    check(
+        pages.position is None or (position_t is not None and position_t.shape == (t,)),
+        f"position_t of shape [{t}] is needed: these pages store positions",
+    )
+    slot_th = slot[:, None].expand(t, h) if slot.dim() == 1 else slot
+    k, v, k_scale, v_scale, position, importance, history = pages.tensors()
+    _append_kv(
+        impl,
+        k_thd,
+        v_thd,
+        slot_th,
+        k,
+        v,
+        k_scale,
+        v_scale,
+        position_t,
+        position,
+        importance,
+        history,
+    )
+
+
+def check_pages(pages: KVPages, d: int) -> None:
+    """Raise ValueError unless `pages` is consistent and holds heads of size `d`."""
+    lead = pages.k.shape[:3]
+    for name, x, scale in (("k", pages.k, pages.k_scale), ("v", pages.v, pages.v_scale)):
+        check(
+            x.dim() == 4 and x.shape[:3] == lead,
+            f"pages.{name} has shape {tuple(x.shape)}, expected {(*lead, d)}",
+        )
+        check(
+            x.stride(-1) == 1 or x.shape[-1] == 1,
+            f"pages.{name} must be contiguous in its last axis",
+        )
+        quantised = x.dtype in (torch.uint8, torch.float8_e4m3fn)
+        sizes = (d, d // 2, d // 4) if x.dtype == torch.uint8 else (d,)
+        check(
+            x.shape[-1] in sizes,
+            f"pages.{name} of dtype {x.dtype} has a last axis of {x.shape[-1]}; heads of size {d} "
+            f"need one of {sizes}",
+        )
+        check(
+            not quantised or (scale is not None and scale.shape == lead),
+            f"pages.{name}_scale of shape {tuple(lead)} is needed: pages.{name} is quantised",
+        )

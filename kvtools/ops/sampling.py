@@ -1,0 +1,129 @@
+"""`sample`: filters per row, counter-based noise, log-probabilities of the chosen token."""
+
+import torch
+from torch import Tensor
+
+from ..reference import sampling as reference
+from . import Impl, Op, check
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int32, torch.int64)
+RANGES = {
+    "temperature": ("0 <= temperature < inf", lambda x: (x >= 0) & (x < torch.inf)),
+    "top_k": ("top_k >= 0, where 0 is off", lambda x: x >= 0),
+    "top_p": ("0 < top_p <= 1, where 1 is off", lambda x: (x > 0) & (x <= 1)),
+    "min_p": ("0 <= min_p <= 1, where 0 is off", lambda x: (x >= 0) & (x <= 1)),
+}
+
+
+def _fake_sample(logits_bv: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    b = logits_bv.shape[0]
+    return tuple(
+        logits_bv.new_empty(b, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.float32)
+    )
+
+
+_sample = Op(
+    "sample",
+    "(Tensor logits_bv, Tensor seed_b, Tensor position_b, Tensor temperature_b, Tensor top_k_b, "
+    "Tensor top_p_b, Tensor min_p_b) -> (Tensor, Tensor, Tensor)",
+    _fake_sample,
+    reference=reference.sample,
+)
+
+
+def sample(
+    logits_bv: Tensor,
+    seed_b: Tensor,
+    position_b: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+    top_p: float | Tensor = 1.0,
+    min_p: float | Tensor = 0.0,
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw one token per row from its filtered distribution, with noise that is the row's own.
+
+    Equivalent to, with the filters in the order of transformers and equal logits never split:
+
+        z = logits / temperature
+        kept = z >= the top_k-th largest z
+        kept = those of kept whose strictly greater ones have less than top_p of kept's mass
+        kept = those of kept with softmax(z) >= min_p * max(softmax(z))
+        word = philox4x32((token // 4, position, 0, 0), (seed mod 2^32, seed >> 32))[token % 4]
+        u = min((word + 0.5) * 2^-32, 1 - 2^-24);  g = -log(-log1p(-u))
+        token = argmax of z + g over kept, the lowest id on ties
+
+    Args:
+        logits_bv: fp32, fp16 or bf16, any strides; -inf is never drawn.
+        seed_b: one Philox key per rollout. int64, all 64 bits count.
+        position_b: absolute position of the token being drawn, modulo 2^32. int32 or int64.
+        temperature: >= 0; 0 takes the greatest logit, the lowest id on ties. This and the three
+            below: a number for all rows, or a tensor `[b]`, whose range is checked on a CPU only.
+        top_k: >= 0; 0 and whatever is not below V keep all.
+        top_p: in (0, 1]; 1 keeps all.
+        min_p: in [0, 1]; 0 keeps all.
+        impl: "auto" takes the reference on every device.
+
+    Returns:
+        token_b in int64; logprob_b in fp32, log softmax(z) of the token before any filter (at
+        temperature 1 where greedy); filtered_logprob_b in fp32, the same over kept (0 where
+        greedy). A row whose greatest z is not finite (a NaN, an infinity, all -inf) gives token -1
+        and NaN twice, because raising would have to wait for the device.
+
+    Numerics: computes in fp32. The noise is a pure function of (seed, position, token id), so a
+    row's token depends on neither its batch, its place in it, nor who finished. u is finest, 2^-33,
+    near 0: the fine tail is put where the winners are.
+
+    Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
+    """
+    check(
+        logits_bv.ndim == 2 and logits_bv.shape[1] > 0,
+        f"logits_bv: expected [b, v], v > 0, got {list(logits_bv.shape)}; pass one position a row",
+    )
+    check(
+        logits_bv.dtype in FLOATS,
+        f"logits_bv: {logits_bv.dtype} is not fp32, fp16 or bf16; cast it",
+    )
+    _check_rows("seed_b", seed_b, logits_bv, (torch.int64,))
+    _check_rows("position_b", position_b, logits_bv, INTEGERS)
+    filters = (
+        _per_row("temperature", temperature, logits_bv, FLOATS),
+        _per_row("top_k", top_k, logits_bv, INTEGERS),
+        _per_row("top_p", top_p, logits_bv, FLOATS),
+        _per_row("min_p", min_p, logits_bv, FLOATS),
+    )
+    return _sample(impl, logits_bv, seed_b, position_b, *filters)
+
+
+def _check_rows(
+    name: str, rows_b: Tensor, logits_bv: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    b = logits_bv.shape[0]
+    check(
+        rows_b.shape == (b,),
+        f"{name}: expected [{b}], one entry per row of logits_bv, got {list(rows_b.shape)}",
+    )
+    check(rows_b.dtype in dtypes, f"{name}: {rows_b.dtype} is not one of {dtypes}; cast it")
+    check(
+        rows_b.device == logits_bv.device,
+        f"{name}: on {rows_b.device} but logits_bv on {logits_bv.device}; move it there",
+    )
+
+
+def _per_row(
+    name: str, value: float | Tensor, logits_bv: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> Tensor:
+    """`value` as a tensor `[b]`; its range is checked on a CPU, outside of a graph."""
+    expected, holds = RANGES[name]
+    dtype = torch.int32 if dtypes is INTEGERS else torch.float32
+    if not isinstance(value, Tensor):
+        # Not `check`: a graph can format no symbolic float, so the message waits for the failure.
+        if not holds(value):
+            raise ValueError(f"{name}={value}: expected {expected}")
+        return torch.full((logits_bv.shape[0],), value, dtype=dtype, device=logits_bv.device)
+    _check_rows(name, value, logits_bv, dtypes)
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        check(bool(holds(value).all()), f"{name}: expected {expected} in every row")
+    return value.to(dtype)

@@ -1,0 +1,263 @@
+"""A forest of nodes and the pages of the layers that follow it."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _host
+from ._host import PoolExhausted
+from .config import CacheConfig, is_int
+from .ops.attention import Plan
+from .ops.evict import compact_kv, select_victims
+from .ops.quant import EMPTY, KVPages
+from .policy import Candidates, policy_of, unroll
+
+
+@dataclass
+class Pass:
+    """One write and read of a store: the host's part, the same for all its layers."""
+
+    token: Tensor | None  # query tokens of the step that take part; None for all
+    position_t: Tensor
+    row_t: Tensor
+    slot_t: Tensor  # where the forest appended; overridden for tokens that evict
+    plan: Plan
+    evict: Tensor | None = None  # tokens that overwrite a victim
+    cursor: Tensor | None = None  # which victim of their row
+    select: Tensor | None = None  # rows that need new victims first
+
+
+class Store:
+    """A forest and the pages of all layers that follow it: those with the same budgets."""
+
+    def __init__(self, config: CacheConfig, factor: float, pages: int | None) -> None:
+        def scaled(budget: int | None) -> int | None:
+            floor = config.sinks + config.recent + 1
+            return None if budget is None else max(floor, round(budget * factor))
+
+        self.config, self.factor, self.fixed = config, factor, pages is not None
+        self.budget = scaled(config.budget)
+        self.drop = None
+        if self.budget is not None:
+            drop = config.drop or max(1, config.budget // 2)
+            self.drop = min(max(1, round(drop * factor)), self.budget - config.recent)
+        self.forest = _host.Forest(pages or 0, config.page_size)
+        self.layers: dict[int, KVPages] = {}
+        self.victims: dict[int, Tensor] = {}  # [rows, heads, drop] slots of the row's own, by layer
+        self.left = np.zeros(0, np.int32)  # victims not yet overwritten, by row
+        self.scrambled = np.zeros(0, bool)  # rows whose slots are no longer in order
+        self.table: Tensor | None = None  # [rows, budget] flat slots of full rows
+        self._plan: Plan | None = None
+        self._plan_key: tuple | None = None
+
+    def kept(self, length: int) -> int:
+        """How many tokens of a prompt of `length` tokens are kept."""
+        share = self.config.prompt_budget
+        if share is None:
+            return length
+        floor = self.config.sinks + self.config.recent + 1
+        budget = share if is_int(share) else share * length
+        if share != 1.0 and budget < floor <= length:
+            raise ValueError(
+                f"prompt_budget={share} of a prompt of {length} tokens is {int(budget)} tokens, "
+                f"not above sinks + recent = {floor - 1}: raise prompt_budget or lower recent"
+            )
+        return min(length, max(floor, round(budget * self.factor)))
+
+    def reserve(self, pages: int) -> None:
+        """Make sure that `pages` pages are free: grow the pool, or raise if it is fixed."""
+        free, total = self.forest.free_pages, self.forest.num_pages
+        if pages <= free:
+            return
+        if self.fixed:
+            raise PoolExhausted(
+                f"the page pool is exhausted: {pages} pages are needed, {free} of {total} are "
+                "free; give the cache more pages, or drop rows"
+            )
+        total += max(pages - free, total // 8)
+        self.forest.grow(total)
+        for layer in self.layers.values():
+            layer.grow(total)
+
+    def insert(self, slots: int, base: int, copies: int) -> np.ndarray:
+        """Add a prompt of `slots` kept tokens and `copies` rows over it; returns its flat slots."""
+        taken = self.forest.insert(slots, base, copies)
+        self.left = np.concatenate([self.left, np.zeros(copies, np.int32)])
+        self.scrambled = np.concatenate([self.scrambled, np.zeros(copies, bool)])
+        return taken
+
+    def pages_of(
+        self, layer: int, heads: int, d: int, dtype: torch.dtype, device: torch.device
+    ) -> KVPages:
+        """The pages of `layer`, made at first use."""
+        if layer not in self.layers:
+            config, policy = self.config, policy_of(self.config.policy)
+            evicts = self.budget is not None
+            self.layers[layer] = KVPages.empty(
+                self.forest.num_pages, heads, config.page_size, d,
+                k_format=config.k_format, v_format=config.v_format, dtype=dtype, device=device,
+                position=evicts or config.prompt_budget is not None,
+                importance=evicts and bool(policy.mass),
+                window=config.window if evicts and policy.history else 0,
+            )  # fmt: skip
+        return self.layers[layer]
+
+    def plan(self, counts: np.ndarray, device: torch.device) -> Plan:
+        """The plan for `counts` query tokens per row. Lengths are up to date when it is new."""
+        key = (self.forest.version, counts.tobytes())
+        if key != self._plan_key:
+            self._plan, self._plan_key = Plan.from_host(self.forest.plan(counts), device), key
+        return self._plan
+
+    def passes(self, counts: np.ndarray, seen: np.ndarray, device: torch.device) -> list[Pass]:
+        """Take slots for `counts` tokens per row; one by one where a row exceeds its budget."""
+
+        def to_device(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).to(device)
+
+        rows = np.arange(len(counts))
+        if self.budget is None or not (self.forest.own_lengths() + counts > self.budget).any():
+            row_t = np.repeat(rows, counts)
+            ahead = np.arange(len(row_t)) - np.repeat(np.cumsum(counts) - counts, counts)
+            slot_t, plan = self._append(counts, counts, device)
+            position_t = to_device((seen[row_t] + ahead).astype(np.int32))
+            return [Pass(None, position_t, to_device(row_t), to_device(slot_t), plan)]
+        passes = []
+        start = np.cumsum(counts) - counts
+        for i in range(counts.max()):
+            active = (counts > i).astype(np.int32)
+            row_t = np.flatnonzero(active)
+            full = (self.forest.own_lengths() >= self.budget) & (active > 0)
+            slots, plan = self._append(active * ~full, active, device)
+            slot_t = np.full(len(row_t), -1, np.int32)
+            slot_t[~full[row_t]] = slots
+            # A snapshot: the next pass advances the lengths before this one has run on all layers.
+            plan = replace(plan, length=plan.length.clone())
+            step = Pass(
+                to_device(start[row_t] + i), to_device((seen[row_t] + i).astype(np.int32)),
+                to_device(row_t), to_device(slot_t), plan,
+            )  # fmt: skip
+            if full.any():
+                empty = full & (self.left == 0)
+                self.left[empty] = self.drop
+                self.scrambled |= full
+                evict = np.flatnonzero(full[row_t])
+                step.evict = to_device(evict)
+                step.cursor = to_device((self.drop - self.left[row_t[evict]]).astype(np.int64))
+                step.select = to_device(np.flatnonzero(empty)) if empty.any() else None
+                self.left[full] -= 1
+            passes.append(step)
+        return passes
+
+    def _append(
+        self, grow: np.ndarray, counts: np.ndarray, device: torch.device
+    ) -> tuple[np.ndarray, Plan]:
+        grow = grow.astype(np.int32)
+        before = self._plan_key
+        slots = self.forest.append(grow)
+        plan = self.plan(counts.astype(np.int32), device)
+        if self._plan_key == before:  # the same pages: only lengths advance
+            leaf = torch.from_numpy(np.flatnonzero(grow)).to(device)
+            added = torch.from_numpy(grow[grow > 0]).to(device)
+            plan.length.index_add_(0, plan.leaf[leaf].long(), added)
+        return slots, plan
+
+    def own_slots(self, device: torch.device) -> Tensor:
+        """Flat slots [rows, budget] of every full row's own tokens; zeros for other rows."""
+        if self.table is None or self.table.shape[0] != self.forest.num_rows:
+            self.table = torch.zeros(
+                self.forest.num_rows, self.budget, dtype=torch.int64, device=device
+            )
+            self._in_table = np.zeros(self.forest.num_rows, bool)
+        new = (self.forest.own_lengths() >= self.budget) & ~self._in_table
+        for row in np.flatnonzero(new):
+            slots = self.forest.row_slots(row)[-self.budget :]
+            self.table[row] = torch.from_numpy(slots.astype(np.int64))
+        self._in_table |= new
+        return self.table
+
+    def gather(self, index: np.ndarray) -> None:
+        copy = self.budget is not None  # so that evicting in one row cannot touch another
+        source, target = self.forest.gather(index, copy)
+        if len(source):
+            offset = np.arange(self.config.page_size)
+            source, target = (
+                torch.from_numpy((pages[:, None] * self.config.page_size + offset).reshape(-1, 1))
+                for pages in (source.astype(np.int64), target.astype(np.int64))
+            )
+            for pages in self.layers.values():
+                shape, device = (-1, pages.k.shape[1]), pages.k.device
+                moves = (x.to(device).expand(*shape) for x in (source, target))
+                compact_kv(*moves, pages, impl=self.config.impl)
+        self.left, self.scrambled, self.table = self.left[index], self.scrambled[index], None
+        for layer, victims in self.victims.items():
+            self.victims[layer] = victims[torch.from_numpy(index).to(victims.device).long()]
+
+    def crop(self, lengths: np.ndarray, slots: np.ndarray, cut: np.ndarray) -> None:
+        """Cut the rows of `cut` to `lengths` tokens: `slots` slots of a path that is in order.
+
+        A scrambled row keeps its slots; those of later tokens become empty and are the next
+        victims.
+        """
+        self.left[cut] = 0
+        emptied = np.flatnonzero(cut & self.scrambled)
+        for pages in self.layers.values() if len(emptied) else ():
+            where = self._where(pages, emptied)
+            position = pages.position[where]
+            end = torch.from_numpy(lengths[emptied]).to(position.device)[:, None, None]
+            pages.position[where] = torch.where(position >= end, EMPTY, position)
+        target = np.where(cut & ~self.scrambled, slots, self.forest.lengths())
+        self.forest.crop(target.astype(np.int32))
+        self.table = None
+
+    def victims_of(self, layer: int, step: Pass) -> Tensor:
+        """Flat slots [tokens that evict, heads] to overwrite; new victims where none are left."""
+        pages = self.layers[layer]
+        table = self.own_slots(pages.k.device)
+        rows, heads = table.shape[0], pages.k.shape[1]
+        if layer not in self.victims:
+            shape = (rows, heads, self.drop)
+            self.victims[layer] = torch.zeros(shape, dtype=torch.int64, device=table.device)
+        victims = self.victims[layer]
+        if step.select is not None:
+            victims[step.select] = self._select(layer, step)
+        row = step.row_t[step.evict]
+        index = victims[row, :, step.cursor]
+        return table[row].gather(1, index)
+
+    def _select(self, layer: int, step: Pass) -> Tensor:
+        """The `drop` own tokens [rows that select, heads, drop] that the policy values least."""
+        config, pages = self.config, self.layers[layer]
+        where = self._where(pages, step.select)
+        position = pages.position[where].transpose(1, 2)  # [n, h, s]
+        now = step.position_t.new_zeros(self.forest.num_rows)
+        now[step.row_t] = step.position_t
+        now = now[step.select]
+        zeros = torch.zeros_like(position)
+        mass, low, idle = zeros.float(), zeros, zeros
+        if pages.importance is not None:
+            mass = pages.importance[where].transpose(1, 2)
+        if pages.history is not None:
+            low, idle = unroll(pages.history[where].transpose(1, 2), config.window, now)
+        policy = policy_of(config.policy)
+        worth = policy.score(Candidates(position, mass, low, idle, now, layer, prompt=False))
+        score, tie = worth if isinstance(worth, tuple) else (worth, None)
+        if policy.mass == "selection":
+            pages.importance[where] = 0
+        return select_victims(
+            score, position, self.drop, tie_nhs=tie, protect_from_n=now - config.recent,
+            impl=config.impl,
+        ).long()  # fmt: skip
+
+    def _where(self, pages: KVPages, rows: Tensor | np.ndarray) -> tuple:
+        """Index of all own slots of full rows: [n, s] by head."""
+        table = self.own_slots(pages.k.device)
+        slot = table[torch.as_tensor(rows, device=table.device)]
+        return slot // pages.page_size, slice(None), slot % pages.page_size
+
+    def tensors(self) -> list[Tensor]:
+        """What the store keeps on the device besides pages and victims."""
+        plan = [] if self._plan is None else [getattr(self._plan, f.name) for f in fields(Plan)]
+        return plan + ([] if self.table is None else [self.table])

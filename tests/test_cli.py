@@ -1,0 +1,162 @@
+"""The command line: what it prints, and one line for what the user can put right."""
+
+import collections
+import io
+import json
+
+import pytest
+
+from kvtools import cli, demo, models
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with a random Llama of 2 layers and a tokenizer of 32 words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 32)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    folder = tmp_path_factory.mktemp("tiny")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(capsys, *argv):
+    """Exit code, standard output, lines of standard error."""
+    try:
+        code = cli.main([str(arg) for arg in argv])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err.splitlines()
+
+
+def test_env(capsys):
+    code, out, _ = run(capsys, "env")
+    assert code == 0
+    assert "tree_attention" in out and "reference" in out
+
+
+def test_env_json(capsys):
+    code, out, _ = run(capsys, "env", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert set(found["versions"]) == {"python", "kvtools", "torch", "triton", "transformers"}
+    for impls in found["ops"].values():
+        assert impls["reference"] is None
+        assert all(reason is None or reason for reason in impls.values())
+
+
+def test_generate(capsys, tiny):
+    prompt = " ".join(f"w{i}" for i in range(2, 22))
+    given = ["--prompt", prompt, "-n", 3, "--max-new-tokens", 6, "--bits", 8, "--compare", "--json"]
+    code, out, err = run(capsys, "generate", tiny, *given)
+    assert (code, err) == (0, [])
+    result = json.loads(out)
+    assert result["prompt_tokens"] == 20
+    assert result["config"] == {"bits": 8}
+    for row in (result, result["plain"]):
+        assert len(row["texts"]) == len(row["tokens"]) == 3
+        assert all(1 <= tokens <= 6 for tokens in row["tokens"])
+        assert row["prefill_s"] > 0
+        assert row["memory"]["total"] > 0
+    assert set(result["memory"]) == {"prefix", "suffix", "metadata", "total"}
+
+
+def test_generate_greedy_is_plain(capsys, tiny):
+    given = ["--prompt", "w2 w3 w4", "-n", 2, "--max-new-tokens", 5, "--greedy"]
+    code, out, _ = run(capsys, "generate", tiny, *given, "--compare", "--json")
+    result = json.loads(out)
+    assert code == 0
+    assert result["texts"] == result["plain"]["texts"]
+
+
+def test_generate_prints_texts_and_figures(capsys, tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdin", io.StringIO("w2 w3 w4"))
+    file = tmp_path / "prompt.txt"
+    file.write_text("w2 w3 w4")
+    outputs = []
+    for source in (["-"], ["--prompt-file", file]):
+        code, out, _ = run(capsys, "generate", tiny, *source, "--max-new-tokens", 4, "--seed", 5)
+        assert code == 0
+        outputs.append(out.split("┏")[0])
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("--- 1\n")
+
+
+ERRORS = {
+    "no prompt": ([], "required"),
+    "two prompts": (["--prompt", "w2", "--prompt-file", "x"], "not allowed with"),
+    "missing file": (["--prompt-file", "/no/such/file"], "no such file"),
+    "empty prompt": (["--prompt", " "], "prompt is empty"),
+    "n of zero": (["--prompt", "w2", "-n", 0], "1 or more"),
+    "bad bits": (["--prompt", "w2", "--bits", 3], "bits"),
+    "bad policy": (["--prompt", "w2", "--policy", "none-such"], "policy"),
+    "small budget": (["--prompt", "w2", "--budget", 2], "budget"),
+    "bad dtype": (["--prompt", "w2", "--dtype", "float33"], "float33"),
+    "no chat template": (["--prompt", "w2", "--chat"], "--chat"),
+    "bad top_p": (["--prompt", "w2", "--top-p", 2], "--top-p"),
+    "unknown option": (["--prompt", "w2", "--beams", 2], "--beams"),
+}
+
+
+@pytest.mark.parametrize("given,words", ERRORS.values(), ids=ERRORS)
+def test_user_errors_are_one_line(capsys, tiny, given, words):
+    code, out, err = run(capsys, "generate", tiny, *given)
+    assert (code, out, len(err)) == (2, "", 1), err
+    assert err[0].startswith("kvtools") and words in err[0]
+
+
+def test_unknown_model(capsys, tmp_path):
+    pytest.importorskip("transformers")
+    for folder in (tmp_path / "none", tmp_path):
+        code, _, err = run(capsys, "generate", folder, "--prompt", "w2")
+        assert (code, len(err)) == (2, 1), err
+        assert str(folder) in err[0]
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(FileNotFoundError):
+        cli.main(["generate", "/no/such", "--prompt", "w2", "--debug"])
+
+
+def test_missing_package_names_its_remedy(capsys, monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run(capsys, "generate", "smollm2", "--prompt", "w2")
+    assert (code, err) == (2, ["kvtools: transformers is not installed: pip install 'kvtools[hf]'"])
+
+
+def test_literal():
+    texts = ("4", "0.5", "fp8", "0.5,1.5", "none")
+    assert [cli.literal(text) for text in texts] == [4, 0.5, "fp8", [0.5, 1.5], None]
+
+
+def test_readme_table(tmp_path):
+    row = {"prefill_s": 1.0, "tokens_per_s": 2.0, "memory": {"total": 2**21}}
+    half = row | {"memory": {"total": 2**20}}
+    result = collections.defaultdict(str) | {"rows": {"plain generate": row, "kvtools": half}}
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{demo.BEGIN}\nstale\n{demo.END}\nafter\n")
+    for _ in range(2):
+        demo.rewrite(readme, result)
+    text = readme.read_text()
+    assert "| kvtools | 1.00 | 2.0 | 1.00 | 2.0 | 1.0 |" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="demo:begin"):
+        demo.rewrite(readme, result)

@@ -1,0 +1,365 @@
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from kvtools.ops.sampling import sample
+from kvtools.reference import sampling as reference
+from kvtools.testing import assert_within_budget
+
+SHAPES = [
+    (1, 1),
+    (3, 5),
+    (4, 1000),
+    (0, 7),
+    (2, 4099),
+]  # B, V: smallest, ragged, even, empty, large
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FILTERS = {
+    "none": {},
+    "temperature": {"temperature": 0.7},
+    "top_k": {"top_k": 40},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.1},
+    "top_k, top_p": {"top_k": 60, "top_p": 0.7},
+    "top_k, min_p": {"top_k": 30, "min_p": 0.05},
+    "top_p, min_p": {"top_p": 0.9, "min_p": 0.05},
+    "all": {"temperature": 1.4, "top_k": 80, "top_p": 0.85, "min_p": 0.08},
+}
+filters = pytest.mark.parametrize("kwargs", FILTERS.values(), ids=FILTERS.keys())
+
+
+def make_rows(B, V, dtype, device, scale=3.0):
+    generator = torch.Generator().manual_seed(B * 100_003 + V)
+    logits_bv = (scale * torch.randn(B, V, generator=generator)).to(device, dtype)
+    seed_b = torch.randint(-(2**63), 2**63 - 1, (B,), generator=generator).to(device)
+    return logits_bv, seed_b, torch.arange(7, 7 + B, dtype=torch.int32, device=device)
+
+
+def plain_logprobs(logits_bv, dtype, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """log softmax of a row before and after the filters, by sorting; -inf where filtered."""
+    z_bv = logits_bv.to(dtype) / temperature
+    kept_bv = z_bv > -torch.inf
+    if 0 < top_k < z_bv.shape[1]:
+        kept_bv &= z_bv >= z_bv.topk(top_k).values[:, -1:]
+    p_bv = z_bv.masked_fill(~kept_bv, -torch.inf).softmax(-1)
+    greater_bvv = p_bv.unsqueeze(1) > p_bv.unsqueeze(2)
+    kept_bv &= (greater_bvv * p_bv.unsqueeze(1)).sum(-1) < top_p
+    kept_bv &= p_bv >= min_p * p_bv.amax(-1, keepdim=True)
+    return z_bv.log_softmax(-1), z_bv.masked_fill(~kept_bv, -torch.inf).log_softmax(-1)
+
+
+def numpy_philox(counter, key):
+    c = [np.asarray(word, np.uint64) for word in counter]
+    k = [np.asarray(word, np.uint64) for word in key]
+    low, shift = np.uint64(2**32 - 1), np.uint64(32)
+    for _ in range(10):
+        a, b = np.uint64(0xD2511F53) * c[0], np.uint64(0xCD9E8D57) * c[2]
+        c = [(b >> shift) ^ c[1] ^ k[0], b & low, (a >> shift) ^ c[3] ^ k[1], a & low]
+        k = [(k[0] + np.uint64(0x9E3779B9)) & low, (k[1] + np.uint64(0xBB67AE85)) & low]
+    return c
+
+
+@pytest.mark.parametrize(
+    "counter, key, words",
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((2**32 - 1,) * 4, (2**32 - 1,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox4x32_known_answers(counter, key, words, device):
+    actual = reference.philox4x32(
+        *(tuple(torch.tensor(x, device=device) for x in xs) for xs in (counter, key))
+    )
+    assert tuple(int(word) for word in actual) == words
+    assert tuple(int(word) for word in numpy_philox(counter, key)) == words
+
+
+def test_philox4x32_equals_numpy(device):
+    words = np.random.default_rng(0).integers(0, 2**32, (6, 100_000))
+    tensors = tuple(torch.from_numpy(words).to(device))
+    actual = reference.philox4x32(tensors[:4], tensors[4:])
+    for ours, theirs in zip(actual, numpy_philox(words[:4], words[4:]), strict=True):
+        assert np.array_equal(ours.cpu().numpy(), theirs.astype(np.int64))
+
+
+def test_sample_token_is_the_documented_one(device, impl):
+    B, V = 64, 1003
+    logits_bv, seed_b, position_b = make_rows(B, V, torch.float32, device, scale=1.0)
+    token_b, _, _ = sample(logits_bv, seed_b, position_b, temperature=0.8, impl=impl)
+    seed_b1 = seed_b.cpu().numpy().view(np.uint64)[:, None]
+    token_1v = np.arange(V, dtype=np.uint64)[None]
+    counter = token_1v // 4, position_b.cpu().numpy()[:, None] + 0 * token_1v, 0 * token_1v, 0
+    words = numpy_philox(counter, (seed_b1 & np.uint64(2**32 - 1), seed_b1 >> np.uint64(32)))
+    word_bv = np.choose((token_1v % 4).astype(int), words).astype(np.float64)
+    u_bv = np.minimum((word_bv + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    score_bv = logits_bv.double().cpu().numpy() / 0.8 - np.log(-np.log1p(-u_bv))
+    assert np.array_equal(token_b.cpu().numpy(), score_bv.argmax(-1))
+
+
+def test_noise_of_some_tokens_equals_that_of_all(device):
+    _, seed_b, position_b = make_rows(5, 1, torch.float32, device)
+    for V in (1, 4, 1002):
+        token_bk = torch.randint(V, (5, 33), device=device)
+        all_bv = reference.gumbel_noise_of_all(seed_b, position_b, V)
+        some_bk = reference.gumbel_noise(seed_b, position_b, token_bk)
+        torch.testing.assert_close(some_bk, all_bv.gather(1, token_bk))
+
+
+@filters
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B,V", SHAPES[:4])
+def test_sample(B, V, dtype, kwargs, device, impl):
+    args = make_rows(B, V, dtype, device)
+    token_b, *actual = sample(*args, **kwargs, impl=impl)
+    assert token_b.dtype == torch.int64 and token_b.shape == (B,)
+    exact, eager = (plain_logprobs(args[0], d, **kwargs) for d in (torch.float64, torch.float32))
+    for name, ours_b, exact_bv, eager_bv in zip(
+        ("logprob", "filtered_logprob"), actual, exact, eager, strict=True
+    ):
+        assert ours_b.dtype == torch.float32
+        chosen = (x.gather(1, token_b.unsqueeze(1)).squeeze(1) for x in (exact_bv, eager_bv))
+        assert_within_budget(name, ours_b, *chosen)
+
+
+@pytest.fixture
+def one_thread():
+    """Many small operations, often in several test processes: threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", list(FILTERS)[1:])
+def test_sample_frequencies(name, device, impl, one_thread):
+    """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
+    kwargs = FILTERS[name]
+    V, batch, draws = 1000, 500, 1_000_000 if len(kwargs) != 2 else 200_000
+    logits_1v, seed, _ = make_rows(1, V, torch.float32, device, scale=2.0)
+    logits_bv = logits_1v.repeat(batch, 1)
+    count_v = torch.zeros(V, dtype=torch.int64, device=device)
+    for start in range(0, draws, batch):
+        position_b = torch.arange(start, start + batch, device=device)
+        token_b, _, _ = sample(logits_bv, seed.expand(batch), position_b, **kwargs, impl=impl)
+        count_v += token_b.bincount(minlength=V)
+    p_v = plain_logprobs(logits_1v, torch.float64, **kwargs)[1][0].exp()
+    assert count_v[p_v == 0].sum() == 0
+    rare_v = p_v * draws < 5
+    observed, expected = count_v[~rare_v].tolist(), (p_v[~rare_v] * draws).tolist()
+    if p_v[rare_v].sum() > 0:
+        observed.append(int(count_v[rare_v].sum()))
+        expected.append(float(p_v[rare_v].sum()) * draws)
+    assert scipy.stats.chisquare(observed, expected).pvalue > 0.001
+
+
+@filters
+def test_kept_as_in_transformers(kwargs, device):
+    warpers = pytest.importorskip("transformers.generation.logits_process")
+    logits_bv, _, _ = make_rows(16, 4099, torch.float32, device, scale=2.0)
+    options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | kwargs
+    scores_bv = warpers.TemperatureLogitsWarper(options["temperature"])(None, logits_bv)
+    if options["top_k"]:
+        scores_bv = warpers.TopKLogitsWarper(options["top_k"])(None, scores_bv)
+    if options["top_p"] < 1:
+        scores_bv = warpers.TopPLogitsWarper(options["top_p"])(None, scores_bv)
+    if options["min_p"]:
+        scores_bv = warpers.MinPLogitsWarper(options["min_p"])(None, scores_bv)
+    z_bv = logits_bv / options["temperature"]
+    rows = (torch.full((16,), options[x], device=device) for x in ("top_k", "top_p", "min_p"))
+    kept_bv = z_bv >= reference.lowest_kept(z_bv, *rows).unsqueeze(1)
+    assert torch.equal(kept_bv, scores_bv > -torch.inf)
+
+
+def test_filters_never_split_ties(device, impl):
+    row = torch.tensor([1.0, 3.0, 2.0, 2.0, 3.0, 2.0, -torch.inf], device=device)
+    cases = [  # the best two hold 0.617 of the mass; 0.644 of what top_k=3 leaves
+        ({"top_k": 1}, {1, 4}),
+        ({"top_k": 3}, {1, 2, 3, 4, 5}),
+        ({"top_p": 0.01}, {1, 4}),
+        ({"top_p": 0.6}, {1, 4}),
+        ({"top_p": 0.63}, {1, 2, 3, 4, 5}),
+        ({"top_k": 3, "top_p": 0.63}, {1, 4}),
+        ({"top_k": 3, "top_p": 0.65}, {1, 2, 3, 4, 5}),
+        ({"min_p": 1.0}, {1, 4}),
+        ({}, {0, 1, 2, 3, 4, 5}),
+    ]
+    seed_b = torch.arange(2000, device=device)
+    for kwargs, expected in cases:
+        token_b, _, _ = sample(row.repeat(2000, 1), seed_b, seed_b, **kwargs, impl=impl)
+        assert set(token_b.tolist()) == expected, kwargs
+
+
+@pytest.mark.parametrize("guess", [1, 50, 5000])
+def test_shortcuts_do_not_show(guess, device, monkeypatch):
+    z_bv, _, _ = make_rows(12, 4099, torch.float32, device, scale=1.0)
+    top_k_b = torch.tensor([0, 0, 0, 10, 5000, 4098] * 2, device=device)
+    top_p_b = torch.tensor([0.1, 0.9, 1.0, 0.5, 0.999, 0.9999] * 2, device=device)
+    expected_b = reference.lowest_kept(z_bv, top_k_b, top_p_b, torch.zeros_like(top_p_b))
+    monkeypatch.setattr(reference, "NUCLEUS_GUESS", guess)
+    for rows in (slice(None), slice(0, 1), slice(3, 6), slice(5, 9)):
+        top_k, top_p = top_k_b[rows], top_p_b[rows]
+        floor_b = reference.lowest_kept(z_bv[rows], top_k, top_p, torch.zeros_like(top_p))
+        assert torch.equal(floor_b, expected_b[rows])
+
+
+@filters
+def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
+    args = make_rows(9, 4099, torch.float32, device)
+    whole = sample(*args, **kwargs, impl=impl)
+    order = torch.tensor([4, 8, 0, 3, 7, 1, 6, 2, 5], device=device)
+    for index in (order, order[:4], *torch.arange(9, device=device).split(1)):
+        part = sample(*(x[index] for x in args), **kwargs, impl=impl)
+        for ours, theirs in zip(part, whole, strict=True):
+            assert torch.equal(ours, theirs[index])
+
+
+def test_noise_depends_on_seed_and_position(device, impl):
+    logits_bv = torch.zeros(512, 1000, device=device)
+    seed_b = torch.arange(512, device=device)
+    zero_b = torch.zeros_like(seed_b)
+    by_low, _, _ = sample(logits_bv, seed_b, zero_b, impl=impl)
+    by_high, _, _ = sample(logits_bv, seed_b << 32, zero_b, impl=impl)
+    by_position, _, _ = sample(logits_bv, zero_b, seed_b, impl=impl)
+    for token_b in (by_low, by_high, by_position):
+        assert len(token_b.unique()) > 300  # 401 of 1,000 expected from 512 independent draws
+    assert not torch.equal(by_low, by_high) and not torch.equal(by_low, by_position)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_temperature_zero_is_greedy(dtype, device, impl):
+    logits_bv, seed_b, position_b = make_rows(6, 5000, dtype, device)
+    logits_bv[2] = 0.0
+    logits_bv[3, 100:103] = 50.0
+    token_b, logprob_b, filtered_b = sample(
+        logits_bv, seed_b, position_b, temperature=0.0, top_k=3, top_p=0.5, impl=impl
+    )
+    assert torch.equal(token_b, logits_bv.argmax(-1))
+    assert token_b[2] == 0 and token_b[3] == 100
+    expected_bv = logits_bv.float().log_softmax(-1)
+    torch.testing.assert_close(logprob_b, expected_bv.gather(1, token_b.unsqueeze(1)).squeeze(1))
+    assert (filtered_b == 0).all()
+
+
+def test_parameters_per_row(device, impl):
+    args = make_rows(6, 1000, torch.float32, device)
+    options = {
+        "temperature": [1.0, 0.0, 0.5, 2.0, 1.0, 0.9],
+        "top_k": [0, 5, 1000, 20, 3000, 7],
+        "top_p": [1.0, 0.5, 0.9, 0.3, 0.7, 1.0],
+        "min_p": [0.0, 0.1, 0.0, 0.02, 1.0, 0.2],
+    }
+    tensors = {name: torch.tensor(values, device=device) for name, values in options.items()}
+    together = sample(*args, **tensors, impl=impl)
+    for row in range(6):
+        scalars = {name: values[row] for name, values in options.items()}
+        alone = sample(*(x[row : row + 1] for x in args), **scalars, impl=impl)
+        for ours, theirs in zip(alone, together, strict=True):
+            assert torch.equal(ours, theirs[row : row + 1])
+
+
+def test_greater_top_p_changes_a_token_only_if_it_was_filtered(device, impl):
+    B = 4000
+    logits_bv = make_rows(1, 1000, torch.float32, device)[0].repeat(B, 1)
+    seed_b = torch.arange(B, device=device)
+    tokens = [sample(logits_bv, seed_b, seed_b, top_p=p, impl=impl)[0] for p in (0.3, 0.6, 0.95)]
+    for p, narrow_b, wide_b in zip((0.3, 0.6), tokens, tokens[1:], strict=False):
+        kept_v = plain_logprobs(logits_bv[:1], torch.float64, top_p=p)[1][0] > -torch.inf
+        changed_b = narrow_b != wide_b
+        assert changed_b.any() and not changed_b.all()
+        assert torch.equal(changed_b, ~kept_v[wide_b])
+
+
+def test_rows_without_a_finite_maximum(device, impl):
+    logits_bv, seed_b, position_b = make_rows(6, 101, torch.float32, device)
+    logits_bv[0] = -torch.inf
+    logits_bv[1, 50] = torch.nan
+    logits_bv[2, 50] = torch.inf
+    logits_bv[3, :-1] = -torch.inf
+    for kwargs in FILTERS.values():
+        token_b, *logprobs = sample(logits_bv, seed_b, position_b, **kwargs, impl=impl)
+        assert token_b[:3].tolist() == [-1, -1, -1] and token_b[3] == 100
+        for logprob_b in logprobs:
+            assert logprob_b[:3].isnan().all() and logprob_b[3] == 0
+            assert logprob_b[4:].isfinite().all()
+        alone = sample(logits_bv[4:], seed_b[4:], position_b[4:], **kwargs, impl=impl)
+        assert torch.equal(token_b[4:], alone[0])
+
+
+@pytest.mark.parametrize("kwargs", [FILTERS["none"], FILTERS["all"]], ids=["none", "all"])
+def test_inputs_are_read_only_and_may_be_strided(kwargs, device, impl):
+    logits_bv, seed_b, position_b = make_rows(5, 1001, torch.float32, device)
+    strided_bv = logits_bv.T.contiguous().T
+    before_bv = strided_bv.clone()
+    expected = sample(logits_bv, seed_b, position_b, **kwargs, impl=impl)
+    actual = sample(strided_bv, seed_b, position_b.long(), **kwargs, impl=impl)
+    assert torch.equal(strided_bv, before_bv)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_double_precision_reference(device):
+    logits_bv, seed_b, position_b = make_rows(8, 1000, torch.float64, device)
+    ones_b = torch.ones(8, device=device)
+    rows = ones_b, 0 * ones_b.int(), 0.9 * ones_b, 0 * ones_b
+    token_b, *actual = reference.sample(logits_bv, seed_b, position_b, *rows)
+    expected = plain_logprobs(logits_bv, torch.float64, top_p=0.9)
+    for ours_b, theirs_bv in zip(actual, expected, strict=True):
+        assert ours_b.dtype == torch.float64
+        torch.testing.assert_close(ours_b, theirs_bv.gather(1, token_b.unsqueeze(1)).squeeze(1))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"temperature": -1.0}, "temperature=-1.0: expected 0 <= temperature"),
+        ({"temperature": float("nan")}, "temperature=nan: expected"),
+        ({"temperature": torch.tensor([1.0, -1.0, 1.0])}, "temperature: expected .* in every row"),
+        ({"temperature": torch.ones(2)}, r"temperature: expected \[3\]"),
+        ({"temperature": torch.ones(3, dtype=torch.int64)}, "temperature: torch.int64 is not"),
+        ({"top_k": -1}, "top_k=-1: expected top_k >= 0"),
+        ({"top_k": torch.ones(3)}, "top_k: torch.float32 is not"),
+        ({"top_k": torch.tensor([1, -1, 1])}, "top_k: expected .* in every row"),
+        ({"top_p": 0.0}, "top_p=0.0: expected 0 < top_p <= 1"),
+        ({"top_p": 1.5}, "top_p=1.5: expected"),
+        ({"min_p": 1.01}, "min_p=1.01: expected 0 <= min_p <= 1"),
+        ({"min_p": torch.tensor([0.0, 0.0, -0.1])}, "min_p: expected .* in every row"),
+        ({"min_p": torch.ones(3, device="meta")}, "min_p: on meta but logits_bv on"),
+        ({"logits_bv": torch.zeros(3, 1, 9)}, r"logits_bv: expected \[b, v\]"),
+        ({"logits_bv": torch.zeros(3, 0)}, r"logits_bv: expected \[b, v\]"),
+        ({"logits_bv": torch.zeros(3, 9, dtype=torch.float64)}, "logits_bv: torch.float64 is not"),
+        ({"seed_b": torch.zeros(2, dtype=torch.int64)}, r"seed_b: expected \[3\]"),
+        ({"seed_b": torch.zeros(3, dtype=torch.int32)}, "seed_b: torch.int32 is not"),
+        ({"position_b": torch.zeros(3)}, "position_b: torch.float32 is not"),
+        ({"impl": "fast"}, "impl='fast': expected one of"),
+    ],
+)
+def test_sample_raises(change, message):
+    logits_bv, seed_b, position_b = make_rows(3, 9, torch.float32, "cpu")
+    good = {"logits_bv": logits_bv, "seed_b": seed_b, "position_b": position_b}
+    with pytest.raises(ValueError, match=message):
+        sample(**(good | change))
+
+
+def test_sample_is_for_inference():
+    logits_bv, seed_b, position_b = make_rows(3, 9, torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match="inference only"):
+        sample(logits_bv.requires_grad_(), seed_b, position_b)
+
+
+def test_sample_contract(device):
+    args = make_rows(3, 50, torch.float32, device)
+    rows = (torch.full((3,), x, device=device) for x in (0.8, 5, 0.9, 0.1))
+    torch.library.opcheck(torch.ops.kvtools.sample.default, (*args, *rows))
+    compiled = torch.compile(sample, fullgraph=True, dynamic=True)
+    for B in (3, 7):
+        args = make_rows(B, 50, torch.bfloat16, device)
+        kwargs = {"temperature": 0.8, "top_k": torch.arange(B, device=device), "top_p": 0.9}
+        for ours, theirs in zip(compiled(*args, **kwargs), sample(*args, **kwargs), strict=True):
+            assert torch.equal(ours, theirs)
