@@ -20,6 +20,8 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 KEEP := $(VENV)/constraints.txt
+# A test process per core and a thread per process.
+SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 .PHONY: help demo test lint format bench clean ext
@@ -31,7 +33,7 @@ demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plai
 	@$(PY) -m kvtools.cli demo $(ARGS)
 
 test: ext $(MODEL) ## run the tests
-	@$(PY) -m pytest -q $$($(PY) -c 'import xdist' 2>/dev/null && echo -n2) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
 
 lint: $(PACKAGE) ## check style: ruff and clang-format
 	@$(PY) -m ruff check -q --output-format concise .

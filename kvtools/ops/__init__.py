@@ -56,7 +56,8 @@ class Op:
         return overload(*args)
 
 
-def check(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition`."""
+def check(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError(message) unless `condition`. A message that has to be formatted comes as a
+    function: formatting is slow, and torch.compile cannot format symbolic sizes."""
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message() if callable(message) else message)

@@ -79,10 +79,11 @@ def plan_from_block_table(
     rows = block_table.shape[0]
     check(
         block_table.dim() == 2,
-        f"block_table must be [rows, blocks], got {tuple(block_table.shape)}",
+        lambda: f"block_table must be [rows, blocks], got {tuple(block_table.shape)}",
     )
     check(
-        seq_lens.shape == (rows,), f"seq_lens has shape {tuple(seq_lens.shape)}, expected {(rows,)}"
+        seq_lens.shape == (rows,),
+        lambda: f"seq_lens has shape {tuple(seq_lens.shape)}, expected {(rows,)}",
     )
     counts = torch.ones_like(seq_lens) if query_lens is None else query_lens
     table, lens, counts = (
@@ -178,32 +179,40 @@ def tree_attention(
     t, hq, d = q_thd.shape
     check_pages(pages, d)
     heads = pages.k.shape[1]
-    check(hq % heads == 0, f"q_thd has {hq} heads, not a multiple of the pages' {heads} KV heads")
-    check(q_thd.is_floating_point(), f"q_thd has dtype {q_thd.dtype}; queries are floating point")
     check(
-        position_t.shape == (t,), f"position_t has shape {tuple(position_t.shape)}, expected {(t,)}"
+        hq % heads == 0,
+        lambda: f"q_thd has {hq} heads, not a multiple of the pages' {heads} KV heads",
     )
-    for name, tensor in (
-        ("position_t", position_t),
-        ("pages.k", pages.k),
-        ("plan.item", plan.item),
-    ):
-        check(
-            tensor.device == q_thd.device, f"{name} is on {tensor.device}, q_thd on {q_thd.device}"
-        )
-    check(group in ("all", "mean"), f"group={group!r}: expected 'all' or 'mean'")
+    check(
+        q_thd.is_floating_point(),
+        lambda: f"q_thd has dtype {q_thd.dtype}; queries are floating point",
+    )
+    check(
+        position_t.shape == (t,),
+        lambda: f"position_t has shape {tuple(position_t.shape)}, expected {(t,)}",
+    )
+    check(
+        position_t.device == pages.k.device == plan.item.device == q_thd.device,
+        lambda: (
+            f"q_thd is on {q_thd.device}, position_t on {position_t.device}, pages on "
+            f"{pages.k.device}, plan on {plan.item.device}; move them to one device"
+        ),
+    )
+    check(group in ("all", "mean"), lambda: f"group={group!r}: expected 'all' or 'mean'")
     check(
         softcap >= 0 and sliding >= 0, "softcap and sliding must not be negative; 0 turns them off"
     )
     check(
         sink_h is None or sink_h.shape == (hq,),
-        f"sink_h must have shape {(hq,)}, one logit per query head",
+        lambda: f"sink_h must have shape {(hq,)}, one logit per query head",
     )
     words = 0 if pages.history is None else pages.history.shape[-1]
     check(
         words == -(-window // 32),
-        f"window={window} does not fit pages.history of {words} words; pass the window given to "
-        "KVPages.empty",
+        lambda: (
+            f"window={window} does not fit pages.history of {words} words; pass the window given "
+            "to KVPages.empty"
+        ),
     )
     state_out, state_lse = (None, None) if state is None else state
     return _tree_attention(
@@ -239,11 +248,16 @@ def merge_states(
     """
     check(
         a_bhd.shape == b_bhd.shape and a_bhd.dtype == b_bhd.dtype,
-        f"b_bhd is {b_bhd.dtype} {tuple(b_bhd.shape)}, a_bhd is {a_bhd.dtype} {tuple(a_bhd.shape)}",
+        lambda: (
+            f"b_bhd is {b_bhd.dtype} {tuple(b_bhd.shape)}, a_bhd is {a_bhd.dtype} "
+            f"{tuple(a_bhd.shape)}"
+        ),
     )
-    for name, lse in (("a_lse_bh", a_lse_bh), ("b_lse_bh", b_lse_bh)):
-        check(
-            lse.shape == a_bhd.shape[:-1],
-            f"{name} has shape {tuple(lse.shape)}, expected {tuple(a_bhd.shape[:-1])}",
-        )
+    check(
+        a_lse_bh.shape == b_lse_bh.shape == a_bhd.shape[:-1],
+        lambda: (
+            f"a_lse_bh has shape {tuple(a_lse_bh.shape)}, b_lse_bh {tuple(b_lse_bh.shape)}, both "
+            f"must be {tuple(a_bhd.shape[:-1])}"
+        ),
+    )
     return _merge_states(impl, a_bhd, a_lse_bh, b_bhd, b_lse_bh)

@@ -77,13 +77,18 @@ def key_scores(
         q_bhwd.dim() == 4 and k_bhsd.dim() == 4, "q_bhwd and k_bhsd must be [b, heads, tokens, D]"
     )
     w, s = q_bhwd.shape[2], k_bhsd.shape[2]
-    check(w <= s, f"q_bhwd has {w} queries for {s} keys; the queries are the last of the sequence")
+    check(
+        w <= s,
+        lambda: f"q_bhwd has {w} queries for {s} keys; the queries are the last of the sequence",
+    )
     check(
         q_bhwd.shape[1] % k_bhsd.shape[1] == 0,
-        f"q_bhwd has {q_bhwd.shape[1]} heads, not a multiple of the {k_bhsd.shape[1]} of k_bhsd",
+        lambda: (
+            f"q_bhwd has {q_bhwd.shape[1]} heads, not a multiple of the {k_bhsd.shape[1]} of k_bhsd"
+        ),
     )
-    check(group in ("all", "mean"), f"group={group!r}: expected 'all' or 'mean'")
-    check(sinks >= 0, f"sinks={sinks} must not be negative")
+    check(group in ("all", "mean"), lambda: f"group={group!r}: expected 'all' or 'mean'")
+    check(sinks >= 0, lambda: f"sinks={sinks} must not be negative")
     scale = q_bhwd.shape[-1] ** -0.5 if scale is None else scale
     return _key_scores(impl, q_bhwd, k_bhsd, sink_h, sinks, scale, softcap, sliding, group)
 
@@ -123,9 +128,12 @@ def select_victims(
     n, _, s = position_nhs.shape
     check(
         score_nhs.shape == position_nhs.shape,
-        f"score_nhs has shape {tuple(score_nhs.shape)}, position_nhs {tuple(position_nhs.shape)}",
+        lambda: (
+            f"score_nhs has shape {tuple(score_nhs.shape)}, position_nhs "
+            f"{tuple(position_nhs.shape)}"
+        ),
     )
-    check(0 <= count <= s, f"count={count} must be between 0 and the {s} tokens of a row")
+    check(0 <= count <= s, lambda: f"count={count} must be between 0 and the {s} tokens of a row")
     tie_nhs = torch.zeros_like(score_nhs) if tie_nhs is None else tie_nhs
     below = position_nhs.new_zeros(n) if protect_below_n is None else protect_below_n
     start = position_nhs.new_full((n,), 2**31 - 1) if protect_from_n is None else protect_from_n
@@ -154,7 +162,9 @@ def compact_kv(
         source_nh.shape == target_nh.shape
         and source_nh.dim() == 2
         and source_nh.shape[1] == pages.k.shape[1],
-        f"source_nh {tuple(source_nh.shape)} and target_nh {tuple(target_nh.shape)} must both be "
-        f"[n, {pages.k.shape[1]}]",
+        lambda: (
+            f"source_nh {tuple(source_nh.shape)} and target_nh {tuple(target_nh.shape)} must both "
+            f"be [n, {pages.k.shape[1]}]"
+        ),
     )
     _compact_kv(impl, source_nh, target_nh, *pages.tensors())

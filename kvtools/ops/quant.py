@@ -100,12 +100,15 @@ class KVPages:
 def check_format(format: str, d: int) -> None:
     """Raise ValueError unless `format` exists and can hold heads of size `d`."""
     check(
-        format in FORMATS, f"format={format!r} does not exist; expected one of {', '.join(FORMATS)}"
+        format in FORMATS,
+        lambda: f"format={format!r} does not exist; expected one of {', '.join(FORMATS)}",
     )
     check(
         format == "none" or d % 8 == 0,
-        f"head size {d} is not supported by format={format!r}: it must be a multiple of 8; use "
-        "format='none'",
+        lambda: (
+            f"head size {d} is not supported by format={format!r}: it must be a multiple of 8; use "
+            "format='none'"
+        ),
     )
 
 
@@ -164,7 +167,10 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
     """
     check(format != "none", "format='none' is unquantised; use 'fp8', 'int8', 'int4' or 'int2'")
     check_format(format, x.shape[-1])
-    check(x.is_floating_point(), f"x has dtype {x.dtype}; quantize_kv takes floating point heads")
+    check(
+        x.is_floating_point(),
+        lambda: f"x has dtype {x.dtype}; quantize_kv takes floating point heads",
+    )
     return _quantize_kv(impl, x, format)
 
 
@@ -192,12 +198,14 @@ def dequantize_kv(
     sizes = {d} if codes.dtype == torch.float8_e4m3fn else {d, d // 2, d // 4}
     check(
         codes.dtype in (torch.uint8, torch.float8_e4m3fn) and codes.shape[-1] in sizes,
-        f"codes of dtype {codes.dtype} and last axis {codes.shape[-1]} hold no format of head size "
-        f"d={d}",
+        lambda: (
+            f"codes of dtype {codes.dtype} and last axis {codes.shape[-1]} hold no format of head "
+            f"size d={d}"
+        ),
     )
     check(
         scale.shape == codes.shape[:-1],
-        f"scale has shape {tuple(scale.shape)}, expected {tuple(codes.shape[:-1])}",
+        lambda: f"scale has shape {tuple(scale.shape)}, expected {tuple(codes.shape[:-1])}",
     )
     return _dequantize_kv(impl, codes, scale, d, dtype)
 
@@ -231,25 +239,28 @@ def append_kv(
     t, h, d = k_thd.shape
     check(
         v_thd.shape == k_thd.shape,
-        f"v_thd has shape {tuple(v_thd.shape)}, k_thd {tuple(k_thd.shape)}",
+        lambda: f"v_thd has shape {tuple(v_thd.shape)}, k_thd {tuple(k_thd.shape)}",
     )
-    check(h == pages.k.shape[1], f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
+    check(h == pages.k.shape[1], lambda: f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
     check_pages(pages, d)
     check(
         k_thd.is_floating_point() and k_thd.dtype == v_thd.dtype,
         "k_thd and v_thd must share a floating point dtype",
     )
     check(
-        k_thd.device == pages.k.device, f"k_thd is on {k_thd.device}, the pages on {pages.k.device}"
+        k_thd.device == pages.k.device,
+        lambda: f"k_thd is on {k_thd.device}, the pages on {pages.k.device}",
     )
     check(
         slot.shape in ((t,), (t, h)) and slot.dtype in (torch.int32, torch.int64),
-        f"slot must be int32 or int64 of shape [{t}] or [{t}, {h}], got {slot.dtype} "
-        f"{tuple(slot.shape)}",
+        lambda: (
+            f"slot must be int32 or int64 of shape [{t}] or [{t}, {h}], got {slot.dtype} "
+            f"{tuple(slot.shape)}"
+        ),
     )
     check(
         pages.position is None or (position_t is not None and position_t.shape == (t,)),
-        f"position_t of shape [{t}] is needed: these pages store positions",
+        lambda: f"position_t of shape [{t}] is needed: these pages store positions",
     )
     slot_th = slot[:, None].expand(t, h) if slot.dim() == 1 else slot
     k, v, k_scale, v_scale, position, importance, history = pages.tensors()
@@ -271,24 +282,29 @@ def append_kv(
 
 def check_pages(pages: KVPages, d: int) -> None:
     """Raise ValueError unless `pages` is consistent and holds heads of size `d`."""
-    lead = pages.k.shape[:3]
-    for name, x, scale in (("k", pages.k, pages.k_scale), ("v", pages.v, pages.v_scale)):
-        check(
-            x.dim() == 4 and x.shape[:3] == lead,
-            f"pages.{name} has shape {tuple(x.shape)}, expected {(*lead, d)}",
-        )
-        check(
-            x.stride(-1) == 1 or x.shape[-1] == 1,
-            f"pages.{name} must be contiguous in its last axis",
-        )
-        quantised = x.dtype in (torch.uint8, torch.float8_e4m3fn)
-        sizes = (d, d // 2, d // 4) if x.dtype == torch.uint8 else (d,)
-        check(
-            x.shape[-1] in sizes,
-            f"pages.{name} of dtype {x.dtype} has a last axis of {x.shape[-1]}; heads of size {d} "
-            f"need one of {sizes}",
-        )
-        check(
-            not quantised or (scale is not None and scale.shape == lead),
-            f"pages.{name}_scale of shape {tuple(lead)} is needed: pages.{name} is quantised",
-        )
+    _check_content("k", pages.k, pages.k_scale, pages.k.shape[:3], d)
+    _check_content("v", pages.v, pages.v_scale, pages.k.shape[:3], d)
+
+
+def _check_content(name: str, x: Tensor, scale: Tensor | None, lead: torch.Size, d: int) -> None:
+    check(
+        x.dim() == 4 and x.shape[:3] == lead,
+        lambda: f"pages.{name} has shape {tuple(x.shape)}, expected {(*lead, d)}",
+    )
+    check(
+        x.stride(-1) == 1 or x.shape[-1] == 1,
+        lambda: f"pages.{name} must be contiguous in its last axis",
+    )
+    quantised = x.dtype in (torch.uint8, torch.float8_e4m3fn)
+    sizes = (d, d // 2, d // 4) if x.dtype == torch.uint8 else (d,)
+    check(
+        x.shape[-1] in sizes,
+        lambda: (
+            f"pages.{name} of dtype {x.dtype} has a last axis of {x.shape[-1]}; heads of size "
+            f"{d} need one of {sizes}"
+        ),
+    )
+    check(
+        not quantised or (scale is not None and scale.shape == lead),
+        lambda: f"pages.{name}_scale of shape {tuple(lead)} is needed: pages.{name} is quantised",
+    )

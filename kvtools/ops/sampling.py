@@ -80,11 +80,14 @@ def sample(
     """
     check(
         logits_bv.ndim == 2 and logits_bv.shape[1] > 0,
-        f"logits_bv: expected [b, v], v > 0, got {list(logits_bv.shape)}; pass one position a row",
+        lambda: (
+            f"logits_bv: expected [b, v], v > 0, got {list(logits_bv.shape)}; pass one position "
+            "a row"
+        ),
     )
     check(
         logits_bv.dtype in FLOATS,
-        f"logits_bv: {logits_bv.dtype} is not fp32, fp16 or bf16; cast it",
+        lambda: f"logits_bv: {logits_bv.dtype} is not fp32, fp16 or bf16; cast it",
     )
     _check_rows("seed_b", seed_b, logits_bv, (torch.int64,))
     _check_rows("position_b", position_b, logits_bv, INTEGERS)
@@ -103,12 +106,12 @@ def _check_rows(
     b = logits_bv.shape[0]
     check(
         rows_b.shape == (b,),
-        f"{name}: expected [{b}], one entry per row of logits_bv, got {list(rows_b.shape)}",
+        lambda: f"{name}: expected [{b}], one entry per row of logits_bv, got {list(rows_b.shape)}",
     )
-    check(rows_b.dtype in dtypes, f"{name}: {rows_b.dtype} is not one of {dtypes}; cast it")
+    check(rows_b.dtype in dtypes, lambda: f"{name}: {rows_b.dtype} is not one of {dtypes}; cast it")
     check(
         rows_b.device == logits_bv.device,
-        f"{name}: on {rows_b.device} but logits_bv on {logits_bv.device}; move it there",
+        lambda: f"{name}: on {rows_b.device} but logits_bv on {logits_bv.device}; move it there",
     )
 
 
@@ -125,5 +128,5 @@ def _per_row(
         return torch.full((logits_bv.shape[0],), value, dtype=dtype, device=logits_bv.device)
     _check_rows(name, value, logits_bv, dtypes)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        check(bool(holds(value).all()), f"{name}: expected {expected} in every row")
+        check(bool(holds(value).all()), lambda: f"{name}: expected {expected} in every row")
     return value.to(dtype)

@@ -85,13 +85,18 @@ def step_scores(
     Reference: softmin is that of PURE, arXiv:2504.15275.
     """
     k = _check_head("hidden_tm", hidden_tm, "weight_km", weight_km, "bias_k", bias_k)
-    check(1 <= k <= 3, f"weight_km: expected 1, 2 or 3 rows, got {k}; pick the rows of the labels")
-    check(link in LINKS, f"link={link!r}: expected one of {', '.join(LINKS)}")
-    check(reduce in REDUCES, f"reduce={reduce!r}: expected one of {', '.join(REDUCES)}")
+    check(
+        1 <= k <= 3,
+        lambda: f"weight_km: expected 1, 2 or 3 rows, got {k}; pick the rows of the labels",
+    )
+    check(link in LINKS, lambda: f"link={link!r}: expected one of {', '.join(LINKS)}")
+    check(reduce in REDUCES, lambda: f"reduce={reduce!r}: expected one of {', '.join(REDUCES)}")
     check(
         link == "sigmoid" or reduce not in ("prod", "gmean"),
-        f"reduce={reduce!r} is undefined for link={link!r}, which is no probability; "
-        'use link="sigmoid"',
+        lambda: (
+            f"reduce={reduce!r} is undefined for link={link!r}, which is no probability; "
+            'use link="sigmoid"'
+        ),
     )
     # Not `check`: a graph can format no symbolic float, so the message must wait for the failure.
     if not temperature > 0:
@@ -100,8 +105,10 @@ def step_scores(
     if _readable(step_s) and len(step_s):
         check(
             int(step_s.min()) >= 0 and int(step_s.max()) < hidden_tm.shape[0],
-            f"step_s: expected rows of hidden_tm, 0 to {hidden_tm.shape[0] - 1}, got "
-            f"{int(step_s.min())} to {int(step_s.max())}; was it shifted twice?",
+            lambda: (
+                f"step_s: expected rows of hidden_tm, 0 to {hidden_tm.shape[0] - 1}, got "
+                f"{int(step_s.min())} to {int(step_s.max())}; was it shifted twice?"
+            ),
         )
     _check_offsets("cu_steps", cu_steps, step_s.shape[0], hidden_tm)
     return _step_scores(
@@ -157,7 +164,7 @@ def token_logprobs(
     _check_index("target_t", target_t, hidden_tm)
     check(
         target_t.shape[0] == t,
-        f"target_t: expected [{t}], one per row of hidden_tm, got {list(target_t.shape)}",
+        lambda: f"target_t: expected [{t}], one per row of hidden_tm, got {list(target_t.shape)}",
     )
     check(
         (ref_hidden_tm is None) == (ref_weight_vm is None),
@@ -172,13 +179,13 @@ def token_logprobs(
         ref_v = _check_head(names[0], ref_hidden_tm, names[1], ref_weight_vm, names[2], ref_bias_v)
         check(
             ref_hidden_tm.shape[0] == t,
-            f"ref_hidden_tm: expected {t} rows as hidden_tm, got {ref_hidden_tm.shape[0]}",
+            lambda: f"ref_hidden_tm: expected {t} rows as hidden_tm, got {ref_hidden_tm.shape[0]}",
         )
         v = min(v, ref_v)
     if _readable(target_t):
         check(
             bool(((target_t == -100) | ((target_t >= 0) & (target_t < v))).all()),
-            f"target_t: expected ids from 0 to {v - 1}, or -100 to ignore a row",
+            lambda: f"target_t: expected ids from 0 to {v - 1}, or -100 to ignore a row",
         )
     if cu_seqlens is not None:
         _check_offsets("cu_seqlens", cu_seqlens, t, hidden_tm)
@@ -200,44 +207,51 @@ def _check_head(
     hidden_name: str, hidden_tm: Tensor, weight_name: str, weight_km: Tensor, bias_name: str, bias_k
 ) -> int:
     """Check hidden states and the head that reads them; the number of head rows."""
-    check(hidden_tm.ndim == 2, f"{hidden_name}: expected [t, m], got {list(hidden_tm.shape)}")
+    check(
+        hidden_tm.ndim == 2, lambda: f"{hidden_name}: expected [t, m], got {list(hidden_tm.shape)}"
+    )
     m = hidden_tm.shape[1]
     check(
         weight_km.ndim == 2 and weight_km.shape[1] == m,
-        f"{weight_name}: expected [rows, {m}] as {hidden_name}, got {list(weight_km.shape)}",
+        lambda: (
+            f"{weight_name}: expected [rows, {m}] as {hidden_name}, got {list(weight_km.shape)}"
+        ),
     )
     k = weight_km.shape[0]
     named = [(hidden_name, hidden_tm), (weight_name, weight_km)]
     if bias_k is not None:
-        check(bias_k.shape == (k,), f"{bias_name}: expected [{k}], got {list(bias_k.shape)}")
+        check(
+            bias_k.shape == (k,), lambda: f"{bias_name}: expected [{k}], got {list(bias_k.shape)}"
+        )
         named.append((bias_name, bias_k))
     for name, x in named:
-        check(x.dtype in FLOATS, f"{name}: {x.dtype} is not fp32, fp16 or bf16; cast it")
-        check(
-            x.device == hidden_tm.device,
-            f"{name}: on {x.device} but {hidden_name} on {hidden_tm.device}; move it there",
-        )
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name}: {x.dtype} is not fp32, fp16 or bf16; cast it")
+        if x.device != hidden_tm.device:
+            raise ValueError(
+                f"{name}: on {x.device} but {hidden_name} on {hidden_tm.device}; move it there"
+            )
     return k
 
 
 def _check_index(name: str, index: Tensor, hidden_tm: Tensor) -> None:
-    check(index.ndim == 1, f"{name}: expected one axis, got {list(index.shape)}")
-    check(index.dtype in INTEGERS, f"{name}: {index.dtype} is not int32 or int64; cast it")
+    check(index.ndim == 1, lambda: f"{name}: expected one axis, got {list(index.shape)}")
+    check(index.dtype in INTEGERS, lambda: f"{name}: {index.dtype} is not int32 or int64; cast it")
     check(
         index.device == hidden_tm.device,
-        f"{name}: on {index.device} but hidden_tm on {hidden_tm.device}; move it there",
+        lambda: f"{name}: on {index.device} but hidden_tm on {hidden_tm.device}; move it there",
     )
 
 
 def _check_offsets(name: str, offsets: Tensor, total: int, hidden_tm: Tensor) -> None:
     _check_index(name, offsets, hidden_tm)
-    check(offsets.shape[0] > 0, f"{name}: expected at least one entry, a 0")
+    check(offsets.shape[0] > 0, lambda: f"{name}: expected at least one entry, a 0")
     if _readable(offsets):
         check(
             int(offsets[0]) == 0
             and int(offsets[-1]) == total
             and bool((offsets.diff() >= 0).all()),
-            f"{name}: expected offsets rising from 0 to {total}",
+            lambda: f"{name}: expected offsets rising from 0 to {total}",
         )
 
 

@@ -103,7 +103,7 @@ def lowest_kept(z_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor, min_p_b: Tensor)
     wanted_b = top_p_b.double() * mass_b.double()
     nucleus_floor_b = _nucleus_floor(head_bk, own_bk, wanted_b)
     row_n = (uncut_b & (own_bk.sum(-1) < wanted_b)).nonzero().squeeze(1)
-    while len(row_n):
+    while len(row_n) and longest < vocabulary:
         longest = min(longest * NUCLEUS_GROWTH, vocabulary)
         head_nk = z_bv[row_n].topk(longest).values
         own_nk = _relative_mass(head_nk)

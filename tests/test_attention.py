@@ -1,0 +1,391 @@
+"""Row `attention`: attention over a forest, merging states, importance."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvtools
+from kvtools import KVPages, Plan, _host
+from kvtools.ops.quant import FORMATS
+from kvtools.reference import attention as reference
+from kvtools.reference import quant
+from kvtools.testing import assert_within_budget
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make_states(B, H, D, dtype, device):
+    generator = torch.Generator().manual_seed(B)
+    a, b = torch.randn(2, B, H, D, generator=generator).to(device, dtype)
+    a_lse, b_lse = (3 * torch.randn(2, B, H, generator=generator)).to(device)
+    if B > 0:
+        a_lse[0], a[0] = -torch.inf, torch.nan  # row 0: A empty
+    if B > 1:
+        a_lse[1] = b_lse[1] = -torch.inf  # row 1: both empty
+    return a, a_lse, b, b_lse
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B,H,D", [(1, 1, 16), (3, 2, 63), (5, 4, 128), (0, 2, 64)])
+def test_merge_states(B, H, D, dtype, device, impl):
+    args = make_states(B, H, D, dtype, device)
+    exact = reference.merge_states(*(x.double() for x in args))
+    eager = reference.merge_states(*args)
+    actual = kvtools.merge_states(*args, impl=impl)
+    for name, *triple in zip(("out", "lse"), actual, exact, eager, strict=True):
+        assert_within_budget(name, *triple)
+    if B > 1:
+        assert (actual[0][1] == 0).all() and (actual[1][1] == -torch.inf).all()
+        assert torch.equal(actual[0][0], args[2][0])
+
+
+def test_merge_states_of_a_row_does_not_depend_on_its_batch(device, impl):
+    args = make_states(7, 3, 33, torch.float32, device)
+    together = kvtools.merge_states(*args, impl=impl)
+    for row in range(7):
+        alone = kvtools.merge_states(*(x[row : row + 1] for x in args), impl=impl)
+        for one, all_rows in zip(alone, together, strict=True):
+            assert torch.equal(one[0], all_rows[row])
+
+
+def test_merge_states_raises():
+    a, lse = torch.randn(2, 3, 4), torch.randn(2, 3)
+    with pytest.raises(ValueError, match="b_bhd is"):
+        kvtools.merge_states(a, lse, a[:1], lse)
+    with pytest.raises(ValueError, match="a_lse_bh has shape"):
+        kvtools.merge_states(a, lse[:1], a, lse)
+
+
+class Case:
+    """A random forest with content in every layout, and the dense keys of each row."""
+
+    def __init__(self, seed, *, k_format="none", v_format="none", page_size=16, H=2, G=3, D=16,
+                 tile=0, chunk=0, dtype=torch.float64, scatter=False, most=3):  # fmt: skip
+        rng = np.random.default_rng(seed)
+        generator = torch.Generator().manual_seed(seed)
+        forest = _host.Forest(4096 // page_size + 64, page_size)
+        for _ in range(int(rng.integers(1, 4))):
+            forest.insert(int(rng.integers(1, 40)), 0, int(rng.integers(1, 5)))
+        for _ in range(3):
+            forest.append(rng.integers(0, 20, forest.num_rows).astype(np.int32))
+            forest.gather(rng.integers(0, forest.num_rows, forest.num_rows).astype(np.int32))
+            lengths = forest.lengths()
+            forest.crop(np.maximum(lengths - rng.integers(0, 4, len(lengths)), 1).astype(np.int32))
+        self.counts = rng.integers(0, most + 1, forest.num_rows).astype(np.int32)
+        self.counts[0] = max(self.counts[0], 1)
+        forest.append(self.counts)
+        self.lengths = forest.lengths()
+        self.plan = Plan.from_host(forest.plan(self.counts, tile, chunk))
+        self.forest, self.D, self.dtype = forest, D, dtype
+        self.pages = KVPages.empty(
+            forest.num_pages, H, page_size, D, k_format=k_format, v_format=v_format, dtype=dtype,
+            position=scatter,
+        )  # fmt: skip
+        for name in ("k", "v"):
+            poison = getattr(self.pages, name)
+            poison.fill_(torch.nan) if poison.is_floating_point() else poison.fill_(255)
+        used = np.unique(np.concatenate([forest.row_slots(r) for r in range(forest.num_rows)]))
+        slot = torch.from_numpy(used.astype(np.int64))
+        k, v = torch.randn(2, len(used), H, D, generator=generator, dtype=torch.float64).to(dtype)
+        true = {}
+        for row in range(forest.num_rows):
+            true |= dict(zip(forest.row_slots(row).tolist(), range(10**6), strict=False))
+        position = torch.tensor([true[s] for s in used], dtype=torch.int32)
+        kvtools.append_kv(k, v, slot, self.pages, position)
+        T = int(self.counts.sum())
+        self.q = torch.randn(T, H * G, D, generator=generator, dtype=torch.float64).to(dtype)
+        ends = np.repeat(self.lengths, self.counts)
+        within = np.concatenate([np.arange(c) for c in self.counts])
+        start = ends - np.repeat(self.counts, self.counts)
+        self.position = torch.from_numpy((start + within).astype(np.int32))
+        self.row = np.repeat(np.arange(forest.num_rows), self.counts)
+
+    def content(self, row):
+        """Dense, dequantised k and v [s, h, d] in fp64 of a row."""
+        slot = torch.from_numpy(self.forest.row_slots(row).astype(np.int64))
+        where = (slot // self.pages.page_size, slice(None), slot % self.pages.page_size)
+        for pages, scale in (
+            (self.pages.k, self.pages.k_scale),
+            (self.pages.v, self.pages.v_scale),
+        ):
+            if scale is None:
+                yield pages[where].double()
+            else:
+                yield quant.dequantize_kv(pages[where], scale[where], self.D, torch.float64)
+
+    def expanded(self, *, scale=None, softcap=0.0, sliding=0, sink_h=None):
+        """The same attention, token by token over each row's own copy of keys and values."""
+        outs, lses = [], []
+        for q_hd, position, row in zip(
+            self.q.double(), self.position.tolist(), self.row, strict=True
+        ):
+            k_shd, v_shd = self.content(row)
+            group = len(q_hd) // k_shd.shape[1]
+            k_shd, v_shd = (x.repeat_interleave(group, 1) for x in (k_shd, v_shd))
+            x_hs = torch.einsum("hd,shd->hs", q_hd, k_shd) * (scale or self.D**-0.5)
+            if softcap:
+                x_hs = torch.tanh(x_hs / softcap) * softcap
+            key = torch.arange(x_hs.shape[1])
+            hidden = (key > position) | ((key <= position - sliding) if sliding else False)
+            x_hs = x_hs.masked_fill(hidden, -torch.inf)
+            if sink_h is not None:
+                x_hs = torch.cat([x_hs, sink_h.double()[:, None]], 1)
+                v_shd = torch.cat([v_shd, torch.zeros_like(v_shd[:1])])
+            lses.append(x_hs.logsumexp(-1))
+            outs.append(torch.einsum("hs,shd->hd", x_hs.softmax(-1), v_shd))
+        return torch.stack(outs), torch.stack(lses)
+
+
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.7},
+    "softcap": {"softcap": 5.0},
+    "sliding": {"sliding": 7},
+    "sink": {"sink_h": torch.linspace(-1, 2, 6, dtype=torch.float64)},
+    "all": {"scale": 0.5, "softcap": 3.0, "sliding": 9, "sink_h": torch.ones(6).double()},
+}
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_tree_attention_equals_expanded(options, page_size, impl):
+    for seed in range(4):
+        case = Case(seed, page_size=page_size)
+        actual = kvtools.tree_attention(
+            case.q, case.position, case.pages, case.plan, impl=impl, **options
+        )
+        for x, y in zip(actual, case.expanded(**options), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("k_format,v_format", [(f, f) for f in FORMATS] + [("int8", "int4")])
+def test_tree_attention_formats(k_format, v_format, impl):
+    for seed in range(4):
+        case = Case(10 + seed, k_format=k_format, v_format=v_format, scatter=seed % 2 == 0)
+        actual = kvtools.tree_attention(case.q, case.position, case.pages, case.plan, impl=impl)
+        for x, y in zip(actual, case.expanded(), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["none", "int8", "int4"])
+def test_tree_attention_within_budget(format, dtype, impl):
+    case = Case(3, k_format=format, v_format=format, dtype=dtype)
+    actual = kvtools.tree_attention(case.q, case.position, case.pages, case.plan, impl=impl)
+    exact = case.expanded()
+    eager = [x.to(y.dtype) for x, y in zip(exact, actual, strict=True)]
+    for name, *triple in zip(("out", "lse"), actual, exact, eager, strict=True):
+        if dtype == torch.float32:  # eager: the dense attention that PyTorch would run
+            row = {r: list(case.content(r)) for r in set(case.row)}
+            eager_out = torch.stack([
+                torch.nn.functional.scaled_dot_product_attention(
+                    q[:, None], *(x.float().transpose(0, 1)[:, : p + 1] for x in row[r]),
+                    enable_gqa=True,
+                )[:, 0]
+                for q, p, r in zip(case.q, case.position.tolist(), case.row, strict=True)
+            ])  # fmt: skip
+            triple[2] = eager_out if name == "out" else triple[2]
+        assert_within_budget(name, *triple)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    page_size=st.sampled_from([1, 3, 16]),
+    tile=st.integers(0, 4),
+    chunks=st.integers(0, 3),
+    format=st.sampled_from(FORMATS),
+    most=st.sampled_from([1, 5]),
+)
+def test_tree_attention_random(seed, page_size, tile, chunks, format, most):
+    case = Case(seed, page_size=page_size, tile=tile, chunk=chunks * page_size, k_format=format,
+                v_format=format, scatter=seed % 2 == 0, most=most, G=seed % 3 + 1)  # fmt: skip
+    actual = kvtools.tree_attention(case.q, case.position, case.pages, case.plan)
+    for x, y in zip(actual, case.expanded(), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+
+
+def test_tree_attention_state(impl):
+    """Keys split over two stores, chained by `state`, are one attention."""
+    case = Case(5)
+    whole = kvtools.tree_attention(
+        case.q, case.position, case.pages, case.plan, sink_h=torch.ones(6), impl=impl
+    )
+    for cut in range(len(case.plan.item) + 1):
+        parts = [
+            Plan(**{**vars(case.plan), "item": items})
+            for items in (case.plan.item[:cut], case.plan.item[cut:])
+        ]
+        state = kvtools.tree_attention(case.q, case.position, case.pages, parts[0], impl=impl)
+        both = kvtools.tree_attention(
+            case.q,
+            case.position,
+            case.pages,
+            parts[1],
+            state=state,
+            sink_h=torch.ones(6),
+            impl=impl,
+        )
+        for x, y in zip(both, whole, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_tree_attention_sees_nothing(impl):
+    case = Case(6)
+    nothing = Plan(**{**vars(case.plan), "item": case.plan.item[:0]})
+    out, lse = kvtools.tree_attention(case.q, case.position, case.pages, nothing, impl=impl)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    out, lse = kvtools.tree_attention(case.q[:0], case.position[:0], case.pages, nothing, impl=impl)
+    assert out.shape == (0, 6, 16) and lse.shape == (0, 6)
+
+
+@pytest.mark.parametrize("layout", ["vllm", "vllm_nhd", "sglang"])
+def test_tree_attention_in_foreign_layouts(layout, impl):
+    """Another server's pages and block table, as views: no copy."""
+    page_size = 1 if layout == "sglang" else 16
+    H, D, blocks, rows = 2, 16, 64, 5
+    generator = torch.Generator().manual_seed(0)
+    if layout == "sglang":  # [slots, Hkv, D], one buffer for K and one for V
+        k, v = torch.randn(2, blocks, H, D, generator=generator).double()
+        pages = KVPages(*(x[:, :, None] for x in (k, v)))
+    elif layout == "vllm":  # [blocks, Hkv, block, 2 D]
+        kv = torch.randn(blocks, H, page_size, 2 * D, generator=generator).double()
+        pages = KVPages(kv[..., :D], kv[..., D:])
+    else:  # the same, physically [blocks, block, Hkv, 2 D]
+        kv = torch.randn(blocks, page_size, H, 2 * D, generator=generator).double().transpose(1, 2)
+        pages = KVPages(kv[..., :D], kv[..., D:])
+    shared = 3
+    lens = torch.tensor([3 * page_size + 1, 4 * page_size, 5, 5 * page_size, 3 * page_size])
+    lens = lens.clamp(min=1).int()
+    table = torch.full((rows, 8), 2**31 - 1, dtype=torch.int32)
+    free = iter(torch.randperm(blocks, generator=generator).tolist())
+    common = [next(free) for _ in range(shared)]
+    for row, length in enumerate(lens.tolist()):
+        need = -(-length // page_size)
+        own = [next(free) for _ in range(max(need - shared, 0))]
+        table[row, :need] = torch.tensor((common + own)[:need])
+    q = torch.randn(rows, 4, D, generator=generator).double()
+    plan = kvtools.plan_from_block_table(table, lens, page_size)
+    assert len(plan.first) < rows * 2  # the shared blocks are found
+    out, _ = kvtools.tree_attention(q, lens - 1, pages, plan, impl=impl)
+    for row, length in enumerate(lens.tolist()):
+        slot = torch.arange(length)
+        where = (table[row].long()[slot // page_size], slice(None), slot % page_size)
+        k, v = (x[where].transpose(0, 1)[None] for x in (pages.k, pages.v))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q[row][None, :, None], k, v, enable_gqa=True
+        )
+        torch.testing.assert_close(out[row], expected[0, :, 0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("group", ["all", "mean"])
+@pytest.mark.parametrize("most", [1, 4])
+def test_importance(group, most, impl):
+    """`importance` and `history` against dense probabilities; only own nodes change."""
+    window = 37
+    sink_h = torch.linspace(-1, 1, 6).double()
+    for seed in range(3):
+        case = Case(seed, scatter=True, most=most)
+        shape = case.pages.k.shape[:3]
+        case.pages.importance = torch.zeros(shape)
+        case.pages.history = torch.zeros(*shape, 2, dtype=torch.int32)
+        options = dict(sink_h=sink_h, sliding=11)
+        _, lse = kvtools.tree_attention(
+            case.q, case.position, case.pages, case.plan, window=window, group=group, impl=impl,
+            **options,
+        )  # fmt: skip
+        own_slots = set()
+        for i in case.plan.own.nonzero()[:, 0]:
+            pages = case.plan.page[case.plan.page_indptr[i] : case.plan.page_indptr[i + 1]]
+            offset = case.plan.first[i] + torch.arange(int(case.plan.length[i]))
+            size = case.pages.page_size
+            own_slots |= set((pages[offset // size] * size + offset % size).tolist())
+        mass, low = torch.zeros(shape).double(), torch.zeros(*shape, 64, dtype=torch.bool)
+        for t, (position, row) in enumerate(zip(case.position.tolist(), case.row, strict=True)):
+            k_shd, _ = case.content(row)
+            x = torch.einsum("hgd,shd->hgs", case.q[t].view(2, 3, -1), k_shd) * case.D**-0.5
+            key = torch.arange(x.shape[-1])
+            visible = (key <= position) & (key > position - 11)
+            p = (x - lse[t].view(2, 3, 1)).exp() * visible
+            mean = p.sum(-1, keepdim=True) / visible.sum()
+            is_low = (p < mean).all(1) if group == "all" else p.mean(1) < mean.mean(1)
+            for s, slot in enumerate(case.forest.row_slots(row).tolist()):
+                page, offset = divmod(slot, case.pages.page_size)
+                if slot in own_slots and s <= position:
+                    mass[page, :, offset] += p[:, :, s].mean(1)
+                    low[page, :, offset, position % window] = is_low[:, s]
+        torch.testing.assert_close(case.pages.importance.double(), mass, rtol=1e-5, atol=1e-6)
+        bits = (case.pages.history[..., None] >> torch.arange(32)) & 1
+        assert torch.equal(bits.flatten(-2).bool(), low)
+        assert mass.sum() > 0 and low.any()
+
+
+def tree_args(case):
+    plan = case.plan
+    return (
+        case.q, case.position, *case.pages.tensors(), plan.page_indptr, plan.page, plan.first,
+        plan.length, plan.base, plan.own, plan.token, plan.item, None, None, None, 0.25, 0.0, 0, 0,
+        "all",
+    )  # fmt: skip
+
+
+def test_attention_contract():
+    case = Case(1, dtype=torch.float32)
+    for pages in (case.pages.k, case.pages.v):
+        pages.nan_to_num_()
+    torch.library.opcheck(torch.ops.kvtools.tree_attention.default, tree_args(case))
+    args = make_states(3, 2, 8, torch.float32, "cpu")
+    torch.library.opcheck(
+        torch.ops.kvtools.merge_states.default, [x.nan_to_num(0, neginf=-9) for x in args]
+    )
+
+
+def test_attention_compiles():
+    merge = torch.compile(kvtools.merge_states, fullgraph=True, dynamic=True, backend="eager")
+    for B in (3, 7):
+        args = make_states(B, 2, 8, torch.float32, "cpu")
+        torch.testing.assert_close(merge(*args), kvtools.merge_states(*args), equal_nan=True)
+    tree = torch.compile(kvtools.tree_attention, fullgraph=True, dynamic=True, backend="eager")
+    for seed in (1, 2):
+        case = Case(seed, dtype=torch.float32, k_format="int4")
+        args = (case.q, case.position, case.pages, case.plan)
+        for x, y in zip(tree(*args), kvtools.tree_attention(*args), strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(q_thd=torch.randn(2, 5, 16)), "not a multiple of the pages' 2 KV heads"),
+        (dict(q_thd=torch.zeros(2, 6, 16, dtype=torch.int32)), "q_thd has dtype"),
+        (dict(q_thd=torch.randn(2, 6, 24)), "heads of size 24 need"),
+        (dict(position_t=torch.zeros(1, dtype=torch.int32)), "position_t has shape"),
+        (dict(group="any"), "group='any'"),
+        (dict(softcap=-1.0), "softcap and sliding"),
+        (dict(sink_h=torch.zeros(2)), "sink_h must have shape"),
+        (dict(window=3), "window=3 does not fit"),
+        (dict(position_t=torch.zeros(2, dtype=torch.int32, device="meta")), "one device"),
+        (dict(q_thd=torch.randn(2, 6, 16, requires_grad=True)), "inference only"),
+    ],
+)
+def test_tree_attention_raises(change, message):
+    case = Case(0, dtype=torch.float32)
+    args = dict(
+        q_thd=torch.randn(2, 6, 16), position_t=torch.zeros(2, dtype=torch.int32),
+        pages=case.pages, plan=case.plan,
+    )  # fmt: skip
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        kvtools.tree_attention(**{**args, **change})
+
+
+def test_plan_from_block_table_raises():
+    table = torch.zeros(2, 3, dtype=torch.int32)
+    for args, message in [
+        ((table[0], torch.ones(3).int(), 4), "block_table must be"),
+        ((table, torch.ones(3).int(), 4), "seq_lens has shape"),
+        ((table, torch.tensor([1, 13]), 4), "row 1 has 13"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kvtools.plan_from_block_table(*args)

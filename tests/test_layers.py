@@ -1,0 +1,84 @@
+"""The layers of the package, and that importing it is light."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kvtools
+
+PACKAGE = Path(kvtools.__file__).parent
+# What each layer may import of the package; see the picture in the README.
+ALLOWED = {
+    "reference": {"reference"},
+    "kernels": {"kernels"},
+    "ops": {"ops", "reference", "kernels", "_host"},
+    "policy": set(),
+    "config": {"policy"},
+    "store": {"ops", "policy", "config", "_host"},
+    "cache": {"ops", "policy", "config", "store"},
+    "hf": {"ops", "config", "cache"},
+    "rollouts": {"ops", "config", "cache", "hf"},
+    "models": {"__init__"},
+    "testing": set(),
+    "demo": {"__init__", "models", "cli"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo"},
+    "__init__": {"ops", "config", "cache", "hf", "rollouts"},
+}
+OUTSIDE = {"hf": {"transformers"}, "models": {"transformers"}, "kernels": {"triton"}}
+
+
+def imports(path: Path):
+    """Top-level names outside the package, and layers inside, that a file imports."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            start = ["kvtools", *parts][: -node.level] if node.level else []
+            module = ".".join(filter(None, [*start, node.module]))
+            names = [module] if module != "kvtools" else [f"{module}.{a.name}" for a in node.names]
+        else:
+            continue
+        for name in names:
+            top, _, rest = name.partition(".")
+            yield top, (rest.split(".")[0] or "__init__") if top == "kvtools" else None
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
+def test_imports_go_up_only(path):
+    layer = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for top, inside in imports(path):
+        if top == "kvtools":
+            name = inside if inside in ALLOWED or inside == "_host" else "__init__"
+            assert name in ALLOWED[layer], f"{layer} imports kvtools.{inside}"
+        elif top in ("transformers", "triton"):
+            assert top in OUTSIDE.get(layer, ()), f"{layer} imports {top}"
+
+
+def test_import_is_light():
+    code = (
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import kvtools\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "heavy = {'triton', 'transformers', 'rich'} & (set(sys.modules) - before)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_importing_the_door_registers_nothing():
+    code = (
+        "from kvtools import generate\n"
+        "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
+        "assert 'kvtools' not in ALL_ATTENTION_FUNCTIONS.valid_keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_public_names_exist():
+    for name in kvtools.__all__:
+        assert getattr(kvtools, name).__doc__, name

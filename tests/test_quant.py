@@ -1,0 +1,245 @@
+"""Row `quant`: rotate, quantise, append."""
+
+import pytest
+import torch
+
+import kvtools
+from kvtools import KVPages
+from kvtools.ops.quant import FORMATS
+from kvtools.reference import quant as reference
+from kvtools.testing import assert_within_budget
+
+SHAPES = [(1, 1, 8), (3, 2, 24), (5, 4, 128), (0, 2, 64), (7, 3, 80)]  # T, H, D
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+QUANTISED = FORMATS[1:]
+# Mean squared error of unit normals, at most: a uniform quantiser of that many levels.
+ERROR = {"fp8": 1.2e-3, "int8": 1e-4, "int4": 1.5e-2, "int2": 0.14}
+
+
+@pytest.mark.parametrize("d", [8, 24, 64, 80, 96, 128, 256])
+def test_rotation_is_orthogonal_and_spreads(d):
+    r = reference.rotation(d, torch.float64, torch.device("cpu"))
+    torch.testing.assert_close(r @ r.T, torch.eye(d, dtype=torch.float64))
+    assert r[0].count_nonzero() == d & -d
+    assert 0 < (r[:, 0] < 0).sum() < d
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", QUANTISED)
+@pytest.mark.parametrize("T,H,D", SHAPES)
+def test_quantize_kv(T, H, D, format, dtype, device, impl):
+    x = torch.randn(T, H, D, device=device, generator=torch.Generator(device).manual_seed(0))
+    x = x.to(dtype)
+    codes, scale = kvtools.quantize_kv(x, format, impl=impl)
+    bits = {"fp8": 8, "int8": 8, "int4": 4, "int2": 2}[format]
+    assert codes.shape == (T, H, D * bits // 8) and scale.shape == (T, H)
+    assert codes.element_size() == 1 and scale.dtype == torch.float16
+    back = kvtools.dequantize_kv(codes, scale, D, dtype=torch.float64, impl=impl)
+    exact = reference.dequantize_kv(*reference.quantize_kv(x.double(), format), D, torch.float64)
+    # The same codes but for values that fp32 rounds across a border: compare what they stand for.
+    error, best = ((y - x.double()).square().mean() for y in (back, exact))
+    if T:
+        assert error <= 1.01 * best + 1e-7
+        assert best < ERROR[format] * 1.5
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_error_of_normals(format):
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    back = kvtools.dequantize_kv(*kvtools.quantize_kv(x, format), 64)
+    assert (back - x).square().mean() < ERROR[format]
+    # Clipping never loses to using the whole range.
+    clips = reference.CLIPS.get(format, 1)
+    if clips > 1:
+        reference.CLIPS[format] = 1
+        try:
+            whole = kvtools.dequantize_kv(*kvtools.quantize_kv(x, format), 64)
+        finally:
+            reference.CLIPS[format] = clips
+        assert ((back - x).square().sum(-1) <= (whole - x).square().sum(-1) * 1.0001).all()
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_dequantize_kv_within_budget(format, device, impl):
+    codes, scale = kvtools.quantize_kv(torch.randn(9, 64, device=device), format)
+    exact = reference.dequantize_kv(codes, scale, 64, torch.float64)
+    eager = reference.dequantize_kv(codes, scale, 64, torch.float32)
+    actual = kvtools.dequantize_kv(codes, scale, 64, impl=impl)
+    assert_within_budget("x", actual, exact, eager)
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_extremes(format):
+    x = torch.zeros(4, 16)
+    x[1] = 1e-30
+    x[2] = 6e4
+    x[3, 3] = -1.0
+    back = kvtools.dequantize_kv(*kvtools.quantize_kv(x, format), 16)
+    assert torch.isfinite(back).all()
+    assert back[:2].abs().max() < 1e-5
+    assert (back[2] - x[2]).abs().max() < {"int2": 2e5, "int4": 4e4}.get(format, 6e3)
+
+
+@pytest.mark.parametrize("per_byte", [1, 2, 4])
+def test_packing_is_by_planes(per_byte):
+    codes = torch.randint(256 if per_byte == 1 else 16 // per_byte**2 * 4 or 4, (5, 16)) % (
+        1 << (8 // per_byte)
+    )
+    codes = codes.to(torch.uint8)
+    packed = reference.pack(codes, per_byte)
+    torch.testing.assert_close(reference.unpack(packed, per_byte), codes)
+    if per_byte == 2:  # byte j: element j in the low nibble, j + d/2 in the high one
+        assert torch.equal(packed, codes[:, :8] | codes[:, 8:] << 4)
+
+
+def make_pages(H, D, k_format, v_format, device, dtype=torch.float32, **options):
+    return KVPages.empty(
+        4, H, 3, D, k_format=k_format, v_format=v_format, dtype=dtype, device=device, **options
+    )
+
+
+@pytest.mark.parametrize("k_format,v_format", [(f, f) for f in FORMATS] + [("none", "int4")])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_append_kv(k_format, v_format, per_head, device, impl):
+    T, H, D = 5, 2, 16
+    pages = make_pages(H, D, k_format, v_format, device, position=True, importance=True, window=40)
+    before = [x.clone() for x in pages.tensors() if x is not None]
+    k, v = torch.randn(2, T, H, D, device=device)
+    slot = torch.tensor([[7, 1], [0, 2], [-1, -1], [11, 11], [4, 3]], device=device)
+    if not per_head:
+        slot = slot[:, 0]
+    position = torch.arange(20, 20 + T, dtype=torch.int32, device=device)
+    kvtools.append_kv(k, v, slot, pages, position, impl=impl)
+    slots = slot if per_head else slot[:, None].expand(T, H)
+    written = torch.zeros(4, H, 3, dtype=torch.bool, device=device)
+    for t in range(T):
+        for h in range(H):
+            s = int(slots[t, h])
+            if s < 0:
+                continue
+            at = (s // 3, h, s % 3)
+            written[at] = True
+            for x, content, scale, format in (
+                (k, pages.k, pages.k_scale, k_format),
+                (v, pages.v, pages.v_scale, v_format),
+            ):
+                if format == "none":
+                    assert torch.equal(content[at], x[t, h])
+                else:
+                    codes, s16 = kvtools.quantize_kv(x[t, h], format)
+                    assert torch.equal(content[at].view(torch.uint8), codes.view(torch.uint8))
+                    assert scale[at] == s16
+            assert pages.position[at] == position[t]
+            assert pages.importance[at] == 0 and (pages.history[at] == 0).all()
+    for old, new in zip(before, [x for x in pages.tensors() if x is not None], strict=True):
+        keep = ~written
+        old, new = (
+            x[keep].view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x[keep]
+            for x in (old, new)
+        )
+        torch.testing.assert_close(new, old, equal_nan=True, rtol=0, atol=0)
+
+
+def test_append_kv_into_foreign_layouts(device):
+    """vLLM's [blocks, Hkv, block, 2 D] and SGLang's [slots, Hkv, D] are views."""
+    k, v = torch.randn(2, 4, 2, 8, device=device)
+    slot = torch.tensor([5, 0, 9, 2], device=device)
+    vllm = torch.zeros(5, 2, 2, 16, device=device)
+    kvtools.append_kv(k, v, slot, KVPages(vllm[..., :8], vllm[..., 8:]))
+    sglang = torch.zeros(2, 10, 2, 8, device=device)
+    view = sglang.view(2, 10, 1, 2, 8).transpose(2, 3)
+    kvtools.append_kv(k, v, slot, KVPages(view[0], view[1]))
+    for t, s in enumerate(slot.tolist()):
+        assert torch.equal(vllm[s // 2, :, s % 2], torch.cat([k[t], v[t]], -1))
+        assert torch.equal(sglang[:, s], torch.stack([k[t], v[t]]))
+
+
+def test_pages_grow_and_keep(device):
+    pages = make_pages(2, 8, "int4", "none", device, position=True)
+    k, v = torch.randn(2, 12, 2, 8, device=device)
+    positions = torch.arange(12, dtype=torch.int32, device=device)
+    kvtools.append_kv(k, v, torch.arange(12, device=device), pages, positions)
+    before = [x if x is None else x.clone() for x in pages.tensors()]
+    pages.grow(9)
+    for old, new in zip(before, pages.tensors(), strict=True):
+        assert (old is None) == (new is None)
+        if old is not None:
+            assert new.shape[0] == 9 and torch.equal(new[:4], old)
+
+
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda x: kvtools.quantize_kv(x, "int3"), "format='int3' does not exist"),
+        (lambda x: kvtools.quantize_kv(x, "none"), "unquantised"),
+        (lambda x: kvtools.quantize_kv(x[..., :7], "int4"), "head size 7 is not supported"),
+        (lambda x: kvtools.quantize_kv(x.int(), "int4"), "x has dtype torch.int32"),
+        (lambda x: kvtools.dequantize_kv(x, x[..., 0], 8), "hold no format"),
+        (
+            lambda x: kvtools.dequantize_kv(x.to(torch.uint8), x[0, :, 0], 8),
+            r"scale has shape \(2,\)",
+        ),
+        (lambda x: kvtools.quantize_kv(x, "int4", impl="fast"), "impl='fast': expected one of"),
+        (lambda x: kvtools.quantize_kv(x, "int4", impl="cuda"), "impl='cuda' does not exist for"),
+        (lambda x: kvtools.quantize_kv(x.requires_grad_(), "int4"), "inference only"),
+    ],
+)
+def test_quantize_kv_raises(call, message):
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        call(torch.randn(3, 2, 8))
+
+
+def test_append_kv_raises():
+    pages = KVPages.empty(4, 2, 3, 8, k_format="int4", position=True)
+    k = torch.randn(3, 2, 8)
+    slot, position = torch.arange(3), torch.arange(3, dtype=torch.int32)
+    cases = {
+        "v_thd has shape": (k, k[:2], slot, pages, position),
+        "k_thd has 1 heads": (k[:, :1], k[:, :1], slot, pages, position),
+        "share a floating point": (k, k.half(), slot, pages, position),
+        "slot must be int32": (k, k, slot.float(), pages, position),
+        "position_t of shape": (k, k, slot, pages),
+        "heads of size 16 need": (*[torch.randn(3, 2, 16)] * 2, slot, pages, position),
+        "k_scale of shape": (k, k, slot, KVPages(pages.k, pages.v), position),
+        "contiguous in its last axis": (
+            k, k, slot, KVPages(torch.zeros(4, 2, 8, 3).mT, torch.zeros(4, 2, 3, 8)),
+        ),
+    }  # fmt: skip
+    for message, args in cases.items():
+        with pytest.raises(ValueError, match=message):
+            kvtools.append_kv(*args)
+
+
+@pytest.mark.parametrize("format", QUANTISED)
+def test_quant_contract(format, device):
+    x = torch.randn(3, 2, 8, device=device)
+    ops = torch.ops.kvtools
+    # The schema test compares by arithmetic that float8 does not have.
+    every = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
+    checks = {"test_utils": every[1:] if format == "fp8" else every}
+    torch.library.opcheck(ops.quantize_kv.default, (x, format), **checks)
+    codes, scale = kvtools.quantize_kv(x, format)
+    torch.library.opcheck(ops.dequantize_kv.default, (codes, scale, 8, torch.float32), **checks)
+    pages = make_pages(2, 8, format, format, device, position=True, importance=True, window=3)
+    for tensor in pages.tensors():
+        tensor.view(torch.uint8).zero_()
+    slot = torch.tensor([[3, 1], [0, 2], [4, 4]], device=device)
+    position = torch.arange(3, dtype=torch.int32, device=device)
+    k, v, k_scale, v_scale, *rest = pages.tensors()
+    args = (x, x, slot, k, v, k_scale, v_scale, position, *rest)
+    torch.library.opcheck(ops.append_kv.default, args, **checks)
+
+
+def test_quant_compiles(device):
+    quantize = torch.compile(kvtools.quantize_kv, fullgraph=True, dynamic=True, backend="eager")
+    back = torch.compile(kvtools.dequantize_kv, fullgraph=True, dynamic=True, backend="eager")
+    append = torch.compile(kvtools.append_kv, fullgraph=True, dynamic=True, backend="eager")
+    for T in (3, 5):
+        x = torch.randn(T, 2, 8, device=device)
+        codes, scale = quantize(x, "int4")
+        assert torch.equal(codes, kvtools.quantize_kv(x, "int4")[0])
+        torch.testing.assert_close(back(codes, scale, 8), kvtools.dequantize_kv(codes, scale, 8))
+        one, two = (KVPages.empty(3, 2, 2, 8, device=device) for _ in range(2))
+        append(x, x, torch.arange(T, device=device), one)
+        kvtools.append_kv(x, x, torch.arange(T, device=device), two)
+        torch.testing.assert_close(one.k, two.k, equal_nan=True)
