@@ -37,7 +37,7 @@ test: ext $(MODEL) ## run the tests
 
 lint: $(PACKAGE) ## check style: ruff and clang-format
 	@$(PY) -m ruff check -q --output-format concise .
-	@$(PY) -m ruff format -q --check . || { echo 'lint: run "make format" to fix the files above' >&2; exit 1; }
+	@$(PY) -m ruff format --check . || { echo 'lint: run "make format" to fix the files above' >&2; exit 1; }
 	@$(if $(STYLED),$(CLANG_FORMAT) --dry-run -Werror $(STYLED))
 	@echo "lint: clean"
 

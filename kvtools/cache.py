@@ -237,8 +237,7 @@ class KVCache:
             state = tree_attention(
                 q_thd, self._position, self._sinks.layers[layer], plan, **options
             )
-        if pages.importance is not None and policy_of(config.policy).mass == "step":
-            pages.importance.zero_()
+        last_only = pages.importance is not None and policy_of(config.policy).mass == "step"
         options |= dict(sink_h=sink_h, group=config.group)
         options |= dict(window=config.window if pages.history is not None else 0)
         passes = self._passes[store]
@@ -250,6 +249,8 @@ class KVCache:
             if step.evict is not None:
                 slot = slot.long()[:, None].repeat(1, k.shape[1])
                 slot[step.evict] = store.victims_of(layer, step)
+            if last_only:  # only of the rows in this pass: others have not stepped
+                pages.importance[step.plan.page.long()] = 0
             append_kv(k, v, slot, pages, step.position_t, impl=config.impl)
             part = state if every or state is None else tuple(x[step.token] for x in state)
             out, _ = tree_attention(q, step.position_t, pages, step.plan, state=part, **options)
@@ -363,7 +364,8 @@ class KVCache:
         if softcap or sink_h is not None or k_hld.shape[1] <= sinks:
             center = torch.zeros_like(center)
         held = self._center.get(layer, center.new_zeros(0, *center[:, 0].shape))
-        # A prompt whose filling failed was dropped by `gather`; rows of this layer may lag behind.
+        # A filling that failed may have left this layer a prompt behind, or ahead if it is repeated.
+        held = held[: len(self._prompts) - 1]
         held = torch.cat(
             [held, held.new_zeros(len(self._prompts) - 1 - len(held), *held.shape[1:])]
         )

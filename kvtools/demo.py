@@ -15,6 +15,7 @@ from kvtools import cli, models
 QUESTION = (
     "Explain in your own words what garbage collection is, and why programs should close files."
 )
+BUDGET = {"prompt_budget": 0.5, "budget": 40}
 COLUMNS = ("", "prefill s", "tokens/s", "KV MiB", "ratio", "ratio to 16 bit")
 BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
@@ -27,7 +28,7 @@ def configs() -> dict:
         "plain generate": None,
         "kvtools, 16-bit": CacheConfig(),
         "kvtools, 4-bit": CacheConfig(bits=4),
-        "kvtools, 4-bit, budget": CacheConfig(bits=4, prompt_budget=0.5, budget=40),
+        "kvtools, 4-bit, budget": CacheConfig(bits=4, **BUDGET),
     }
 
 
@@ -63,6 +64,8 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
                 num_return_sequences=n,
                 pad_token_id=tokenizer.pad_token_id,
             )
+        seconds, rate, held = cli.figures(rows[name])
+        console.print(f"prefill {seconds} s, then {rate} tokens/s; holds {held} MiB of KV")
         for text in tokenizer.batch_decode(new[:3], skip_special_tokens=True):
             console.print("• " + " ".join(text.split())[:200], markup=False, highlight=False)
     result = {
@@ -71,6 +74,7 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
         "n": n,
         "prompt_tokens": length,
         "new_tokens": new_tokens,
+        **BUDGET,
         "device": place(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -110,7 +114,8 @@ def caption(result: dict) -> str:
         f"{result['threads']} threads, torch {result['torch']}, "
         f"transformers {result['transformers']}, commit {result['commit']}{dirty}. "
         "KV MiB is what the tensors of the cache hold; ratio: plain generate's over it, as it ran "
-        "in float32, and counted at 2 bytes per element."
+        "in float32, and counted at 2 bytes per element. Budget: "
+        f"{result['prompt_budget']:.0%} of the prompt, and {result['budget']} tokens per rollout."
     )
 
 

@@ -36,7 +36,7 @@ from .config import CacheConfig
 from .ops.sampling import sample
 
 NAME = "kvtools"
-LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 # These hand keys and values from layer to layer, or change them after the cache has seen them.
 REFUSED = ("gemma3n", "gemma4", "mistral_large4", "diffllama", "doge", "inkling", "mllama")
 
@@ -128,20 +128,22 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     options = dict(scale=scaling, softcap=softcap or 0.0, sliding=sliding_window or 0, sink_h=s_aux)
-    if not isinstance(key, _Handle) or key.cache.filling:
-        k, v = (x.__getattribute__("k" if i == 0 else "v") if isinstance(x, _Handle) else x
-                for i, x in enumerate((key, value)))  # fmt: skip
+    handle = key if isinstance(key, _Handle) else None
+    if handle is None or handle.cache.filling:
+        k, v = (key, value) if handle is None else (handle.k, handle.v)
         extra = dict(scaling=scaling, softcap=softcap, sliding_window=sliding_window, s_aux=s_aux)
         extra = {name: x for name, x in extra.items() if x is not None}
         out = _stock_attention(module)(module, query, k, v, attention_mask, **extra, **kwargs)
-        if isinstance(key, _Handle):
-            key.cache.kv.fill(key.layer, query[0], k[0], v[0], **options)
+        if handle is not None:
+            handle.cache.kv.fill(handle.layer, query[0], k[0], v[0], **options)
         return out
-    cache = key.cache
-    q, k, v = (x.transpose(1, 2) for x in (query, key.k, key.v))  # [rows, tokens, heads, D]
+    if kwargs.get("position_bias") is not None:
+        raise ValueError("the model biases scores by position: kvtools does not support it")
+    cache = handle.cache
+    q, k, v = (x.transpose(1, 2) for x in (query, handle.k, handle.v))  # [rows, tokens, heads, D]
     valid = cache.valid
     flat = (x.flatten(0, 1) if valid is None else x[valid] for x in (q, k, v))
-    out_thd = cache.kv.attend(key.layer, *flat, **options)
+    out_thd = cache.kv.attend(handle.layer, *flat, **options)
     if valid is None:
         return out_thd.view(*q.shape), None
     out = torch.zeros_like(q)
@@ -199,7 +201,7 @@ def check_model(model: PreTrainedModel) -> None:
     others = set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES
     if others:
         raise ValueError(
-            f"{kind} has layers without a KV cache ({', '.join(others)}); kvtools cannot run it"
+            f"{kind} has layers of another kind ({', '.join(others)}); kvtools cannot run it"
         )
 
 
@@ -222,6 +224,8 @@ class Session:
         head: bool = True,
     ) -> None:
         check_model(model)
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
         layers = model.config.get_text_config(decoder=True).num_hidden_layers
         self.model, self.head = model, head
         self.kv = KVCache(config, layers, device=model.device, pages=pages)
@@ -357,6 +361,7 @@ def generate(
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
     active = torch.arange(rows, device=device)
+    over = torch.zeros(rows, dtype=torch.bool, device=device)  # once stopped, always stopped
     prompt_length = input_ids.shape[1]
     while True:
         raw = logits.to(torch.float32)
@@ -382,7 +387,8 @@ def generate(
         input_ids = torch.cat([input_ids, next_tokens[:, None]], 1)
         if streamer is not None:
             streamer.put(next_tokens.cpu())
-        done = stopping_criteria(input_ids, all_scores)[active]
+        over |= stopping_criteria(input_ids, all_scores)
+        done = over[active]
         if done.all():
             break
         if (
@@ -406,8 +412,9 @@ def _refuse(
 ) -> None:
     """Raise for what `generate` offers and this loop does not, by name."""
     check_model(model)
-    given = {**{k: v for k, v in asked.items() if k in ("assistant_model", "synced_gpus")}}
-    given |= asked.get("kwargs") or {}
+    options = ("assistant_model", "synced_gpus", "negative_prompt_ids")
+    given = {name: asked.get(name) for name in options} | (asked.get("kwargs") or {})
+    stock = getattr(model.generation_config, "cache_implementation", None)  # a checkpoint's wish
     refused = {
         "num_beams": config.num_beams not in (None, 1),
         "penalty_alpha": config.penalty_alpha is not None and (config.top_k or 0) > 1,
@@ -416,13 +423,18 @@ def _refuse(
         "assistant_early_exit": config.assistant_early_exit is not None,
         "assistant_model": given.get("assistant_model") is not None,
         "constraints": getattr(config, "constraints", None) is not None,
+        "force_words_ids": getattr(config, "force_words_ids", None) is not None,
+        "num_beam_groups": getattr(config, "num_beam_groups", None) not in (None, 1),
+        "use_mtp": bool(getattr(config, "use_mtp", False)),
         "guidance_scale": config.guidance_scale not in (None, 1),
+        "negative_prompt_ids": given["negative_prompt_ids"] is not None,
         "use_cache=False": kwargs.get("use_cache") is False,
         "output_attentions": bool(config.output_attentions),
         "output_hidden_states": bool(config.output_hidden_states),
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "compile_config": config.compile_config is not None,
-        "cache_implementation": given.get("cache_implementation") is not None,
+        "cache_implementation": given.get("cache_implementation") is not None
+        or config.cache_implementation not in (None, stock),
         "past_key_values": given.get("past_key_values") is not None,
         "inputs_embeds": given.get("inputs_embeds") is not None,
         "synced_gpus": bool(given.get("synced_gpus")),
@@ -509,6 +521,8 @@ def patch(model: PreTrainedModel, config: CacheConfig | None = None) -> Iterator
             raise ValueError(
                 "custom_generate cannot be combined with kvtools.patch: use one of the two"
             )
+        if kwargs.get("cache_implementation") == "paged":  # generate would leave before our loop
+            raise ValueError("kvtools.generate does not support cache_implementation: leave it out")
         # generate loses the tokenizer on the way to a custom loop, so stop strings are resolved
         # here.
         base = kwargs.get("generation_config") or model.generation_config

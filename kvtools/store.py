@@ -55,11 +55,11 @@ class Store:
     def kept(self, length: int) -> int:
         """How many tokens of a prompt of `length` tokens are kept."""
         share = self.config.prompt_budget
-        if share is None:
+        if share in (None, 1.0):
             return length
         floor = self.config.sinks + self.config.recent + 1
         budget = share if is_int(share) else share * length
-        if share != 1.0 and budget < floor <= length:
+        if budget < floor <= length:
             raise ValueError(
                 f"prompt_budget={share} of a prompt of {length} tokens is {int(budget)} tokens, "
                 f"not above sinks + recent = {floor - 1}: raise prompt_budget or lower recent"
@@ -86,6 +86,9 @@ class Store:
         taken = self.forest.insert(slots, base, copies)
         self.left = np.concatenate([self.left, np.zeros(copies, np.int32)])
         self.scrambled = np.concatenate([self.scrambled, np.zeros(copies, bool)])
+        for layer, victims in self.victims.items():
+            none = victims.new_zeros(copies, *victims.shape[1:])
+            self.victims[layer] = torch.cat([victims, none])
         return taken
 
     def pages_of(
@@ -112,13 +115,18 @@ class Store:
         return self._plan
 
     def passes(self, counts: np.ndarray, seen: np.ndarray, device: torch.device) -> list[Pass]:
-        """Take slots for `counts` tokens per row; one by one where a row exceeds its budget."""
+        """Take slots for `counts` tokens per row; one by one where a row exceeds its budget or the
+        policy looks at the last token alone."""
 
         def to_device(x: np.ndarray) -> Tensor:
             return torch.from_numpy(x).to(device)
 
         rows = np.arange(len(counts))
-        if self.budget is None or not (self.forest.own_lengths() + counts > self.budget).any():
+        last_only = policy_of(self.config.policy).mass == "step"  # so each must be the last once
+        if self.budget is None or not (
+            (self.forest.own_lengths() + counts > self.budget).any()
+            or (last_only and (counts > 1).any())
+        ):
             row_t = np.repeat(rows, counts)
             ahead = np.arange(len(row_t)) - np.repeat(np.cumsum(counts) - counts, counts)
             slot_t, plan = self._append(counts, counts, device)
@@ -199,9 +207,11 @@ class Store:
         """Cut the rows of `cut` to `lengths` tokens: `slots` slots of a path that is in order.
 
         A scrambled row keeps its slots; those of later tokens become empty and are the next
-        victims.
+        victims. It is in order again where nothing of its own is left.
         """
         self.left[cut] = 0
+        shared = self.forest.lengths() - self.forest.own_lengths()
+        self.scrambled &= ~cut | (slots > shared)
         emptied = np.flatnonzero(cut & self.scrambled)
         for pages in self.layers.values() if len(emptied) else ():
             where = self._where(pages, emptied)

@@ -149,7 +149,7 @@ def test_literal():
 def test_readme_table(tmp_path):
     row = {"prefill_s": 1.0, "tokens_per_s": 2.0, "memory": {"total": 2**21}}
     half = row | {"memory": {"total": 2**20}}
-    result = collections.defaultdict(str) | {"rows": {"plain generate": row, "kvtools": half}}
+    result = collections.defaultdict(int) | {"rows": {"plain generate": row, "kvtools": half}}
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{demo.BEGIN}\nstale\n{demo.END}\nafter\n")
     for _ in range(2):

@@ -114,7 +114,9 @@ def test_step_scores(steps, dtype, k, device, impl):
 
 def test_step_scores_without_bias_and_strided(device, impl):
     hidden_tm, step_s, cu_steps, weight_km, _ = make_steps([3, 0, 7], torch.float32, device)
-    expected = step_scores(hidden_tm, step_s, cu_steps, weight_km, torch.zeros(2), impl=impl)
+    expected = step_scores(
+        hidden_tm, step_s, cu_steps, weight_km, torch.zeros(2, device=device), impl=impl
+    )
     actual = step_scores(
         hidden_tm.T.contiguous().T, step_s.long(), cu_steps.long(), weight_km, impl=impl
     )

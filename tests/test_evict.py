@@ -1,0 +1,228 @@
+"""Row `evict`: importance from a window of queries, who goes, and closing the gaps."""
+
+import pytest
+import torch
+
+import kvtools
+from kvtools import KVPages
+from kvtools.ops.quant import EMPTY, FORMATS
+from kvtools.testing import assert_within_budget
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make_window(B, H, G, W, S, D, dtype, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, H * G, W, D, generator=generator).to(device, dtype)
+    k = torch.randn(B, H, S, D, generator=generator).to(device, dtype)
+    return q, k
+
+
+def naive_key_scores(q, k, *, sink_h=None, sinks=0, softcap=0.0, sliding=0, group="all"):
+    """One query at a time, in the dtype of `q`."""
+    (B, H, S, D), W, G = k.shape, q.shape[2], q.shape[1] // k.shape[1]
+    mass, low = q.new_zeros(B, H, S), torch.zeros(B, H, S, dtype=torch.int32, device=q.device)
+    for b, h, w in torch.cartesian_prod(*map(torch.arange, (B, H, W))).tolist():
+        now = S - W + w
+        begin = max(0, now + 1 - sliding) if sliding else 0
+        p, mean = q.new_zeros(G, now + 1), q.new_zeros(G)
+        for g in range(G):
+            x = k[b, h, begin : now + 1] @ q[b, h * G + g, w] * D**-0.5
+            if softcap:
+                x = softcap * torch.tanh(x / softcap)
+            if sink_h is not None:
+                x = torch.cat([x, sink_h[h * G + g, None].to(x.dtype)])
+            p[g, begin:] = x.softmax(0)[: now + 1 - begin]
+            mean[g] = p[g, sinks:].sum() / max(now + 1 - max(begin, sinks), 1)
+        mass[b, h, : now + 1] += p.mean(0)
+        below = (p < mean[:, None]).all(0) if group == "all" else p.mean(0) < mean.mean()
+        low[b, h, : now + 1] += below
+    return mass, low
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", ["all", "mean"])
+@pytest.mark.parametrize("options", [{}, {"sinks": 3, "sliding": 9}, {"softcap": 2.0, "sinks": 2},
+                                     {"sink_h": True, "sinks": 1}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("B,H,G,W,S,D", [(1, 1, 1, 1, 1, 8), (2, 2, 3, 7, 21, 16),
+                                         (1, 2, 2, 70, 70, 8), (0, 2, 1, 2, 5, 8)])  # fmt: skip
+def test_key_scores(B, H, G, W, S, D, options, group, dtype, device, impl):
+    q, k = make_window(B, H, G, W, S, D, dtype, device)
+    options = options | {"group": group}
+    if "sink_h" in options:
+        options["sink_h"] = torch.linspace(-1, 1, H * G, device=device)
+    exact, exact_low = naive_key_scores(q.double(), k.double(), **options)
+    eager, _ = naive_key_scores(q.float(), k.float(), **options)
+    mass, low = kvtools.key_scores(q, k, **options, impl=impl)
+    assert_within_budget("mass", mass, exact, eager)
+    assert torch.equal(low, exact_low)
+
+
+def test_key_scores_of_float64_and_of_views(device, impl):
+    q, k = make_window(2, 2, 2, 5, 12, 8, torch.float64, device)
+    exact, exact_low = naive_key_scores(q, k, sinks=2)
+    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    mass, low = kvtools.key_scores(q, k, sinks=2, impl=impl)
+    assert mass.dtype == torch.float64 and not q.is_contiguous()
+    torch.testing.assert_close(mass, exact, rtol=0, atol=1e-14)
+    assert torch.equal(low, exact_low)
+
+
+def make_candidates(N, H, S, device, seed=0):
+    """Few distinct worths, so that ties abound; a quarter of the slots empty."""
+    generator = torch.Generator().manual_seed(seed)
+    score, tie = torch.randint(0, 4, (2, N, H, S), generator=generator)
+    position = torch.rand(N, H, S, generator=generator).argsort(-1).int()
+    position[torch.rand(N, H, S, generator=generator) < 0.25] = EMPTY
+    below = torch.arange(N, dtype=torch.int32) % 4
+    start = S - torch.arange(N, dtype=torch.int32) % 5
+    return [x.to(device) for x in (score, tie.float(), position, below, start)]
+
+
+def naive_victims(score, tie, position, below, start, count):
+    n, h, s = score.shape
+    out = torch.zeros(n, h, count, dtype=torch.int32)
+    for i in range(n):
+        for j in range(h):
+
+            def order(x, i=i, j=j):
+                at = int(position[i, j, x])
+                protected = at != EMPTY and (at < below[i] or at >= start[i])
+                return protected, at != EMPTY, float(score[i, j, x]), float(tie[i, j, x]), at
+
+            out[i, j] = torch.tensor(sorted(range(s), key=order)[:count], dtype=torch.int32)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("N,H,S,count", [(1, 1, 1, 1), (6, 2, 23, 7), (3, 2, 16, 0), (5, 3, 9, 9),
+                                         (0, 2, 4, 2)])  # fmt: skip
+def test_select_victims(N, H, S, count, dtype, device, impl):
+    score, tie, position, below, start = make_candidates(N, H, S, device)
+    protect = dict(tie_nhs=tie, protect_below_n=below, protect_from_n=start)
+    actual = kvtools.select_victims(score.to(dtype), position, count, **protect, impl=impl)
+    assert torch.equal(actual.cpu(), naive_victims(score, tie, position, below, start, count))
+    for row in range(N):
+        alone = {name: x[row : row + 1] for name, x in protect.items()}
+        one = kvtools.select_victims(
+            score[row : row + 1].to(dtype), position[row : row + 1], count, **alone, impl=impl
+        )
+        assert torch.equal(one[0], actual[row])
+
+
+def test_select_victims_without_ties_or_protection(device, impl):
+    score, _, position, _, _ = make_candidates(4, 2, 17, device)
+    everything = torch.zeros(4, dtype=torch.int32), torch.full((4,), EMPTY)
+    expected = naive_victims(score, 0 * score, position, *everything, 9)
+    actual = kvtools.select_victims(score, position, 9, impl=impl)
+    assert torch.equal(actual.cpu(), expected)
+
+
+def make_pages(device, *, k_format="int4", v_format="fp8", pages=5, H=2, page_size=4):
+    """Pages full of random bytes, with everything that a policy may need."""
+    made = KVPages.empty(pages, H, page_size, 16, k_format=k_format, v_format=v_format,
+                         dtype=torch.bfloat16, device=device, position=True, importance=True,
+                         window=40)  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for x in contents(made):
+        x.copy_(torch.randint(0, 256, x.shape, generator=generator, dtype=torch.uint8))
+    return made
+
+
+def contents(pages):
+    """Everything in pages as bytes [pages, H, page_size, bytes], so that NaN equals NaN."""
+    tensors = (x for x in pages.tensors() if x is not None)
+    return [(x if x.dim() == 4 else x[..., None]).view(torch.uint8) for x in tensors]
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("v_format", FORMATS)
+@pytest.mark.parametrize("k_format", FORMATS)
+def test_compact_kv(k_format, v_format, index, device, impl):
+    pages = make_pages(device, k_format=k_format, v_format=v_format)
+    before = [x.clone() for x in contents(pages)]
+    # Heads move different tokens; the targets are the sources of others.
+    source = torch.stack([torch.randperm(20)[:9], torch.randperm(20)[:9]], 1).to(device, index)
+    target = torch.stack([source[:, 0].roll(1), torch.randperm(20)[:9].to(source)], 1)
+    kvtools.compact_kv(source, target, pages, impl=impl)
+    for old, new in zip(before, contents(pages), strict=True):
+        expected = old.clone()
+        for h in range(2):
+            for s, t in zip(source[:, h].tolist(), target[:, h].tolist(), strict=True):
+                expected[t // 4, h, t % 4] = old[s // 4, h, s % 4]
+        assert torch.equal(new, expected)
+
+
+def test_compact_kv_of_nothing_and_in_views(device, impl):
+    pages, view = make_pages(device), make_pages(device)
+    for name in ("k", "v", "position"):  # token-major, as other servers have it
+        x = getattr(view, name)
+        setattr(view, name, x.transpose(1, 2).contiguous().transpose(1, 2))
+    none = torch.zeros(0, 2, dtype=torch.int32, device=device)
+    kvtools.compact_kv(none, none, pages, impl=impl)
+    assert all(map(torch.equal, contents(pages), contents(view)))
+    source, target = torch.tensor([[3, 4], [17, 0]]), torch.tensor([[17, 5], [0, 4]])
+    for x in (pages, view):
+        kvtools.compact_kv(source.to(device), target.to(device), x, impl=impl)
+    assert all(map(torch.equal, contents(pages), contents(view)))
+
+
+def test_evict_raises(device):
+    q, k = make_window(1, 2, 2, 3, 5, 8, torch.float32, device)
+    score, _, position, _, _ = make_candidates(2, 2, 5, device)
+    pages, slots = make_pages(device), torch.zeros(3, 2, dtype=torch.int32, device=device)
+    cases = [
+        (lambda: kvtools.key_scores(q[0], k), r"must be \[b, heads, tokens, D\]"),
+        (lambda: kvtools.key_scores(q, k[:, :, :2]), "q_bhwd has 3 queries for 2 keys"),
+        (lambda: kvtools.key_scores(q[:, :3], k), "q_bhwd has 3 heads, not a multiple of the 2"),
+        (lambda: kvtools.key_scores(q, k, group="any"), "group='any': expected 'all' or 'mean'"),
+        (lambda: kvtools.key_scores(q, k, sinks=-1), "sinks=-1 must not be negative"),
+        (lambda: kvtools.select_victims(score[:1], position, 2), "score_nhs has shape"),
+        (lambda: kvtools.select_victims(score, position, 6), "count=6 must be between 0 and the 5"),
+        (lambda: kvtools.select_victims(score, position, -1), "count=-1 must be between"),
+        (lambda: kvtools.compact_kv(slots, slots[:2], pages), r"must both be \[n, 2\]"),
+        (lambda: kvtools.compact_kv(slots[:, :1], slots[:, :1], pages), r"must both be \[n, 2\]"),
+        (lambda: kvtools.key_scores(q, k, impl="mkl"), "impl='mkl': expected one of"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(RuntimeError, match="key_scores is for inference only"):
+        kvtools.key_scores(q.requires_grad_(), k)
+
+
+def test_key_scores_contract(device):
+    sink_h = torch.zeros(4, device=device)
+    args = (*make_window(1, 2, 2, 3, 5, 8, torch.float32, device), sink_h, 1, 0.5, 2.0, 3, "mean")
+    torch.library.opcheck(torch.ops.kvtools.key_scores.default, args)
+    compiled = torch.compile(kvtools.key_scores, fullgraph=True, dynamic=True)
+    for B in (3, 7):
+        args = make_window(B, 2, 2, 3, 5 + B, 8, torch.float32, device)
+        torch.testing.assert_close(compiled(*args, sinks=1), kvtools.key_scores(*args, sinks=1))
+
+
+def test_select_victims_contract(device):
+    score, tie, position, below, start = make_candidates(3, 2, 9, device)
+    args = (score, tie, position, below, start, 4)
+    torch.library.opcheck(torch.ops.kvtools.select_victims.default, args)
+    compiled = torch.compile(kvtools.select_victims, fullgraph=True, dynamic=True)
+    for N in (3, 7):
+        score, tie, position, below, start = make_candidates(N, 2, 9 + N, device)
+        options = dict(tie_nhs=tie, protect_below_n=below, protect_from_n=start)
+        expected = kvtools.select_victims(score, position, 4, **options)
+        assert torch.equal(compiled(score, position, 4, **options), expected)
+
+
+def test_compact_kv_contract(device):
+    compiled = torch.compile(kvtools.compact_kv, fullgraph=True, dynamic=True)
+    for n in (3, 7):
+        source, target = torch.randperm(20).repeat(2, 1).T[: 2 * n].to(device).split(n)
+        eager, traced = make_pages(device), make_pages(device)
+        kvtools.compact_kv(source, target, eager)
+        compiled(source, target, traced)
+        assert all(map(torch.equal, contents(eager), contents(traced)))
+    pages = make_pages(device, v_format="int2")  # opcheck cannot compare fp8
+    for x in contents(pages):
+        x.fill_(1)
+    args = (source, target, *pages.tensors())
+    torch.library.opcheck(torch.ops.kvtools.compact_kv.default, args)
