@@ -289,7 +289,10 @@ class KVCache:
             self._center[layer] = center[torch.from_numpy(alive).to(center.device)]
 
     def crop(self, lengths: Index) -> None:
-        """Rewind each row to its own length. Tokens evicted meanwhile do not come back.
+        """Rewind each row to its own length.
+
+        Tokens evicted meanwhile do not come back, and attention that the cropped tokens gave stays
+        counted.
 
         Args:
             lengths: [rows] tokens to keep per row, prompt included; at most the present lengths.
@@ -364,7 +367,7 @@ class KVCache:
         if softcap or sink_h is not None or k_hld.shape[1] <= sinks:
             center = torch.zeros_like(center)
         held = self._center.get(layer, center.new_zeros(0, *center[:, 0].shape))
-        # A filling that failed may have left this layer a prompt behind, or ahead if it is repeated.
+        # A filling that failed may have left this layer a prompt behind or ahead.
         held = held[: len(self._prompts) - 1]
         held = torch.cat(
             [held, held.new_zeros(len(self._prompts) - 1 - len(held), *held.shape[1:])]

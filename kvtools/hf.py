@@ -270,8 +270,11 @@ class Session:
         Returns:
             Logits after the last new token of each row that got any [r, v]; without a head, hidden
             states of all new tokens [sum(counts), m].
+
+        If the forward fails the rows are as long as they were; what a budget has evicted for it
+        does not come back.
         """
-        begin = time.perf_counter()
+        begin, lengths = time.perf_counter(), self.kv.lengths
         counts = np.ones(self.kv.rows, np.int32) if counts is None else counts.astype(np.int32)
         position_t = self.kv.extend(counts)
         live = torch.from_numpy(counts[counts > 0]).to(tokens.device)
@@ -288,6 +291,9 @@ class Session:
             )
         try:
             out = self._forward(ids, positions.long(), last=longest == 1)
+        except BaseException:
+            self.kv.crop(lengths)
+            raise
         finally:
             valid, self.cache.valid = self.cache.valid, None
         if not self.head:

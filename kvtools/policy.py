@@ -20,7 +20,7 @@ class Candidates:
         low_nhs: in how many of the last `window` steps the token got less than the mean, int32.
         idle_nhs: for how many steps, at most `window`, it has not got the mean; for a prompt as
             `low_nhs`.
-        now_n: position of the token about to be written, int64.
+        now_n: position of the token about to be written, int32.
         layer: index of the layer.
         prompt: a prompt is compressed: tokens are in order.
     """

@@ -126,8 +126,13 @@ class Rollouts:
 
         Args:
             rows: only these; default all.
+
+        Raises:
+            IndexError: a number is not a row.
         """
         chosen = np.arange(self.rows) if rows is None else np.unique(np.asarray(rows, np.int64))
+        for row in chosen[(chosen < 0) | (chosen >= self.rows)]:
+            raise IndexError(f"rows holds {row}; there are rows 0 to {self.rows - 1}")
         active = chosen[~self.finished[chosen]]
         if not len(active):
             return

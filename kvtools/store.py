@@ -229,12 +229,12 @@ class Store:
         rows, heads = table.shape[0], pages.k.shape[1]
         if layer not in self.victims:
             shape = (rows, heads, self.drop)
-            self.victims[layer] = torch.zeros(shape, dtype=torch.int64, device=table.device)
+            self.victims[layer] = torch.zeros(shape, dtype=torch.int32, device=table.device)
         victims = self.victims[layer]
         if step.select is not None:
             victims[step.select] = self._select(layer, step)
         row = step.row_t[step.evict]
-        index = victims[row, :, step.cursor]
+        index = victims[row, :, step.cursor].long()
         return table[row].gather(1, index)
 
     def _select(self, layer: int, step: Pass) -> Tensor:
@@ -259,7 +259,7 @@ class Store:
         return select_victims(
             score, position, self.drop, tie_nhs=tie, protect_from_n=now - config.recent,
             impl=config.impl,
-        ).long()  # fmt: skip
+        )  # fmt: skip
 
     def _where(self, pages: KVPages, rows: Tensor | np.ndarray) -> tuple:
         """Index of all own slots of full rows: [n, s] by head."""

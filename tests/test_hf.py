@@ -43,7 +43,7 @@ import kvtools
 
 MODELS = list(CONFIGS)
 TOP1 = dict(do_sample=True, top_k=1)  # greedy, where generate wants sampling for several rows
-NEW = 24
+NEW = 20
 
 
 class Twist(LogitsProcessor):
@@ -152,7 +152,7 @@ def stop_strings(model):
 
 def stop_strings_and_ends(model):
     ids, options = stop_strings(model)
-    return ids, options | dict(eos_token_id=[5, 250], pad_token_id=7)
+    return ids, options | dict(eos_token_id=[5, 250], pad_token_id=2)
 
 
 def max_length(model):

@@ -21,7 +21,7 @@ from kvtools._host import PoolExhausted
 
 NEW = 12
 EXACT = CacheConfig()
-TIGHT = CacheConfig(bits=4, budget=24, recent=4, window=8, drop=5)
+TIGHT = CacheConfig(bits=4, budget=12, recent=4, window=8, drop=3)
 
 
 def prompts(*lengths, seed=1):
@@ -64,7 +64,7 @@ def test_logprobs():
     model, (text,) = tiny_model(), prompts(PROMPT)
     r = run([text], n=2, top_k=20, temperature=0.8)
     for tokens, logprobs in zip(r.tokens, r.logprobs, strict=True):
-        logits = model(torch.tensor([tokens])).logits[0, PROMPT - 1 : -1]
+        logits = model(torch.tensor([tokens])).logits[0, PROMPT - 1 : -1] / 0.8
         want = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[PROMPT:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), want, atol=1e-4, rtol=1e-4)
 
@@ -120,7 +120,7 @@ def test_equal_prompts_run_once():
 def test_row_alone_is_row_in_batch(config):
     """A row's tokens depend on its seed and text: not on neighbours, gather, or who left."""
     text, other = prompts(PROMPT, 17)
-    new = 40
+    new = 24
     full = run([text], n=4, new=new, config=config, seed=5)
     assert len({tuple(tokens) for tokens in full.tokens}) == 4, "seeds must differ"
     assert full.tokens == run([text], n=4, new=new, config=config, seed=5).tokens
@@ -136,7 +136,8 @@ def test_row_alone_is_row_in_batch(config):
     r.gather([3, 1])
     r.generate(new - 16)
     assert r.tokens == [full.tokens[1], full.tokens[2]]
-    assert r.logprobs == pytest.approx([full.logprobs[1], full.logprobs[2]], abs=1e-3)
+    want = torch.tensor([full.logprobs[1], full.logprobs[2]])
+    torch.testing.assert_close(torch.tensor(r.logprobs), want, atol=1e-3, rtol=0)
 
     ended = run(
         [text], n=4, new=new, config=config, seed=5, eos_token_id=full.tokens[0][PROMPT + 3]
@@ -162,23 +163,23 @@ def test_forks_diverge():
 def test_forks_do_not_touch_each_other():
     """With a budget each fork evicts on its own: a fork equals the row that was not forked."""
     (text,) = prompts(PROMPT)
-    alone = run([text], new=60, config=TIGHT, temperature=0)
+    alone = run([text], new=30, config=TIGHT, temperature=0)
     r = rollouts(TIGHT, temperature=0)
     r.prefill([text])
-    r.generate(30)
+    r.generate(15)
     r.gather([0, 0, 0])
     r._filters["temperature"] = 1.0  # siblings go elsewhere
     r.step([1, 2])
     r._filters["temperature"] = 0.0
-    r.generate(29)
+    r.generate(14)
     r.step([0])
     assert r.tokens[0] == alone.tokens[0]
 
 
 def test_until():
     (text,) = prompts(PROMPT)
-    full = run([text], n=3, new=20)
-    new = [tokens[PROMPT:] for tokens in full.tokens]
+    full = run([text], n=3, new=23)
+    new = [tokens[PROMPT : PROMPT + 20] for tokens in full.tokens]
     pause = {new[0][4], new[1][9]}
     cut = [next((i + 1 for i, t in enumerate(row) if t in pause), 20) for row in new]
     assert len(set(cut)) > 1
@@ -241,17 +242,17 @@ def test_crop_revives():
 def test_crop_under_budget():
     """Tokens evicted meanwhile do not come back; what is left goes on within the budget."""
     (text,) = prompts(PROMPT)
-    r = run([text], n=3, new=50, config=TIGHT)
-    r.crop([PROMPT + 45, PROMPT, PROMPT + 50])
+    r = run([text], n=3, new=30, config=TIGHT)
+    r.crop([PROMPT + 25, PROMPT, PROMPT + 30])
+    assert_within(r, recent=0)
+    r.generate(20)
+    assert [len(tokens) for tokens in r.tokens] == [PROMPT + 45, PROMPT + 20, PROMPT + 50]
     assert_within(r)
-    r.generate(30)
-    assert [len(tokens) for tokens in r.tokens] == [PROMPT + 75, PROMPT + 30, PROMPT + 80]
-    assert_within(r)
-    assert r.tokens[1] == run([text], n=3, new=30, config=TIGHT).tokens[1]
+    assert r.tokens[1] == run([text], n=3, new=20, config=TIGHT).tokens[1]
 
 
-def assert_within(r):
-    """No head of a row owns more than the budget; its sinks, prompt and recent tokens are there."""
+def assert_within(r, recent=TIGHT.recent):
+    """No head of a row owns more than the budget; its prompt and its recent tokens are there."""
     config = r.kv.config
     for row, length in enumerate(r.prompt_lengths):
         seen = int(r.kv.lengths[row])
@@ -263,20 +264,18 @@ def assert_within(r):
                 assert held == sorted(set(held)) and held[-1] < seen
                 assert len(own) <= config.budget
                 assert held[: len(held) - len(own)] == list(range(length))
-                assert set(range(max(length, seen - config.recent), seen)) <= set(held)
+                assert set(range(max(length, seen - recent), seen)) <= set(held)
 
 
 def test_budget_at_every_step():
     texts = prompts(PROMPT, 6)
     r = rollouts(TIGHT)
     r.prefill(texts, 2)
-    for step in range(45):
+    for step in range(26):
         r.step()
-        if step == 33:
+        if step == 19:
             r.gather([3, 0, 0, 1])
         assert_within(r)
-        if step < 30:
-            assert all(len(head) for head in r.kv.kept(0, 0))
     own = len(r.kv.kept(0, 0)[0]) - r.prompt_lengths[0]
     assert own == TIGHT.budget, "a full row uses all of it"
 
@@ -355,7 +354,7 @@ def test_processor():
 
 
 @pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
-@pytest.mark.parametrize("step", [0, 3, 30])
+@pytest.mark.parametrize("step", [0, 3, 18])
 def test_processor_raises(config, step):
     texts, armed = prompts(PROMPT, 9), [False]
 
@@ -364,7 +363,7 @@ def test_processor_raises(config, step):
             raise RuntimeError("mine")
         return logits
 
-    want = run(texts, n=2, new=35, config=config)
+    want = run(texts, n=2, new=22, config=config)
     r = rollouts(config, processor=processor)
     r.prefill(texts, 2)
     r.generate(step)
@@ -375,7 +374,7 @@ def test_processor_raises(config, step):
             r.step()
         assert r.tokens == before and [len(x) for x in r.logprobs] == [step] * 4
     armed[0] = False
-    r.generate(35 - step)
+    r.generate(22 - step)
     assert r.tokens == want.tokens
 
 
@@ -403,11 +402,12 @@ def test_forward_raises():
     assert r.tokens == [greedy(texts[0], 7)] + [greedy(t, 5) for t in texts[1:] for _ in (0, 1)]
 
 
-def test_forward_raises_while_decoding():
+@pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
+def test_forward_raises_while_decoding(config):
     model, texts = tiny_model(), prompts(PROMPT, 9)
-    r = rollouts(temperature=0)
+    r = rollouts(config, temperature=0)
     r.prefill(texts, 2)
-    r.generate(4)
+    r.generate(20)
     before = [list(tokens) for tokens in r.tokens]
 
     def fails(module, args):
@@ -418,8 +418,12 @@ def test_forward_raises_while_decoding():
         r.step()
     hook.remove()
     assert r.tokens == before
+    assert r.kv.lengths.tolist() == [len(tokens) - 1 for tokens in before]
     r.generate(5)
-    assert r.tokens == [greedy(text, 9) for text in texts for _ in (0, 1)]
+    if config is EXACT:
+        assert r.tokens == [greedy(text, 25) for text in texts for _ in (0, 1)]
+    else:
+        assert_within(r)
 
 
 def test_pool_exhausted():
@@ -466,7 +470,7 @@ def test_bad_input():
     for index in ([2], [0, -1]):
         with pytest.raises(IndexError, match="rows 0 to 1"):
             r.gather(index)
-        with pytest.raises(IndexError):
+        with pytest.raises(IndexError, match="rows 0 to 1"):
             r.step(index)
     assert r.tokens == before
     r.generate(4)

@@ -106,8 +106,8 @@ def check_format(format: str, d: int) -> None:
     check(
         format == "none" or d % 8 == 0,
         lambda: (
-            f"head size {d} is not supported by format={format!r}: it must be a multiple of 8; use "
-            "format='none'"
+            f"head size {d} is not supported by format={format!r}: it must be a multiple of 8; "
+            "keep it at 16 bits (format='none')"
         ),
     )
 

@@ -1,0 +1,82 @@
+"""The cache against plain Python, by random operations."""
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from twin import Twin
+
+from kvtools import CacheConfig
+
+MOST = 6  # rows
+
+
+class Machine(RuleBasedStateMachine):
+    """Each row of a Twin is the list of tokens it has seen; every token's attention is checked."""
+
+    page_size: int
+
+    def __init__(self):
+        super().__init__()
+        self.twin = Twin(CacheConfig(page_size=self.page_size))
+
+    @property
+    def rows(self):
+        return len(self.twin.rows)
+
+    def lists(self, least, most):
+        return st.lists(st.integers(least, most), min_size=self.rows, max_size=self.rows)
+
+    @precondition(lambda self: self.rows < MOST)
+    @rule(length=st.integers(1, 20), copies=st.integers(1, 3), seed=st.integers(0, 5))
+    def add_prompt(self, length, copies, seed):
+        self.twin.add(length, copies, seed)
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def append(self, data):
+        self.twin.seeds = data.draw(self.lists(0, 5))
+        self.twin.check_step(data.draw(self.lists(0, 5)))
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def gather(self, data):
+        """Fork, permute or drop."""
+        self.twin.gather(data.draw(st.lists(st.integers(0, self.rows - 1), max_size=MOST)))
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
+    def crop(self, data):
+        rows = self.twin.rows
+        self.twin.crop([data.draw(st.integers(1, len(row))) for row in rows])
+
+    @invariant()
+    def consistent(self):
+        cache = self.twin.cache
+        cache.stores[0].forest.check()
+        assert cache.lengths.tolist() == [len(row) for row in self.twin.rows]
+        for row, seen in enumerate(self.twin.rows):
+            assert cache.kept(0, row) == [list(range(len(seen)))] * 2
+
+    def teardown(self):
+        self.twin.gather([])
+        forest = self.twin.cache.stores[0].forest
+        forest.check()
+        assert (forest.free_pages, forest.num_nodes) == (forest.num_pages, 0)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16])
+def test_cache_under_random_operations(page_size):
+    run_state_machine_as_test(
+        type("Machine", (Machine,), {"page_size": page_size}),
+        settings=settings(
+            max_examples=40, stateful_step_count=40, deadline=None, derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )  # fmt: skip
