@@ -127,7 +127,9 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    options = dict(scale=scaling, softcap=softcap or 0.0, sliding=sliding_window or 0, sink_h=s_aux)
+    # Stock sdpa has no soft cap: 5.17 drops it in silence (so do we), 5.23 raises at prefill.
+    cap = 0.0 if softcap is None or _stock[id(module.config)] == "sdpa" else softcap
+    options = dict(scale=scaling, softcap=cap, sliding=sliding_window or 0, sink_h=s_aux)
     handle = key if isinstance(key, _Handle) else None
     if handle is None or handle.cache.filling:
         k, v = (key, value) if handle is None else (handle.k, handle.v)

@@ -28,7 +28,10 @@ CONFIGS = {
     "qwen2": lambda: Qwen2Config(**COMMON),
     "qwen3": lambda: Qwen3Config(**COMMON, head_dim=D),
     "mistral": lambda: MistralConfig(**COMMON, sliding_window=WINDOW),
-    "gemma2": lambda: Gemma2Config(**COMMON, **SLIDING, query_pre_attn_scalar=D),
+    "gemma2": lambda: Gemma2Config(
+        **COMMON, **SLIDING, query_pre_attn_scalar=D, attn_logit_softcapping=5.0,
+        attn_implementation="eager",  # sdpa knows no soft cap; transformers 5.17 takes it anyway
+    ),
     "gemma3": lambda: Gemma3TextConfig(**COMMON, **SLIDING, query_pre_attn_scalar=D),
     "phi3": lambda: Phi3Config(**COMMON),
     "gptoss": lambda: GptOssConfig(

@@ -275,13 +275,17 @@ def test_logits_and_scores(name, how):
     assert torch.equal(only.sequences, plain.sequences)
 
 
-def test_eager_attention():
-    model = fresh_model()
-    model.set_attn_implementation("eager")
+@pytest.mark.parametrize("name,stock", [("llama", "eager"), ("gemma2", "sdpa")])
+def test_other_attention(name, stock):
+    model = fresh_model(name)
+    try:
+        model.set_attn_implementation(stock)
+    except ValueError:
+        pytest.skip(f"{name} refuses {stock} in this transformers")
     ids, options = padded(model)
     plain = model.generate(ids, **options)
     assert torch.equal(through("direct", model, ids, **options), plain)
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == stock
 
 
 def test_batch_of_one_token_prompts():

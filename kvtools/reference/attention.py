@@ -79,9 +79,10 @@ def tree_attention(
         where = (page_ns, slice(None), offset_ns)
         k_nshd, v_nshd = (
             decode(pages[where], None if scales is None else scales[where], format, dtype)
-            .masked_fill(~live_ns[..., None, None], 0)
             for pages, scales, format in ((k, k_scale, k_format), (v, v_scale, v_format))
-        )  # fmt: skip
+        )
+        if not live_ns.all():  # dead slots may hold NaN; in keys the mask on the logits covers it
+            v_nshd = v_nshd.masked_fill(~live_ns[..., None, None], 0)
         logits = torch.einsum("nchgd,nshd->nhgcs", q_thgd[token_nc], k_nshd) * scale
         if softcap:
             logits = torch.tanh(logits / softcap) * softcap
