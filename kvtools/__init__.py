@@ -16,6 +16,7 @@ from .ops.sampling import sample
 from .ops.scoring import step_scores, token_logprobs
 
 if TYPE_CHECKING:
+    from ._host import PoolExhausted
     from .cache import KVCache
     from .hf import generate, patch
     from .rollouts import Rollouts
@@ -26,6 +27,7 @@ __all__ = [
     "KVCache",
     "KVPages",
     "Plan",
+    "PoolExhausted",
     "Rollouts",
     "append_kv",
     "compact_kv",
@@ -43,7 +45,13 @@ __all__ = [
     "tree_attention",
 ]
 
-_LAZY = {"KVCache": "cache", "generate": "hf", "patch": "hf", "Rollouts": "rollouts"}
+_LAZY = {
+    "KVCache": "cache",
+    "PoolExhausted": "_host",
+    "Rollouts": "rollouts",
+    "generate": "hf",
+    "patch": "hf",
+}
 
 
 def __getattr__(name: str) -> Any:

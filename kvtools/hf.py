@@ -191,6 +191,8 @@ def check_model(model: PreTrainedModel) -> None:
     kind = getattr(config, "model_type", type(model).__name__)
     if config.is_encoder_decoder:
         raise ValueError(f"{kind} is an encoder-decoder model; kvtools runs decoder-only models")
+    if config.get_text_config(decoder=True) is not config:
+        raise ValueError(f"{kind} is a composite model; pass its language model to kvtools")
     if not model._can_set_attn_implementation():
         raise ValueError(
             f"{kind} does not use transformers' attention interface; kvtools cannot run it"
@@ -228,7 +230,7 @@ class Session:
         check_model(model)
         if not isinstance(config, CacheConfig):
             raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
-        layers = model.config.get_text_config(decoder=True).num_hidden_layers
+        layers = model.config.num_hidden_layers
         self.model, self.head = model, head
         self.kv = KVCache(config, layers, device=model.device, pages=pages)
         self.cache = PagedCache(self.kv)

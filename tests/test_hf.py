@@ -434,14 +434,20 @@ COMPRESSED = [
 POLICIES = ["scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random"]
 COMPRESSED_CASES = [(name, options) for name in MODELS for options in COMPRESSED]
 COMPRESSED_CASES += [("llama", dict(bits=16, **TIGHT, policy=policy)) for policy in POLICIES]
+
+
+def newest_first(candidates):
+    return -candidates.position_nhs.float()
+
+
 COMPRESSED_CASES += [
     ("llama", dict(bits="fp8")),
     ("llama", dict(bits=4, **TIGHT, group="mean", layer_budget=[0.9, 1, 1.1, 1.2])),
-    ("llama", dict(bits=16, **TIGHT, policy=lambda c: -c.position_nhs.float())),
+    ("llama", dict(bits=16, **TIGHT, policy=newest_first)),
 ]
 
 
-@pytest.mark.parametrize("name,options", COMPRESSED_CASES, ids=str)
+@pytest.mark.parametrize("name,options", COMPRESSED_CASES)
 def test_compressed(name, options, unchanged):
     model, (ids, mask) = unchanged(name), padded_prompts()
     config = kvtools.CacheConfig(**options)

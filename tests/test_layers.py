@@ -25,7 +25,7 @@ ALLOWED = {
     "testing": set(),
     "demo": {"__init__", "models", "cli"},
     "cli": {"__init__", "ops", "config", "policy", "models", "demo"},
-    "__init__": {"ops", "config", "cache", "hf", "rollouts"},
+    "__init__": {"ops", "config", "cache", "hf", "rollouts", "_host"},
 }
 OUTSIDE = {"hf": {"transformers"}, "models": {"transformers"}, "kernels": {"triton"}}
 

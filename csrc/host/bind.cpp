@@ -69,6 +69,7 @@ py::dict block_table_plan(const py::object& block_table, const py::object& seq_l
 PYBIND11_MODULE(_host, m) {
   static const py::handle pool_exhausted =
       py::exception<PoolExhausted>(m, "PoolExhausted", PyExc_RuntimeError).release();
+  pool_exhausted.attr("__doc__") = "A page pool has too few free pages; nothing has changed.";
   py::register_exception_translator([](std::exception_ptr raised) {
     try {
       if (raised) std::rethrow_exception(raised);
