@@ -12,18 +12,19 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def draw_demo(result: dict, path: Path) -> None:
-    """Bars of KV held and of tokens per second, a bar per row of the demo."""
+    """Bars of KV held, prefill and decoding speed, a bar per row of the demo."""
     rows = result["rows"]
     panels = {
         "KV held, MiB": [row["memory"]["total"] / 2**20 for row in rows.values()],
-        "tokens/s": [row["tokens_per_s"] for row in rows.values()],
+        "prefill, s": [row["prefill_s"] for row in rows.values()],
+        "decoding, tokens/s": [row["tokens_per_s"] for row in rows.values()],
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2.2), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(9, 2), sharey=True, layout="constrained")
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         bars = axis.barh(list(rows), values, color=["0.7"] + ["C0"] * (len(rows) - 1))
         axis.bar_label(bars, fmt="%.1f", padding=3)
         axis.set_title(title)
-        axis.set_xlim(0, max(values) * 1.15)
+        axis.set_xlim(0, max(values) * 1.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     figure.suptitle(
