@@ -156,8 +156,7 @@ class KVCache:
         candidates = position[prompt.sinks :].expand(1, heads, -1)
         mass, low = (x[:, :, prompt.sinks :] for x in (mass, low))
         now = candidates.new_full((1,), length)
-        worth = policy.score(Candidates(candidates, mass, low, low, now, layer, prompt=True))
-        score, tie = worth if isinstance(worth, tuple) else (worth, None)
+        score, tie = policy.rank(Candidates(candidates, mass, low, low, now, layer, prompt=True))
         edge = int(PROTECTED * (kept + prompt.sinks))
         victims = select_victims(
             score, candidates, length - prompt.sinks - kept, tie_nhs=tie,

@@ -55,6 +55,11 @@ class Policy:
     history: bool = False
     observe: str = ""
 
+    def rank(self, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
+        """Worth and tie-breaker, which may be None."""
+        worth = self.score(candidates)
+        return worth if isinstance(worth, tuple) else (worth, None)
+
 
 def scissorhands(c: Candidates) -> tuple[Tensor, Tensor]:
     """Most often below the mean lately goes first; then least attention (arXiv:2305.17118)."""

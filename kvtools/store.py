@@ -252,8 +252,7 @@ class Store:
         if pages.history is not None:
             low, idle = unroll(pages.history[where].transpose(1, 2), config.window, now)
         policy = policy_of(config.policy)
-        worth = policy.score(Candidates(position, mass, low, idle, now, layer, prompt=False))
-        score, tie = worth if isinstance(worth, tuple) else (worth, None)
+        score, tie = policy.rank(Candidates(position, mass, low, idle, now, layer, prompt=False))
         if policy.mass == "selection":
             pages.importance[where] = 0
         return select_victims(
