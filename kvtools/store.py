@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _host
-from ._host import PoolExhausted
+from ._host import Forest, PoolExhausted
 from .config import CacheConfig, is_int
 from .ops.attention import Plan
 from .ops.evict import compact_kv, select_victims
@@ -43,7 +42,7 @@ class Store:
         if self.budget is not None:
             drop = config.drop or max(1, config.budget // 2)
             self.drop = min(max(1, round(drop * factor)), self.budget - config.recent)
-        self.forest = _host.Forest(pages or 0, config.page_size)
+        self.forest = Forest(pages or 0, config.page_size)
         self.layers: dict[int, KVPages] = {}
         self.victims: dict[int, Tensor] = {}  # [rows, heads, drop] slots of the row's own, by layer
         self.left = np.zeros(0, np.int32)  # victims not yet overwritten, by row

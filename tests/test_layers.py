@@ -79,6 +79,25 @@ def test_importing_the_door_registers_nothing():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
+@pytest.mark.parametrize("missing,names", [
+    ("kvtools._host", ["KVCache", "generate", "Rollouts"]), ("transformers", ["generate", "patch"]),
+])  # fmt: skip
+def test_what_is_missing_is_named(missing, names):
+    code = (
+        f"import sys; sys.modules[{missing!r}] = None\n"
+        "import torch, kvtools\n"
+        "kvtools.quantize_kv(torch.randn(2, 8), 'int4')\n"
+        f"for name in {names}:\n"
+        "    try:\n"
+        "        getattr(kvtools, name)\n"
+        "    except ImportError as error:\n"
+        "        assert 'install' in str(error) and name in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(name)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 def test_public_names_exist():
     for name in kvtools.__all__:
         assert getattr(kvtools, name).__doc__, name

@@ -74,7 +74,12 @@ def plan_from_block_table(
     Returns:
         A plan on the device of `block_table`. A partly filled last block is taken as its row's own.
     """
-    from .. import _host  # absent from a pure-Python install
+    try:
+        from .. import _host
+    except ImportError as error:
+        raise ImportError(
+            "plan_from_block_table needs kvtools' C++ module: reinstall without KVTOOLS_EXT=0"
+        ) from error
 
     rows = block_table.shape[0]
     check(
