@@ -189,16 +189,12 @@ class KVCache:
                     np.int32
                 )
             store.reserve(store.forest.pages_needed(grow))
-        self._passes = {s: s.passes(counts, self._seen, self.device) for s in self.stores}
-        if self._sinks:
-            row_t = np.repeat(np.arange(self.rows), counts)
-            plan = self._sinks.plan(counts, self.device)
-            none = torch.zeros(0)
-            self._passes[self._sinks] = [Pass(None, none, torch.from_numpy(row_t), none, plan)]
         ahead = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
         self._position = torch.from_numpy(position.astype(np.int32)).to(self.device)
+        self._passes = {store: store.passes(counts, self._position) for store in self.stores}
+        self._sink_plan = self._sinks.plan(counts, self.device) if self._sinks else None
         row_t = np.repeat(self._prompt, counts)
         self._prompt_t = torch.from_numpy(row_t).to(self.device)
         return self._position
@@ -232,9 +228,8 @@ class KVCache:
             k_thd = k_thd - self._center[layer][self._prompt_t].to(k_thd.dtype)
         state = None
         if self._sinks:
-            plan = self._passes[self._sinks][0].plan
             state = tree_attention(
-                q_thd, self._position, self._sinks.layers[layer], plan, **options
+                q_thd, self._position, self._sinks.layers[layer], self._sink_plan, **options
             )
         last_only = pages.importance is not None and policy_of(config.policy).mass == "step"
         options |= dict(sink_h=sink_h, group=config.group)

@@ -342,8 +342,7 @@ def generate(
 
     Returns:
         What `generate` would. In `scores` and `logits` a row that has finished holds 0 at the
-        padding token and
-        -inf elsewhere. `past_key_values` is a `PagedCache`.
+        padding token and -inf elsewhere. `past_key_values` is a `PagedCache`.
 
     Raises:
         ValueError: an option of `generate` that is not supported, by name.

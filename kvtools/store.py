@@ -113,24 +113,22 @@ class Store:
             self._plan, self._plan_key = Plan.from_host(self.forest.plan(counts), device), key
         return self._plan
 
-    def passes(self, counts: np.ndarray, seen: np.ndarray, device: torch.device) -> list[Pass]:
-        """Take slots for `counts` tokens per row; one by one where a row exceeds its budget or the
-        policy looks at the last token alone."""
+    def passes(self, counts: np.ndarray, position_t: Tensor) -> list[Pass]:
+        """Take slots for `counts` tokens per row, at `position_t`; one by one where a row exceeds
+        its budget or the policy looks at the last token alone."""
+        device = position_t.device
 
         def to_device(x: np.ndarray) -> Tensor:
             return torch.from_numpy(x).to(device)
 
-        rows = np.arange(len(counts))
         last_only = policy_of(self.config.policy).mass == "step"  # so each must be the last once
         if self.budget is None or not (
             (self.forest.own_lengths() + counts > self.budget).any()
             or (last_only and (counts > 1).any())
         ):
-            row_t = np.repeat(rows, counts)
-            ahead = np.arange(len(row_t)) - np.repeat(np.cumsum(counts) - counts, counts)
+            row_t = to_device(np.repeat(np.arange(len(counts)), counts))
             slot_t, plan = self._append(counts, counts, device)
-            position_t = to_device((seen[row_t] + ahead).astype(np.int32))
-            return [Pass(None, position_t, to_device(row_t), to_device(slot_t), plan)]
+            return [Pass(None, position_t, row_t, to_device(slot_t), plan)]
         passes = []
         start = np.cumsum(counts) - counts
         for i in range(counts.max()):
@@ -142,10 +140,8 @@ class Store:
             slot_t[~full[row_t]] = slots
             # A snapshot: the next pass advances the lengths before this one has run on all layers.
             plan = replace(plan, length=plan.length.clone())
-            step = Pass(
-                to_device(start[row_t] + i), to_device((seen[row_t] + i).astype(np.int32)),
-                to_device(row_t), to_device(slot_t), plan,
-            )  # fmt: skip
+            token = to_device(start[row_t] + i)
+            step = Pass(token, position_t[token], to_device(row_t), to_device(slot_t), plan)
             if full.any():
                 empty = full & (self.left == 0)
                 self.left[empty] = self.drop
