@@ -12,6 +12,7 @@ from .ops.attention import tree_attention
 from .ops.evict import key_scores, select_victims
 from .ops.quant import KVPages, append_kv
 from .policy import Candidates, policy_of
+from .recent import Recent
 from .store import Pass, Store
 
 PROTECTED = 0.1  # share of a prompt budget kept at each end of the prompt (arXiv:2605.18053)
@@ -62,7 +63,10 @@ class KVCache:
             self._sinks = Store(plain, 1.0, pages)
         self._prompts: list[_Prompt] = []
         self._prompt = np.zeros(0, np.int64)  # by row
-        self._center: dict[int, Tensor] = {}  # mean keys [prompts, heads, D] by layer
+        self._recent = None
+        if config.recent_formats is not None:
+            self._recent = Recent(config.recent, *config.recent_formats, self.device)
+        self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_frame_of`
         self._seen = np.zeros(0, np.int32)
         self._passes: dict[Store, list[Pass]] = {}
         self._filling: dict[Store, tuple[int, np.ndarray]] = {}
@@ -98,6 +102,8 @@ class KVCache:
         for store, slots in wanted.items():
             base = sinks if store is not self._sinks else 0
             self._filling[store] = slots, store.insert(slots, base, copies)
+        if self._recent:
+            self._recent.add(length, sinks, copies)
         in_order = all(slots + sinks == length for slots in kept.values())
         self._prompts.append(_Prompt(length, sinks, in_order))
         self._prompt = np.concatenate([self._prompt, np.full(copies, len(self._prompts) - 1)])
@@ -130,13 +136,15 @@ class KVCache:
                 f"k_hld has {length} tokens, the prompt was announced with {prompt.length}"
             )
         pages = store.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
+        k_raw = k_hld
         if config.k_format != "none":
-            k_raw, k_hld = k_hld, k_hld - self._center_of(layer, k_hld, softcap, sink_h)
-        else:
-            k_raw = k_hld
+            center, gain = self._frame_of(layer, q_hld, k_hld, softcap, sink_h)
+            k_hld = (k_hld - center) * gain
         if self._sinks:
             sink_pages = self._sinks.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
             self._write(self._sinks, sink_pages, k_hld, v_hld, slice(prompt.sinks))
+        if self._recent:
+            self._recent.fill(layer, k_hld, v_hld, config.impl)
         kept = self._filling[store][0]
         if kept == length - prompt.sinks:
             self._write(store, pages, k_hld, v_hld, slice(prompt.sinks, length))
@@ -195,6 +203,8 @@ class KVCache:
         self._position = torch.from_numpy(position.astype(np.int32)).to(self.device)
         self._passes = {store: store.passes(counts, self._position) for store in self.stores}
         self._sink_plan = self._sinks.plan(counts, self.device) if self._sinks else None
+        if self._recent:
+            self._recent_step = self._recent.step(counts, position, self._position)
         row_t = np.repeat(self._prompt, counts)
         self._prompt_t = torch.from_numpy(row_t).to(self.device)
         return self._position
@@ -224,12 +234,19 @@ class KVCache:
         config, store = self.config, self._store[layer]
         pages = store.layers[layer]
         options = dict(scale=scale, softcap=softcap, sliding=sliding, impl=config.impl)
-        if layer in self._center:
-            k_thd = k_thd - self._center[layer][self._prompt_t].to(k_thd.dtype)
-        state = None
+        if layer in self._frame:
+            center, gain = self._frame[layer][self._prompt_t].unbind(1)
+            k_thd = (k_thd - center) * gain
+            q_thd = q_thd / gain.repeat_interleave(q_thd.shape[1] // k_thd.shape[1], 1)
+        state = before_t = None
         if self._sinks:
             state = tree_attention(
                 q_thd, self._position, self._sinks.layers[layer], self._sink_plan, **options
+            )
+        if self._recent:
+            before_t = self._recent_step.before_t
+            state = self._recent.attend(
+                layer, self._recent_step, q_thd, k_thd, v_thd, state=state, **options
             )
         last_only = pages.importance is not None and policy_of(config.policy).mass == "step"
         options |= dict(sink_h=sink_h, group=config.group)
@@ -246,8 +263,13 @@ class KVCache:
             if last_only:  # only of the rows in this pass: others have not stepped
                 pages.importance[step.plan.page.long()] = 0
             append_kv(k, v, slot, pages, step.position_t, impl=config.impl)
-            part = state if every or state is None else tuple(x[step.token] for x in state)
-            out, _ = tree_attention(q, step.position_t, pages, step.plan, state=part, **options)
+            part, before = state, before_t
+            if not every:
+                part = None if state is None else tuple(x[step.token] for x in state)
+                before = None if before_t is None else before_t[step.token]
+            out, _ = tree_attention(
+                q, step.position_t, pages, step.plan, state=part, before_t=before, **options
+            )
             if out_thd is None:
                 return out
             out_thd[step.token] = out
@@ -276,17 +298,20 @@ class KVCache:
                 store.reserve(store.forest.gather_pages_needed(rows))
         for store in [*self.stores, *filter(None, [self._sinks])]:
             store.gather(rows)
+        if self._recent:
+            self._recent.gather(rows)
         alive, self._prompt = np.unique(self._prompt[index], return_inverse=True)
         self._prompts = [self._prompts[i] for i in alive]
         self._seen = self._seen[index]
-        for layer, center in self._center.items():
-            self._center[layer] = center[torch.from_numpy(alive).to(center.device)]
+        for layer, frame in self._frame.items():
+            self._frame[layer] = frame[torch.from_numpy(alive).to(frame.device)]
 
     def crop(self, lengths: Index) -> None:
         """Rewind each row to its own length.
 
-        Tokens evicted meanwhile do not come back, and attention that the cropped tokens gave stays
-        counted.
+        Tokens evicted meanwhile do not come back, attention that the cropped tokens gave stays
+        counted, and of recent tokens the finer copies that were overwritten are gone: those are
+        read as the pages hold them.
 
         Args:
             lengths: [rows] tokens to keep per row, prompt included; at most the present lengths.
@@ -311,16 +336,17 @@ class KVCache:
             kept = [min(store.kept(p.length), n) for p, n in zip(prompts, lengths, strict=True)]
             slots = np.array(kept, np.int64) - [p.sinks for p in prompts] + own
             store.crop(lengths, slots, cut)
+        if self._recent:
+            self._recent.crop(lengths)
         self._seen = lengths.astype(np.int32)
 
     def memory(self) -> dict[str, int]:
         """Bytes held, over the storage of all tensors.
 
         Returns:
-            `prefix`: keys, values and scales of prompts; `suffix`: those of rows, free slots
-                included;
-            `metadata`: positions, importance, history, victims, mean keys and plans; `total`: their
-                sum.
+            `prefix`: keys, values and scales of prompts; `suffix`: those of rows, free slots and
+                the finer copies of recent tokens included; `metadata`: positions, importance,
+                history, victims, frames of keys and plans; `total`: their sum.
         """
         prefix = suffix = metadata = 0
         for store in [*self.stores, *filter(None, [self._sinks])]:
@@ -331,9 +357,20 @@ class KVCache:
                 suffix += content - round(content * share)
                 metadata += sum(map(_nbytes, (pages.position, pages.importance, pages.history)))
             metadata += sum(map(_nbytes, [*store.victims.values(), *store.tensors()]))
-        metadata += sum(map(_nbytes, self._center.values()))
+        if self._recent:
+            for pages in self._recent.layers.values():
+                suffix += sum(map(_nbytes, (pages.k, pages.v, pages.k_scale, pages.v_scale)))
+            metadata += _nbytes(self._recent.held)
+        metadata += sum(map(_nbytes, self._frame.values()))
         total = prefix + suffix + metadata
         return {"prefix": prefix, "suffix": suffix, "metadata": metadata, "total": total}
+
+    def wide_bytes(self) -> int:
+        """Bytes of `memory` that are in the model's own dtype, where that is wider than 16 bits."""
+        stores = [*self.stores, *filter(None, [self._sinks, self._recent])]
+        content = [x for s in stores for pages in s.layers.values() for x in (pages.k, pages.v)]
+        wide = (torch.float32, torch.float64)
+        return sum(_nbytes(x) for x in [*content, *self._frame.values()] if x.dtype in wide)
 
     def kept(self, layer: int, row: int) -> list[list[int]]:
         """True positions that each KV head of a layer still holds of a row, ascending."""
@@ -347,27 +384,34 @@ class KVCache:
         seen = int(self._seen[row])
         return [sinks + sorted(p for p in head if p < seen) for head in position.T.tolist()]
 
-    def _center_of(
-        self, layer: int, k_hld: Tensor, softcap: float, sink_h: Tensor | None
-    ) -> Tensor:
-        """The last prompt's mean key [heads, 1, D], which softmax does not see once it is taken off
-        all keys.
+    def _frame_of(
+        self, layer: int, q_hld: Tensor, k_hld: Tensor, softcap: float, sink_h: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """How keys over the last prompt are stored, as (k - center) * gain: [heads, 1, D] each.
 
-        Zero where scores are compared with something else than each other: a soft cap, a sink
-            logit.
+        The center is the prompt's mean key, which softmax does not see once it is taken off all
+        keys; zero where scores are compared with something else than each other: a soft cap, a sink
+        logit. The gain, by which queries are divided, evens out what the error of a channel weighs:
+        (E q² / E k²) ** 1/4, as in SmoothAttention (QServe, arXiv:2405.04532), but as a power of
+        two, which rounds nothing.
         """
         sinks = self._prompts[-1].sinks
-        center = k_hld[:, sinks:].mean(1, keepdim=True)
-        if softcap or sink_h is not None or k_hld.shape[1] <= sinks:
-            center = torch.zeros_like(center)
-        held = self._center.get(layer, center.new_zeros(0, *center[:, 0].shape))
+        rest = k_hld[:, sinks:]
+        center = rest.mean(1, keepdim=True)
+        if softcap or sink_h is not None or not rest.shape[1]:
+            center = torch.zeros_like(k_hld[:, :1])
+        dtype = torch.promote_types(k_hld.dtype, torch.float32)
+        q2 = q_hld.to(dtype).square().mean(1).unflatten(0, (len(k_hld), -1)).mean(1)
+        k2 = (rest - center).to(dtype).square().sum(1) / max(rest.shape[1], 1)
+        octaves = torch.log2(q2 / k2) / 4
+        octaves = torch.where((q2 > 0) & (k2 > 0), octaves, 0).round().clamp(-6, 6)
+        frame = torch.stack([center[:, 0], torch.exp2(octaves).to(center.dtype)])[None]
+        held = self._frame.get(layer, frame[:0])
         # A filling that failed may have left this layer a prompt behind or ahead.
         held = held[: len(self._prompts) - 1]
-        held = torch.cat(
-            [held, held.new_zeros(len(self._prompts) - 1 - len(held), *held.shape[1:])]
-        )
-        self._center[layer] = torch.cat([held, center.transpose(0, 1)])
-        return center
+        missing = frame.new_ones(len(self._prompts) - 1 - len(held), *frame.shape[1:])
+        self._frame[layer] = torch.cat([held, missing, frame])
+        return center, frame[0, 1][:, None]
 
     def _write(
         self, store: Store, pages: KVPages, k_hld: Tensor, v_hld: Tensor, index: slice | Tensor

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .policy import Policy, policy_of
 
-BITS = {16: "none", 8: "int8", 4: "int4", 2: "int2", "fp8": "fp8"}
+BITS = {16: "none", 8: "int8", "fp8": "fp8", 6: "int6", 4: "int4", 3: "int3", 2: "int2"}
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class CacheConfig:
     """How keys and values are kept.
 
     Args:
-        bits: 16 (the model's own dtype), 8, 4, 2 or "fp8", for keys and values.
+        bits: 16 (the model's own dtype), 8, 6, 4, 3, 2 or "fp8", for keys and values.
         k_bits, v_bits: override `bits` for one of them.
         prompt_budget: tokens of a prompt that are kept, an int, or a fraction of the prompt as a
             float in (0, 1]; None keeps all.
@@ -22,7 +22,9 @@ class CacheConfig:
             that takes `kvtools.policy.Candidates` and returns the worth of each.
         window: w, steps over which low attention is counted, and queries of a prompt that judge its
             tokens.
-        recent: r, newest tokens that are never evicted.
+        recent: r, newest tokens of a row, that are never evicted.
+        recent_bits: 16, 8 or "fp8": those tokens are also held like this, if that is finer than
+            `k_bits` or `v_bits`, and read from there; None to read them as they are stored.
         sinks: first tokens of a prompt, never evicted and always kept unquantised.
         drop: m, victims chosen at a time; default half the budget.
         group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
@@ -44,6 +46,7 @@ class CacheConfig:
     policy: str | Policy | Callable = "scissorhands"
     window: int = 32
     recent: int = 16
+    recent_bits: int | str | None = 8
     sinks: int = 4
     drop: int | None = None
     group: str = "all"
@@ -56,12 +59,16 @@ class CacheConfig:
             value = getattr(self, name)
             if value is not None and value not in BITS:
                 raise ValueError(
-                    f"{name}={value!r} does not exist; expected one of 16, 8, 4, 2 or 'fp8'"
+                    f"{name}={value!r} does not exist; expected one of 16, 8, 6, 4, 3, 2 or 'fp8'"
                 )
         for name, least in (("window", 1), ("recent", 1), ("sinks", 0), ("page_size", 1)):
             value = getattr(self, name)
             if not is_int(value) or value < least:
                 raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+        if self.recent_bits not in (None, 16, 8, "fp8"):
+            raise ValueError(
+                f"recent_bits={self.recent_bits!r} does not exist; expected 16, 8, 'fp8' or None"
+            )
         policy_of(self.policy)
         if self.group not in ("all", "mean"):
             raise ValueError(f"group={self.group!r}: expected 'all' or 'mean'")
@@ -102,6 +109,16 @@ class CacheConfig:
     @property
     def v_format(self) -> str:
         return BITS[self.bits if self.v_bits is None else self.v_bits]
+
+    @property
+    def recent_formats(self) -> tuple[str, str] | None:
+        """Formats of keys and values of recent tokens; None if they are not held apart."""
+        width = {format: 8 if bits == "fp8" else bits for bits, format in BITS.items()}
+        stored = (self.k_format, self.v_format)
+        finer = "none" if self.recent_bits is None else BITS[self.recent_bits]
+        if self.recent_bits is None or width[finer] <= min(width[x] for x in stored):
+            return None
+        return tuple(x if width[x] >= width[finer] else finer for x in stored)
 
     @property
     def exact(self) -> bool:

@@ -36,6 +36,8 @@ from .config import CacheConfig
 from .ops.sampling import sample
 
 NAME = "kvtools"
+# What a cache is called in arguments and outputs: "past_key_values" before transformers 5.24.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # These hand keys and values from layer to layer, or change them after the cache has seen them.
 REFUSED = ("gemma3n", "gemma4", "mistral_large4", "diffllama", "doge", "inkling", "mllama")
@@ -264,16 +266,19 @@ class Session:
         return out[-1] if self.head else out
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, counts: np.ndarray | None = None) -> Tensor:
+    def extend(
+        self, tokens: Tensor, counts: np.ndarray | None = None, *, every: bool = False
+    ) -> Tensor:
         """Give the rows new tokens.
 
         Args:
             tokens: [rows] one token each; or, with `counts`, [sum(counts)] row by row.
             counts: [rows] tokens per row, zero for rows that wait.
+            every: return what follows every new token, not each row's last alone.
 
         Returns:
-            Logits after the last new token of each row that got any [r, v]; without a head, hidden
-            states of all new tokens [sum(counts), m].
+            Logits after the last new token of each row that got any [r, v], or after all new tokens
+            [sum(counts), v]; without a head, hidden states of all new tokens [sum(counts), m].
 
         If the forward fails the rows are as long as they were; what a budget has evicted for it
         does not come back.
@@ -300,7 +305,7 @@ class Session:
             raise
         finally:
             valid, self.cache.valid = self.cache.valid, None
-        if not self.head:
+        if every or not self.head:
             out = out.flatten(0, 1) if valid is None else out[valid]
         else:
             out = out[:, -1] if longest == 1 else out[torch.arange(len(live)), live.long() - 1]
@@ -311,7 +316,7 @@ class Session:
         return out
 
     def _forward(self, ids: Tensor, positions: Tensor, last: bool) -> Tensor:
-        options: dict[str, Any] = dict(past_key_values=self.cache, use_cache=True)
+        options: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
         model = self.model if self.head else self.model.base_model
         if self.head and last:
             options["logits_to_keep"] = 1
@@ -342,7 +347,7 @@ def generate(
 
     Returns:
         What `generate` would. In `scores` and `logits` a row that has finished holds 0 at the
-        padding token and -inf elsewhere. `past_key_values` is a `PagedCache`.
+        padding token and -inf elsewhere. Its cache is a `PagedCache`.
 
     Raises:
         ValueError: an option of `generate` that is not supported, by name.
@@ -412,7 +417,7 @@ def generate(
     if not config.return_dict_in_generate:
         return input_ids
     return GenerateDecoderOnlyOutput(
-        sequences=input_ids, scores=all_scores, logits=all_logits, past_key_values=session.cache
+        sequences=input_ids, scores=all_scores, logits=all_logits, **{CACHE: session.cache}
     )
 
 
@@ -444,12 +449,12 @@ def _refuse(
         "compile_config": config.compile_config is not None,
         "cache_implementation": given.get("cache_implementation") is not None
         or config.cache_implementation not in (None, stock),
-        "past_key_values": given.get("past_key_values") is not None,
+        "past_key_values (cache)": given.get(CACHE) is not None,
         "inputs_embeds": given.get("inputs_embeds") is not None,
         "synced_gpus": bool(given.get("synced_gpus")),
         "num_return_sequences=0": config.num_return_sequences == 0,
     }
-    ours = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep", "use_cache"}
+    ours = {"attention_mask", "position_ids", CACHE, "logits_to_keep", "use_cache"}
     refused |= {name: True for name, x in kwargs.items() if name not in ours and x is not None}
     names = [name for name, is_asked in refused.items() if is_asked]
     if names:

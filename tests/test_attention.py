@@ -115,7 +115,7 @@ class Case:
             else:
                 yield quant.dequantize_kv(pages[where], scale[where], self.D, torch.float64)
 
-    def expanded(self, *, scale=None, softcap=0.0, sliding=0, sink_h=None):
+    def expanded(self, *, scale=None, softcap=0.0, sliding=0, before=0, sink_h=None):
         """The same attention, token by token over each row's own copy of keys and values."""
         outs, lses = [], []
         for q_hd, position, row in zip(
@@ -129,12 +129,13 @@ class Case:
                 x_hs = torch.tanh(x_hs / softcap) * softcap
             key = torch.arange(x_hs.shape[1])
             hidden = (key > position) | ((key <= position - sliding) if sliding else False)
+            hidden = hidden | (key > position - before)
             x_hs = x_hs.masked_fill(hidden, -torch.inf)
             if sink_h is not None:
                 x_hs = torch.cat([x_hs, sink_h.double()[:, None]], 1)
                 v_shd = torch.cat([v_shd, torch.zeros_like(v_shd[:1])])
             lses.append(x_hs.logsumexp(-1))
-            outs.append(torch.einsum("hs,shd->hd", x_hs.softmax(-1), v_shd))
+            outs.append(torch.einsum("hs,shd->hd", x_hs.softmax(-1).nan_to_num(), v_shd))
         return torch.stack(outs), torch.stack(lses)
 
 
@@ -143,6 +144,8 @@ OPTIONS = {
     "scale": {"scale": 0.7},
     "softcap": {"softcap": 5.0},
     "sliding": {"sliding": 7},
+    "before": {"before": 6},
+    "before all": {"before": 10**6},
     "sink": {"sink_h": torch.linspace(-1, 2, 6, dtype=torch.float64)},
     "all": {"scale": 0.5, "softcap": 3.0, "sliding": 9, "sink_h": torch.ones(6).double()},
 }
@@ -153,8 +156,11 @@ OPTIONS = {
 def test_tree_attention_equals_expanded(options, page_size, impl):
     for seed in range(4):
         case = Case(seed, page_size=page_size)
+        how = {**options}
+        if "before" in how:
+            how["before_t"] = case.position - how.pop("before") + 1
         actual = kvtools.tree_attention(
-            case.q, case.position, case.pages, case.plan, impl=impl, **options
+            case.q, case.position, case.pages, case.plan, impl=impl, **how
         )
         for x, y in zip(actual, case.expanded(**options), strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
@@ -326,8 +332,8 @@ def tree_args(case):
     plan = case.plan
     return (
         case.q, case.position, *case.pages.tensors(), plan.page_indptr, plan.page, plan.first,
-        plan.length, plan.base, plan.own, plan.token, plan.item, None, None, None, 0.25, 0.0, 0, 0,
-        "all",
+        plan.length, plan.base, plan.own, plan.token, plan.item, case.position, None, None,
+        None, 0.25, 0.0, 0, 0, "all",
     )  # fmt: skip
 
 

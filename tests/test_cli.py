@@ -105,7 +105,7 @@ ERRORS = {
     "missing file": (["--prompt-file", "/no/such/file"], "no such file"),
     "empty prompt": (["--prompt", " "], "prompt is empty"),
     "n of zero": (["--prompt", "w2", "-n", 0], "1 or more"),
-    "bad bits": (["--prompt", "w2", "--bits", 3], "bits"),
+    "bad bits": (["--prompt", "w2", "--bits", 5], "bits"),
     "bad policy": (["--prompt", "w2", "--policy", "none-such"], "policy"),
     "small budget": (["--prompt", "w2", "--budget", 2], "budget"),
     "bad dtype": (["--prompt", "w2", "--dtype", "float33"], "float33"),

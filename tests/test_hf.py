@@ -356,7 +356,9 @@ def test_bytes():
     token = 2 * 2 * d * 2  # layers, K and V, bytes
     held = {}
     for bits in (16, 4):
-        out = through("direct", model, ids, kvtools.CacheConfig(bits=bits), **options)
+        out = through(
+            "direct", model, ids, kvtools.CacheConfig(bits=bits, recent_bits=None), **options
+        )
         held[bits] = out.past_key_values.memory()
         assert held[bits]["total"] == sum(held[bits][k] for k in ("prefix", "suffix", "metadata"))
     exact = held[16]
@@ -631,7 +633,7 @@ def test_refused_model(make):
 def test_bad_config(unchanged):
     model, ids = unchanged(), random_ids(1, PROMPT)
     for options, match in [
-        (dict(bits=3), "bits=3"),
+        (dict(bits=5), "bits=5"),
         (dict(k_bits="int4"), "k_bits='int4'"),
         (dict(budget=10), "budget=10.*sinks"),
         (dict(prompt_budget=5), "prompt_budget=5.*sinks"),

@@ -23,6 +23,7 @@ class Twin:
         shape = (6, layers, longest, heads * (group + 2), d)  # seed, layer, position
         self.tokens = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         self.rows, self.seeds = [], []
+        self.recent = []  # first position of each row that is held among its recent tokens
 
     def qkv(self, layer, row, begin=0, end=None):
         """q [s, Hq, D], k and v [s, H, D] of a row."""
@@ -34,12 +35,19 @@ class Twin:
         self.cache.add_prompt(length, copies)
         self.rows += [[seed] * length for _ in range(copies)]
         self.seeds += [seed] * copies
+        first = max(length - self.cache.config.recent, self.cache.config.sinks)
+        self.recent += [min(length, first)] * copies
         for layer in range(self.layers):
             qkv = (x.transpose(0, 1) for x in self.qkv(layer, -1))
             self.cache.fill(layer, *qkv, **self.options)
 
+    def settle(self):
+        ends = [len(row) - self.cache.config.recent for row in self.rows]
+        self.recent = list(map(max, self.recent, ends))
+
     def step(self, counts=None):
         """New tokens for every row; their attention [T, Hq, D] by layer."""
+        self.settle()
         counts = [1] * len(self.rows) if counts is None else counts
         position = self.cache.extend(counts)
         starts = [len(row) for row in self.rows]
@@ -55,22 +63,27 @@ class Twin:
         return outs
 
     def gather(self, index, seeds=None):
+        self.settle()
         self.cache.gather(index)
         self.rows = [list(self.rows[i]) for i in index]
+        self.recent = [self.recent[i] for i in index]
         self.seeds = [self.seeds[i] for i in index] if seeds is None else seeds
 
     def crop(self, lengths):
+        self.settle()
         self.cache.crop(lengths)
         self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
+        self.recent = list(map(min, self.recent, lengths))
 
-    def dense(self, layer, row, at=-1, kept=None, store=lambda layer, k, v: (k, v)):
+    def dense(self, layer, row, at=-1, kept=None, store=lambda layer, k, v, recent: (k, v)):
         """Attention [Hq, D] of one token over the positions `kept` by head, default all, in fp64.
 
-        `store` maps a layer and a row's keys and values to what is read back of them.
+        `store` maps a layer, a row's keys and values, and the position from which on they are
+        recent, to what is read back of them.
         """
         q, k, v = (x.double() for x in self.qkv(layer, row))
-        k, v = store(layer, k, v)
         at %= len(q)
+        k, v = store(layer, k, v, max(self.recent[row], at - self.cache.config.recent + 1))
         options = dict(softcap=0.0, sliding=0, sink_h=None) | self.options
         out = torch.zeros_like(q[0])
         for h in range(self.heads):

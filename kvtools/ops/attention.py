@@ -102,8 +102,8 @@ _TREE_SCHEMA = (
     "(Tensor q_thd, Tensor position_t, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, "
     "Tensor? position, Tensor(a!)? importance, Tensor(b!)? history, Tensor page_indptr, "
     "Tensor page, Tensor first, Tensor length, Tensor base, Tensor own, Tensor token, Tensor "
-    "item, Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, float softcap, "
-    "int sliding, int window, str group) -> (Tensor, Tensor)"
+    "item, Tensor? before_t, Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, "
+    "float softcap, int sliding, int window, str group) -> (Tensor, Tensor)"
 )
 
 
@@ -135,6 +135,7 @@ def tree_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sliding: int = 0,
+    before_t: Tensor | None = None,
     sink_h: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     window: int = 0,
@@ -144,7 +145,7 @@ def tree_attention(
     """Attention of query tokens over a forest of KV nodes, each read once for all its rows.
 
     Equivalent to, for each token t of row r, over the slots s of r's path with
-    position[s] <= position[t] (and > position[t] - sliding):
+    position[s] <= position[t] (and > position[t] - sliding, and < before[t]):
 
         x = softcap(scale q[t] · k[s]);  lse = logsumexp_s(x, sink_h, state.lse)
         out = Σ_s exp(x - lse) v[s] + exp(state.lse - lse) state.out
@@ -159,6 +160,8 @@ def tree_attention(
         scale: of the scores; default D ** -0.5.
         softcap: c in c · tanh(x / c), applied before masking (Gemma 2); 0 for none.
         sliding: how many positions a query sees, its own included; 0 for all.
+        before_t: int32; a query sees only positions below this one, those from it on being kept
+            elsewhere (in `state`).
         sink_h: [Hq] logits of a sink without a value (gpt-oss); they enter the final lse.
         state: (out_thd, lse_th) over keys kept elsewhere, merged in before the final lse.
         window: steps that `pages.history` holds, as given to `KVPages.empty`; needed with a
@@ -203,6 +206,10 @@ def tree_attention(
             f"{pages.k.device}, plan on {plan.item.device}; move them to one device"
         ),
     )
+    check(
+        before_t is None or (before_t.shape == (t,) and before_t.device == q_thd.device),
+        lambda: f"before_t must have shape {(t,)} and be on the device of q_thd",
+    )
     check(group in ("all", "mean"), lambda: f"group={group!r}: expected 'all' or 'mean'")
     check(
         softcap >= 0 and sliding >= 0, "softcap and sliding must not be negative; 0 turns them off"
@@ -222,8 +229,8 @@ def tree_attention(
     state_out, state_lse = (None, None) if state is None else state
     return _tree_attention(
         impl, q_thd, position_t, *pages.tensors(), plan.page_indptr, plan.page, plan.first,
-        plan.length, plan.base, plan.own, plan.token, plan.item, state_out, state_lse, sink_h,
-        d**-0.5 if scale is None else scale, softcap, sliding, window, group,
+        plan.length, plan.base, plan.own, plan.token, plan.item, before_t, state_out, state_lse,
+        sink_h, d**-0.5 if scale is None else scale, softcap, sliding, window, group,
     )  # fmt: skip
 
 

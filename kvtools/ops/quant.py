@@ -8,7 +8,7 @@ from torch import Tensor
 from ..reference import quant as reference
 from . import Impl, Op, check
 
-FORMATS = ("none", "fp8", "int8", "int4", "int2")
+FORMATS = ("none", "fp8", "int8", "int6", "int4", "int3", "int2")
 EMPTY = 2**31 - 1  # position of a slot that holds no token: after every query, so never seen
 
 
@@ -21,8 +21,8 @@ class KVPages:
 
     Attributes:
         k, v: [pages, Hkv, page_size, D] in a float dtype or fp8 (float8_e4m3fn); uint8 with a last
-            axis of D, D/2 or D/4 for int8, int4 and int2. K and V may differ. Quantised formats are
-            rotated.
+            axis of n D / 8 for n bits (int8, int6, int4, int3, int2). K and V may differ. Quantised
+            formats are rotated.
         k_scale, v_scale: [pages, Hkv, page_size] fp16, one scale per token and head; None if
             unquantised.
         position: [pages, Hkv, page_size] int32, true token position; None means "in order".
@@ -67,7 +67,7 @@ class KVPages:
             if format == "none":
                 return new(dtype, d)
             kind = torch.float8_e4m3fn if format == "fp8" else torch.uint8
-            return new(kind, d // reference.CODES_PER_BYTE[format])
+            return new(kind, reference.width(format, d))
 
         return cls(
             codes(k_format),
@@ -114,7 +114,7 @@ def check_format(format: str, d: int) -> None:
 
 def _fake_quantize(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     dtype = torch.float8_e4m3fn if format == "fp8" else torch.uint8
-    codes = x.new_empty(*x.shape[:-1], x.shape[-1] // reference.CODES_PER_BYTE[format], dtype=dtype)
+    codes = x.new_empty(*x.shape[:-1], reference.width(format, x.shape[-1]), dtype=dtype)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float16)
 
 
@@ -145,27 +145,28 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
 
     Equivalent to:
 
-        y = x @ rotation;  s = argmin over clipping ranges of |dequantised - y|²
-        int n bits: code = round(y / s + (2ⁿ - 1) / 2), value = (code - (2ⁿ - 1) / 2) s
+        y = x @ rotation;  codes, s = argmin |s level(codes) - y|², over a few ranges for `codes`
+        int n bits: level(code) = c (1 + b (c / c_max)²), c = code - c_max, c_max = (2ⁿ - 1) / 2,
+            b = 0.5 for 6 and 4 bits, 0.4 for 3, 0 for 8 and 2
         fp8: code = e4m3(y / s), s = max|y| / 448
 
     Args:
         x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8. Must be finite.
-        format: "fp8", "int8", "int4" or "int2".
+        format: "fp8", "int8", "int6", "int4", "int3" or "int2".
         impl: "auto" is the reference.
 
     Returns:
-        codes [..., D · bits / 8]: float8_e4m3fn, or uint8 in which byte j holds the codes of
-            elements j, j + D/n,
-        ..., lowest bits first (n codes per byte); and scale [...] in fp16. Zero vectors give the
-        smallest scale.
+        codes [..., D · bits / 8]: float8_e4m3fn, or uint8 with one run of bytes per bit plane: of 4
+            and 2 bits for int6, 2 and 1 for int3, one plane otherwise, lowest bits first. Byte j of
+            a run of w bytes holds elements j, j + w, ..., lowest bits first.
+        scale [...]: fp16. Zero vectors get the smallest.
 
     Numerics: computed in fp32 (fp64 for fp64). A vector's bits do not depend on its batch.
 
-    Reference: QuaRot, arXiv:2404.00456 (rotation); the range search is the usual least-squares
-        clipping.
+    Reference: QuaRot, arXiv:2404.00456 (rotation); TurboQuant, arXiv:2504.19874 (non-uniform levels
+        after it); the search of ranges is the usual least-squares clipping.
     """
-    check(format != "none", "format='none' is unquantised; use 'fp8', 'int8', 'int4' or 'int2'")
+    check(format != "none", "format='none' is unquantised; name another of FORMATS")
     check_format(format, x.shape[-1])
     check(
         x.is_floating_point(),
@@ -195,7 +196,7 @@ def dequantize_kv(
 
     Numerics: computed in fp32 (fp64 if `dtype` is fp64).
     """
-    sizes = {d} if codes.dtype == torch.float8_e4m3fn else {d, d // 2, d // 4}
+    sizes = widths(codes, d)
     check(
         codes.dtype in (torch.uint8, torch.float8_e4m3fn) and codes.shape[-1] in sizes,
         lambda: (
@@ -280,6 +281,13 @@ def append_kv(
     )
 
 
+def widths(codes: Tensor, d: int) -> list[int]:
+    """Last axes that `codes` of this dtype may have."""
+    if codes.dtype != torch.uint8:
+        return [d]
+    return [reference.width(format, d) for format in reference.PLANES]
+
+
 def check_pages(pages: KVPages, d: int) -> None:
     """Raise ValueError unless `pages` is consistent and holds heads of size `d`."""
     _check_content("k", pages.k, pages.k_scale, pages.k.shape[:3], d)
@@ -296,7 +304,7 @@ def _check_content(name: str, x: Tensor, scale: Tensor | None, lead: torch.Size,
         lambda: f"pages.{name} must be contiguous in its last axis",
     )
     quantised = x.dtype in (torch.uint8, torch.float8_e4m3fn)
-    sizes = (d, d // 2, d // 4) if x.dtype == torch.uint8 else (d,)
+    sizes = widths(x, d)
     check(
         x.shape[-1] in sizes,
         lambda: (

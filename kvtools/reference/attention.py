@@ -35,6 +35,7 @@ def tree_attention(
     own: Tensor,
     token: Tensor,
     item: Tensor,
+    before_t: Tensor | None,
     state_out: Tensor | None,
     state_lse: Tensor | None,
     sink_h: Tensor | None,
@@ -91,6 +92,8 @@ def tree_attention(
         else:
             key_nhs = position[where].transpose(1, 2)
         age = position_t[token_nc].long()[:, None, :, None] - key_nhs[:, :, None]  # [n, h, c, s]
+        if before_t is not None:
+            age = age.masked_fill(key_nhs[:, :, None] >= before_t[token_nc][:, None, :, None], -1)
         past = (age >= 0) & (real_nc[:, None, :, None] & live_ns[:, None, None])
         visible = (past & (age < sliding) if sliding else past).expand(-1, heads, -1, -1)
         logits = logits.masked_fill(~visible[:, :, None], -torch.inf)

@@ -5,11 +5,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-LEVELS = {"int8": 256, "int4": 16, "int2": 4}
-CODES_PER_BYTE = {"fp8": 1, "int8": 1, "int4": 2, "int2": 4}
-# Fractions of max|x| tried as clipping range. An 8-bit grid is fine enough not to clip.
-CLIPS = {"int8": 1, "int4": 8, "int2": 12}
+# Bit planes of a code, lowest bits first: each is packed on its own.
+PLANES = {"int8": (8,), "int6": (4, 2), "int4": (4,), "int3": (2, 1), "int2": (2,)}
+# Levels lie at c (1 + bend (c / c_max)²): denser in the middle, as rotated values are. Nearly the
+# least squared error for a normal distribution (Lloyd-Max), without a table.
+BEND = {"int8": 0.0, "int6": 0.5, "int4": 0.5, "int3": 0.4, "int2": 0.0}
+# Ranges tried, as multiples of max|x|. An 8-bit grid is fine enough not to clip.
+RANGES = {"int8": [1.0]} | {
+    format: [(17 - i) / 16 for i in range(tries)]
+    for format, tries in {"int6": 3, "int4": 7, "int3": 10, "int2": 12}.items()
+}
 FP8_MAX = 448.0
+TINY = 2.0**-24  # the least scale in fp16
 
 
 @lru_cache(maxsize=64)
@@ -26,29 +33,44 @@ def rotation(d: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return (sign[:, None] * hadamard).to(device, dtype)
 
 
+def width(format: str, d: int) -> int:
+    """Last axis of a page tensor."""
+    return d * sum(PLANES[format]) // 8 if format in PLANES else d
+
+
 def format_of(pages: Tensor, d: int) -> str:
     """The format of a page tensor for head size `d`, read off its dtype and last axis."""
     if pages.dtype == torch.float8_e4m3fn:
         return "fp8"
     if pages.dtype == torch.uint8:
-        return {d: "int8", d // 2: "int4", d // 4: "int2"}[pages.shape[-1]]
+        return {width(format, d): format for format in PLANES}[pages.shape[-1]]
     return "none"
 
 
+def level(codes: Tensor, format: str) -> Tensor:
+    """What codes, in a floating point dtype, stand for in units of the scale."""
+    top = (2 ** sum(PLANES[format]) - 1) / 2
+    c = codes - top
+    return c * (1 + BEND[format] * (c / top) ** 2) if BEND[format] else c
+
+
 def encode(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    """Codes and fp16 scales of rotated `x` [..., d]: the clipping range with the least error."""
+    """Codes and fp16 scales of rotated `x` [..., d]: the range with the least error."""
     peak = x.abs().amax(-1, keepdim=True)
     if format == "fp8":
-        scale = (peak / FP8_MAX).clamp(2.0**-24, 65504).to(torch.float16)
+        scale = to_scale(peak / FP8_MAX)
         codes = (x / scale.to(x.dtype)).clamp(-FP8_MAX, FP8_MAX)
         return codes.to(torch.float8_e4m3fn), scale[..., 0]
-    half = (LEVELS[format] - 1) / 2
+    grid = level(torch.arange(2 ** sum(PLANES[format]), dtype=x.dtype, device=x.device), format)
+    border = (grid[1:] + grid[:-1]) / 2
     best = best_scale = best_codes = None
-    for clip in range(CLIPS[format]):
-        scale = (peak * (1 - clip / 16) / half).clamp(2.0**-24, 65504).to(torch.float16)
-        step = scale.to(x.dtype)
-        codes = torch.round(x / step + half).clamp(0, 2 * half)
-        error = ((codes - half) * step - x).square().sum(-1, keepdim=True)
+    for reach in RANGES[format]:
+        step = peak * (reach / grid[-1]) + TINY
+        codes = torch.bucketize(x / step, border)
+        y = grid[codes]
+        # For these codes, the best scale.
+        scale = to_scale((x * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True))
+        error = (y * scale.to(x.dtype) - x).square().sum(-1, keepdim=True)
         if best is None:
             best, best_scale, best_codes = error, scale, codes
         else:
@@ -56,7 +78,11 @@ def encode(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
             best = torch.where(better, error, best)
             best_scale = torch.where(better, scale, best_scale)
             best_codes = torch.where(better, codes, best_codes)
-    return pack(best_codes.to(torch.uint8), CODES_PER_BYTE[format]), best_scale[..., 0]
+    return pack(best_codes.to(torch.uint8), PLANES[format]), best_scale[..., 0]
+
+
+def to_scale(x: Tensor) -> Tensor:
+    return x.clamp(TINY, 65504).to(torch.float16)
 
 
 def decode(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype) -> Tensor:
@@ -65,23 +91,32 @@ def decode(codes: Tensor, scale: Tensor | None, format: str, dtype: torch.dtype)
         return codes.to(dtype)
     if format == "fp8":
         return codes.to(dtype) * scale[..., None].to(dtype)
-    levels = unpack(codes, CODES_PER_BYTE[format]).to(dtype) - (LEVELS[format] - 1) / 2
-    return levels * scale[..., None].to(dtype)
+    codes = unpack(codes, PLANES[format]).to(dtype)
+    return level(codes, format) * scale[..., None].to(dtype)
 
 
-def pack(codes: Tensor, per_byte: int) -> Tensor:
-    """Byte j holds the codes j, j + d/n, ...: each bit plane is a contiguous run of the head."""
-    bits = 8 // per_byte
-    planes = codes.chunk(per_byte, -1)
-    packed = planes[0].clone()
-    for i, plane in enumerate(planes[1:], 1):
-        packed |= plane << (bits * i)
-    return packed
+def pack(codes: Tensor, planes: tuple[int, ...]) -> Tensor:
+    """A run of w bytes per plane: byte j has those bits of elements j, j + w, ..., lowest first."""
+    runs = []
+    for bits in planes:
+        parts = (codes & ((1 << bits) - 1)).chunk(8 // bits, -1)
+        run = parts[0].clone()
+        for i, part in enumerate(parts[1:], 1):
+            run |= part << (bits * i)
+        runs.append(run)
+        codes = codes >> bits if bits < 8 else codes
+    return torch.cat(runs, -1)
 
 
-def unpack(packed: Tensor, per_byte: int) -> Tensor:
-    bits = 8 // per_byte
-    return torch.cat([(packed >> (bits * i)) & ((1 << bits) - 1) for i in range(per_byte)], -1)
+def unpack(packed: Tensor, planes: tuple[int, ...]) -> Tensor:
+    d = packed.shape[-1] * 8 // sum(planes)
+    codes, low = None, 0
+    for bits, run in zip(planes, packed.split([d * bits // 8 for bits in planes], -1), strict=True):
+        mask = (1 << bits) - 1
+        part = torch.cat([(run >> (bits * i)) & mask for i in range(8 // bits)], -1)
+        codes = part if codes is None else codes | part << low
+        low += bits
+    return codes
 
 
 def quantize_kv(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
