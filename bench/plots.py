@@ -32,6 +32,10 @@ def draw_demo(result: dict, path: Path) -> None:
         f"{result['prompt_tokens']}: {result['model']}, {result['dtype']}, {result['device']}",
         fontsize="medium",
     )
+    save(figure, path)
+
+
+def save(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     # Without a date and with fixed ids, the same results give the same file.
     with plt.rc_context({"svg.hashsalt": "kvtools", "svg.fonttype": "none"}):
@@ -39,7 +43,43 @@ def draw_demo(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def draw_quality(result: dict, path: Path) -> None:
+    """Bits against divergence, and compression against right answers."""
+    cells = result["cells"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    ours = [f"{bits}-bit" for bits in (8, 6, 4, 3, 2)]
+    for names, color in (
+        ([*ours, "lossless", "balanced"], "C0"),
+        (("kivi4", "kivi4-g64", "kivi2", "rtn4", "quanto4", "hqq4", "fp8-tensor"), "0.5"),
+    ):
+        rows = {name: cells["text"][name] for name in names if name in cells["text"]}
+        if color == "C0":
+            line = [rows[name] for name in ours]
+            left.plot([x["bits"] for x in line], [x["kl"] for x in line], color=color, lw=1)
+        for name, row in rows.items():
+            left.plot(row["bits"], row["kl"], "o", color=color, ms=4)
+            left.annotate(
+                name, (row["bits"], row["kl"]), (4, 4), textcoords="offset points", fontsize=7,
+                color=color,
+            )  # fmt: skip
+    left.set(yscale="log", xlabel="bits per element held", ylabel="KL from the 16-bit cache, nats")
+    left.set_title("text", fontsize="medium")
+    needle = cells["needle 2000"]
+    kept = sorted((row["ratio"], row["right"]) for name, row in needle.items()
+                  if name.startswith("scissorhands") or name in ("max", "balanced"))  # fmt: skip
+    right.plot(*zip(*kept, strict=True), "o-", color="C0", ms=4, label="scissorhands")
+    for i, name in enumerate(("h2o", "snapkv", "tova", "streaming", "lru", "random")):
+        row = needle[name]
+        right.plot(row["ratio"], row["right"], "<>^vsD"[i], color="0.5", ms=5, label=name)
+    right.set(xlabel="16-bit bytes over bytes held", ylabel="right", ylim=(-0.05, 1.05))
+    right.set_title("needle in 2,000 tokens, 4 bits, question visible", fontsize="medium")
+    right.legend(fontsize=7)
+    save(figure, path)
+
+
 if __name__ == "__main__":
-    draw_demo(
-        json.loads((ROOT / "bench/results/demo-cpu.json").read_text()), ROOT / "docs/demo.svg"
-    )
+    for draw, results, name in (
+        (draw_demo, "demo-cpu.json", "demo.svg"),
+        (draw_quality, "quality-cpu.json", "quality.svg"),
+    ):
+        draw(json.loads((ROOT / "bench/results" / results).read_text()), ROOT / "docs" / name)

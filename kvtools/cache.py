@@ -85,8 +85,7 @@ class KVCache:
         layer.
 
         Raises:
-            ValueError: `length` or `copies` is not positive, or the prompt is too short for its
-                budget.
+            ValueError: `length` or `copies` is not positive.
             PoolExhausted: a fixed pool has too few pages. Nothing has changed.
         """
         if length < 1:

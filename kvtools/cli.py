@@ -24,6 +24,7 @@ from rich.table import Table
 
 import kvtools.ops
 from kvtools import models
+from kvtools.config import PRESETS
 
 FIGURES = ("", "prefill s", "tokens/s", "KV MiB")
 
@@ -66,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     add_generate(generate)
     generate.set_defaults(run=run_generate)
 
+    quality = commands.add_parser(
+        "quality", parents=[common], help="what compressed caches change in what a model says"
+    )
+    add_quality(quality)
+    quality.set_defaults(run=run_quality)
+
     demo = commands.add_parser("demo", parents=[common], help="16 rollouts of a real model")
     demo.add_argument("-n", type=count, default=16, help="continuations (default 16)")
     demo.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="default 64")
@@ -77,16 +84,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
-    command.add_argument("model", help="folder or hub name, or smollm2 for the packaged model")
-    prompt = command.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT")
-    prompt.add_argument("--prompt-file", type=Path, metavar="PATH")
-    prompt.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from stdin")
+    add_model(command)
+    add_prompt(command.add_mutually_exclusive_group(required=True))
     command.add_argument("--chat", action="store_true", help="apply the model's chat template")
     command.add_argument("-n", type=count, default=1, help="continuations (default 1)")
     command.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
-    command.add_argument("--dtype", default="auto", help="default: that of the checkpoint")
-    command.add_argument("--device", default=default_device(), help="default: cuda, else cpu")
     command.add_argument("--compare", action="store_true", help="run plain generate beside it")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
 
@@ -98,6 +100,40 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     sampling.add_argument("--seed", type=int, default=0, help="default 0")
     sampling.add_argument("--greedy", action="store_true", help="as does temperature 0")
 
+    add_cache(command)
+
+
+def add_quality(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    prompt = command.add_mutually_exclusive_group()
+    add_prompt(prompt)
+    command.add_argument("--probe", action="store_true", help="measure on the given prompt alone")
+    command.add_argument(
+        "--presets", default=",".join(PRESETS), metavar="A,B", help="default: all of them"
+    )
+    command.add_argument("--count", type=count, default=8, help="items per task (default 8)")
+    command.add_argument(
+        "--length", type=count, default=1000, help="tokens of a prompt (default 1000)"
+    )
+    command.add_argument(
+        "--json", type=Path, metavar="PATH", help="write results here; what it has is kept"
+    )
+    add_cache(command)
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", help="folder or hub name, or smollm2 for the packaged model")
+    command.add_argument("--dtype", default="auto", help="default: that of the checkpoint")
+    command.add_argument("--device", default=default_device(), help="default: cuda, else cpu")
+
+
+def add_prompt(group: Any) -> None:
+    group.add_argument("--prompt", metavar="TEXT")
+    group.add_argument("--prompt-file", type=Path, metavar="PATH")
+    group.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from stdin")
+
+
+def add_cache(command: argparse.ArgumentParser) -> None:
     # Read off CacheConfig, so that the two cannot drift apart.
     cache = command.add_argument_group("cache (the fields of kvtools.CacheConfig)")
     for field in dataclasses.fields(kvtools.CacheConfig):
@@ -109,6 +145,15 @@ def add_generate(command: argparse.ArgumentParser) -> None:
             metavar="X",
             help=f"default {field.default}",
         )
+    cache.add_argument("--preset", choices=list(PRESETS), help="where the options start from")
+
+
+def cache_of(args: argparse.Namespace) -> tuple[kvtools.CacheConfig, dict]:
+    """The cache that was asked for, and the options that were given."""
+    given = {name[6:]: value for name, value in vars(args).items() if name.startswith("cache_")}
+    if args.preset is None:
+        return kvtools.CacheConfig(**given), given
+    return kvtools.CacheConfig.preset(args.preset, **given), {"preset": args.preset} | given
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
@@ -197,12 +242,9 @@ def obstacle(op: Any, impl: str) -> str | None:
 def run_generate(args: argparse.Namespace) -> None:
     # All that can be wrong without a model comes before loading one.
     text = read_prompt(args)
-    given = {name[6:]: value for name, value in vars(args).items() if name.startswith("cache_")}
-    config = kvtools.CacheConfig(**given)
+    config, given = cache_of(args)
     options = sampling_options(args)
-    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-        raise ValueError(f"--dtype {args.dtype}: not a torch dtype; try float32 or bfloat16")
-    model, tokenizer = models.load(args.model, args.dtype, args.device)
+    model, tokenizer = load(args)
     inputs = encode(tokenizer, text, args.chat).to(model.device)
 
     rows = {}
@@ -238,6 +280,64 @@ def run_generate(args: argparse.Namespace) -> None:
     table = Table(*FIGURES)
     for name, row in rows.items():
         table.add_row(name, *figures(row))
+    Console().print(table)
+
+
+def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f"--dtype {args.dtype}: not a torch dtype; try float32 or bfloat16")
+    return models.load(args.model, args.dtype, args.device)
+
+
+def run_quality(args: argparse.Namespace) -> None:
+    given_prompt = args.prompt or args.prompt_file or args.stdin
+    if args.probe and not given_prompt:
+        raise ValueError("--probe measures on a prompt: give --prompt, --prompt-file or -")
+    text = read_prompt(args) if given_prompt else None
+    from kvtools import quality, tasks
+
+    config, given = cache_of(args)
+    names = [name for name in args.presets.split(",") if name]
+    contenders = [quality.Ours(name, kvtools.CacheConfig.preset(name)) for name in names]
+    if given:
+        contenders.append(quality.Ours(" ".join(f"{k}={v}" for k, v in given.items()), config))
+    model, tokenizer = load(args)
+    if text is not None:
+        ids = encode(tokenizer, text, chat=False)["input_ids"][0].tolist()
+        todo = {"your prompt": quality.probe_items(ids)}
+    if not args.probe:
+        texts = tasks.texts("held")
+        window = dict(prompt=args.length, length=128)
+        todo = {
+            "text": tasks.text_items(tokenizer, texts, **window)[: args.count],
+            "needle": tasks.needle_items(tokenizer, texts["types"], args.length, args.count, 0),
+            "needle, asked later": tasks.needle_items(
+                tokenizer, texts["types"], args.length, args.count, 0, seen=False
+            ),
+            "turns": tasks.turns_items(tokenizer, texts["types"], args.count, 0),
+        } | (todo if text is not None else {})
+    header = {
+        "model": args.model,
+        "dtype": str(model.dtype),
+        "items": repr((args.count, args.length, text)),
+    }
+    journal = quality.Journal(args.json, header)
+    with progress() as bar:
+        for task, items in todo.items():
+            steps = -(-len(items) // 8) * (len(contenders) + 1)
+            line = bar.add_task(task, total=steps)
+            journal.run(
+                model, task, items, contenders, progress=lambda line=line: bar.advance(line)
+            )
+    table = Table("task", "cache", "bits", "16-bit over it", "KL, nats", "top-1", "right", "")
+    for task in todo:
+        for name, row in journal.cells[task].items():
+            if name in ("exact", *(x.name for x in contenders)):
+                right = "-" if task in ("text", "your prompt") else f"{row['right']:.2f}"
+                table.add_row(
+                    task, name, f"{row['bits']:.2f}", f"{row['ratio']:.1f}", f"{row['kl']:.5f}",
+                    f"{row['top1']:.3f}", right, quality.verdict(row["kl"]),
+                )  # fmt: skip
     Console().print(table)
 
 

@@ -2,10 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .policy import Policy, policy_of
 
 BITS = {16: "none", 8: "int8", "fp8": "fp8", 6: "int6", 4: "int4", 3: "int3", 2: "int2"}
+
+
+PRESETS: dict[str, dict] = {
+    "lossless": dict(bits=8, recent_bits=16),
+    "balanced": dict(bits=4, recent=32),
+    "max": dict(bits=4, prompt_budget=0.13),
+}
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,7 @@ class CacheConfig:
         bits: 16 (the model's own dtype), 8, 6, 4, 3, 2 or "fp8", for keys and values.
         k_bits, v_bits: override `bits` for one of them.
         prompt_budget: tokens of a prompt that are kept, an int, or a fraction of the prompt as a
-            float in (0, 1]; None keeps all.
+            float in (0, 1], but always more than sinks + recent; None keeps all.
         budget: tokens that a row may own beyond its prompt; None for no limit.
         policy: "scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random", or a callable
             that takes `kvtools.policy.Candidates` and returns the worth of each.
@@ -101,6 +109,21 @@ class CacheConfig:
                 f"layer_budget={self.layer_budget!r}: expected 'uniform', 'later' or one factor "
                 "per layer"
             )
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "CacheConfig":
+        """A configuration chosen by measurement, with `changes`.
+
+        Args:
+            name: "lossless", "balanced" or "max".
+            changes: options that differ from the preset's.
+
+        Raises:
+            ValueError: there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} does not exist; expected {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **changes})
 
     @property
     def k_format(self) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -17,7 +18,6 @@ QUESTION = (
 )
 BUDGET = {"prompt_budget": 0.5, "budget": 40}
 COLUMNS = ("", "prefill s", "tokens/s", "KV MiB", "ratio", "ratio to 16 bit")
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def configs() -> dict:
@@ -92,7 +92,7 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(result, indent=2) + "\n")
     if readme:
-        rewrite(readme, result)
+        rewrite(readme, "demo", [COLUMNS, *lines(result)], caption(result))
 
 
 def lines(result: dict) -> list[list[str]]:
@@ -119,15 +119,16 @@ def caption(result: dict) -> str:
     )
 
 
-def rewrite(readme: Path, result: dict) -> None:
-    """Put the table between the markers of `readme`."""
+def rewrite(readme: Path, name: str, rows: Sequence[Sequence[str]], caption: str) -> None:
+    """Put a table, its first row the heads, between the markers `name` of `readme`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     text = readme.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{readme} has no {BEGIN} ... {END} to put the table in")
-    rows = [COLUMNS, ["---"] + ["---:"] * (len(COLUMNS) - 1), *lines(result)]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-    head, tail = text.split(BEGIN)[0], text.split(END, 1)[1]
-    readme.write_text(f"{head}{BEGIN}\n{table}\n\n{caption(result)}\n{END}{tail}")
+    if begin not in text or end not in text:
+        raise ValueError(f"{readme} has no {begin} ... {end} to put the table in")
+    ruled = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
+    head, tail = text.split(begin)[0], text.split(end, 1)[1]
+    readme.write_text(f"{head}{begin}\n{table}\n\n{caption}\n{end}{tail}")
 
 
 def place(device: str) -> str:

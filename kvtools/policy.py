@@ -61,8 +61,19 @@ class Policy:
         return worth if isinstance(worth, tuple) else (worth, None)
 
 
-def scissorhands(c: Candidates) -> tuple[Tensor, Tensor]:
-    """Most often below the mean lately goes first; then least attention (arXiv:2305.17118)."""
+SPAN = 13  # tokens of a prompt that are worth what the best of them is
+
+
+def scissorhands(c: Candidates) -> Tensor | tuple[Tensor, Tensor]:
+    """Most often below the mean lately goes first; then least attention (arXiv:2305.17118).
+
+    A prompt has no steps to count. There the spans around what its last queries attended to stay:
+    what they attend to is often next to what will be asked for.
+    """
+    if c.prompt:
+        return torch.nn.functional.max_pool1d(
+            c.mass_nhs, kernel_size=SPAN, stride=1, padding=SPAN // 2
+        )
     return -c.low_nhs, c.mass_nhs
 
 

@@ -58,11 +58,6 @@ class Store:
             return length
         floor = self.config.sinks + self.config.recent + 1
         budget = share if is_int(share) else share * length
-        if budget < floor <= length:
-            raise ValueError(
-                f"prompt_budget={share} of a prompt of {length} tokens is {int(budget)} tokens, "
-                f"not above sinks + recent = {floor - 1}: raise prompt_budget or lower recent"
-            )
         return min(length, max(floor, round(budget * self.factor)))
 
     def reserve(self, pages: int) -> None:

@@ -146,17 +146,51 @@ def test_literal():
     assert [cli.literal(text) for text in texts] == [4, 0.5, "fp8", [0.5, 1.5], None]
 
 
+def test_quality_probe(tiny, capsys, tmp_path):
+    words = " ".join(f"w{2 + i * i % 29}" for i in range(140))
+    path = tmp_path / "out.json"
+    argv = [
+        "quality",
+        tiny,
+        "--probe",
+        "--prompt",
+        words,
+        "--presets",
+        "lossless,max",
+        "--json",
+        path,
+    ]
+    argv += ["--bits", 2, "--recent-bits", "none"]
+    code, out, err = run(capsys, *argv)
+    assert (code, err) == (0, [])
+    assert "lossless" in out and "bits=2" in out and "the same" in out
+    cells = json.loads(path.read_text())["cells"]["your prompt"]
+    assert set(cells) == {"exact", "lossless", "max", "bits=2 recent_bits=None"}
+    assert cells["lossless"]["kl"] < cells["bits=2 recent_bits=None"]["kl"]
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["--probe"], "give --prompt"),
+    (["--probe", "--prompt", "w2 w3"], "the prompt has 2 tokens; a probe needs 128 or more"),
+    (["--presets", "tiny"], "preset 'tiny' does not exist; expected lossless, balanced, max"),
+])  # fmt: skip
+def test_quality_errors_are_one_line(tiny, capsys, argv, message):
+    code, _, err = run(capsys, "quality", tiny, *argv)
+    assert code == 2 and len(err) == 1 and message in err[0]
+
+
 def test_readme_table(tmp_path):
     row = {"prefill_s": 1.0, "tokens_per_s": 2.0, "memory": {"total": 2**21}}
     half = row | {"memory": {"total": 2**20}}
     result = collections.defaultdict(int) | {"rows": {"plain generate": row, "kvtools": half}}
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{demo.BEGIN}\nstale\n{demo.END}\nafter\n")
+    readme.write_text("before\n<!-- demo:begin -->\nstale\n<!-- demo:end -->\nafter\n")
     for _ in range(2):
-        demo.rewrite(readme, result)
+        demo.rewrite(readme, "demo", [demo.COLUMNS, *demo.lines(result)], "a caption")
     text = readme.read_text()
     assert "| kvtools | 1.00 | 2.0 | 1.00 | 2.0 | 1.0 |" in text
+    assert "\n\na caption\n" in text
     assert text.startswith("before\n") and text.endswith("after\n") and "stale" not in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="demo:begin"):
-        demo.rewrite(readme, result)
+        demo.rewrite(readme, "demo", [demo.COLUMNS], "")

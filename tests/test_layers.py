@@ -25,9 +25,9 @@ ALLOWED = {
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),
-    "quality": {"config", "hf", "tasks"},
+    "quality": {"config", "hf", "rollouts", "tasks"},
     "demo": {"__init__", "models", "cli"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks"},
     "__init__": {"ops", "config", "cache", "hf", "rollouts", "_host"},
 }
 OUTSIDE = {"hf": {"transformers"}, "models": {"transformers"}, "kernels": {"triton"}}
