@@ -1,7 +1,7 @@
 """What compressed caches cost, by format, policy and rival: python -m bench.quality --json OUT.
 
-Writes JSON as it goes and resumes from it. --quick is a subset that takes minutes and fails where a
-figure leaves the bounds in bench/bounds.json.
+Writes JSON as it goes and, at the same commit, resumes from it. --quick is a subset that takes
+minutes and fails where a figure leaves the bounds in bench/bounds.json.
 """
 
 import argparse
@@ -249,7 +249,7 @@ def caption(result: dict) -> str:
         f"shares of right answers (n = {needle['exact']['n']}; asked later: the question came "
         f"after compression). max holds {needle['max']['ratio']:.1f} times less than 16 bits at "
         f"2,000 tokens. torch {where['torch']}, transformers {where['transformers']}, commit "
-        f"{where['commit']}."
+        f"{result['commit']}."
     )
 
 
@@ -285,6 +285,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         todo = [task for task in todo if task.name in args.only]
     header = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "seed": 7}
+    header |= {"commit": demo.commit()["commit"]}  # other sources, other results
     journal = Journal(args.json, header)
     run(todo, journal, console)
     if not args.quick and (args.only is None or "problems" in args.only):
@@ -293,7 +294,8 @@ def main(argv: list[str] | None = None) -> int:
     where = {
         "device": demo.place("cpu"), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "transformers": cli.environment()["versions"]["transformers"],
-        "kvtools": kvtools.__version__, "date": date.today().isoformat(), **demo.commit(),
+        "kvtools": kvtools.__version__, "date": date.today().isoformat(),
+        "dirty": demo.commit()["dirty"],
     }  # fmt: skip
     journal.save(where=where, targets=reached)
     for target in reached:

@@ -317,6 +317,7 @@ def run_quality(args: argparse.Namespace) -> None:
             "turns": tasks.turns_items(tokenizer, texts["types"], args.count, 0),
         } | (todo if text is not None else {})
     header = {
+        "kvtools": kvtools.__version__,
         "model": args.model,
         "dtype": str(model.dtype),
         "items": repr((args.count, args.length, text)),

@@ -16,7 +16,6 @@ from kvtools import cli, models
 QUESTION = (
     "Explain in your own words what garbage collection is, and why programs should close files."
 )
-BUDGET = {"prompt_budget": 0.5, "budget": 40}
 COLUMNS = ("", "prefill s", "tokens/s", "KV MiB", "ratio", "ratio to 16 bit")
 
 
@@ -27,8 +26,7 @@ def configs() -> dict:
     return {
         "plain generate": None,
         "kvtools, 16-bit": CacheConfig(),
-        "kvtools, 4-bit": CacheConfig(bits=4),
-        "kvtools, 4-bit, budget": CacheConfig(bits=4, **BUDGET),
+        **{f"kvtools, {name}": CacheConfig.preset(name) for name in ("balanced", "max")},
     }
 
 
@@ -74,7 +72,6 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
         "n": n,
         "prompt_tokens": length,
         "new_tokens": new_tokens,
-        **BUDGET,
         "device": place(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -114,8 +111,7 @@ def caption(result: dict) -> str:
         f"{result['threads']} threads, torch {result['torch']}, "
         f"transformers {result['transformers']}, commit {result['commit']}{dirty}. "
         "KV MiB is what the tensors of the cache hold; ratio: plain generate's over it, as it ran "
-        "in float32, and counted at 2 bytes per element. Budget: "
-        f"{result['prompt_budget']:.0%} of the prompt, and {result['budget']} tokens per rollout."
+        "in float32, and counted at 2 bytes per element."
     )
 
 

@@ -20,11 +20,11 @@ MOST = 6  # rows
 class Machine(RuleBasedStateMachine):
     """Each row of a Twin is the list of tokens it has seen; every token's attention is checked."""
 
-    page_size: int
+    config: CacheConfig
 
     def __init__(self):
         super().__init__()
-        self.twin = Twin(CacheConfig(page_size=self.page_size))
+        self.twin = Twin(self.config)
 
     @property
     def rows(self):
@@ -53,8 +53,9 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
     def crop(self, data):
+        least = 1 if self.config.exact else self.config.sinks
         rows = self.twin.rows
-        self.twin.crop([data.draw(st.integers(1, len(row))) for row in rows])
+        self.twin.crop([data.draw(st.integers(min(least, len(row)), len(row))) for row in rows])
 
     @invariant()
     def consistent(self):
@@ -71,10 +72,14 @@ class Machine(RuleBasedStateMachine):
         assert (forest.free_pages, forest.num_nodes) == (forest.num_pages, 0)
 
 
-@pytest.mark.parametrize("page_size", [1, 3, 16])
-def test_cache_under_random_operations(page_size):
+@pytest.mark.parametrize("config", [
+    *(CacheConfig(page_size=size) for size in (1, 3, 16)),
+    CacheConfig(k_bits=4, v_bits=3, recent=4, sinks=2, page_size=3),
+    CacheConfig(k_bits=8, v_bits=4, recent=7, recent_bits=16, sinks=1),
+], ids=lambda c: f"{c.k_bits or 16} bits, pages of {c.page_size}")  # fmt: skip
+def test_cache_under_random_operations(config):
     run_state_machine_as_test(
-        type("Machine", (Machine,), {"page_size": page_size}),
+        type("Machine", (Machine,), {"config": config}),
         settings=settings(
             max_examples=40, stateful_step_count=40, deadline=None, derandomize=True,
             suppress_health_check=list(HealthCheck),

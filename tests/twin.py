@@ -23,6 +23,7 @@ class Twin:
         shape = (6, layers, longest, heads * (group + 2), d)  # seed, layer, position
         self.tokens = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         self.rows, self.seeds = [], []
+        self.prompts = []  # seed and length of each row's prompt
         self.recent = []  # first position of each row that is held among its recent tokens
 
     def qkv(self, layer, row, begin=0, end=None):
@@ -37,6 +38,7 @@ class Twin:
         self.seeds += [seed] * copies
         first = max(length - self.cache.config.recent, self.cache.config.sinks)
         self.recent += [min(length, first)] * copies
+        self.prompts += [(seed, length)] * copies
         for layer in range(self.layers):
             qkv = (x.transpose(0, 1) for x in self.qkv(layer, -1))
             self.cache.fill(layer, *qkv, **self.options)
@@ -67,6 +69,7 @@ class Twin:
         self.cache.gather(index)
         self.rows = [list(self.rows[i]) for i in index]
         self.recent = [self.recent[i] for i in index]
+        self.prompts = [self.prompts[i] for i in index]
         self.seeds = [self.seeds[i] for i in index] if seeds is None else seeds
 
     def crop(self, lengths):
@@ -75,15 +78,43 @@ class Twin:
         self.rows = [row[:length] for row, length in zip(self.rows, lengths, strict=True)]
         self.recent = list(map(min, self.recent, lengths))
 
-    def dense(self, layer, row, at=-1, kept=None, store=lambda layer, k, v, recent: (k, v)):
-        """Attention [Hq, D] of one token over the positions `kept` by head, default all, in fp64.
+    def read(self, layer, row, k, v, recent):
+        """Keys and values of a row once they went through the formats: sinks and, from position
+        `recent` on, recent tokens finer."""
+        config, (seed, length) = self.cache.config, self.prompts[row]
+        sinks = min(config.sinks, length)
+        finer = config.recent_formats or (config.k_format, config.v_format)
 
-        `store` maps a layer, a row's keys and values, and the position from which on they are
-        recent, to what is read back of them.
-        """
+        def back(x, format, finer):
+            if format == "none":
+                return x
+            fine, coarse = (
+                x if f == "none"
+                else kvtools.dequantize_kv(*kvtools.quantize_kv(x, f), self.d, dtype=x.dtype)
+                for f in (finer, format)
+            )  # fmt: skip
+            first = max(recent, sinks)
+            return torch.cat([x[:sinks], coarse[sinks:first], fine[first:]])
+
+        v = back(v, config.v_format, finer[1])
+        if config.k_format == "none":
+            return k, v
+        q, keys, _ = self.tokens[seed, layer, :length].split(
+            [self.heads * self.group, self.heads, self.heads], 1
+        )
+        keys = keys[sinks:]
+        center = keys.mean(0) if len(keys) else 0
+        q2 = q.square().mean(0).unflatten(0, (self.heads, -1)).mean(1)
+        k2 = (keys - center).square().sum(0) / max(len(keys), 1)
+        gain = torch.where(k2 > 0, torch.exp2(torch.round(torch.log2(q2 / k2) / 4)), 1)
+        gain = gain.clamp(2.0**-6, 2.0**6)
+        return back((k - center) * gain, config.k_format, finer[0]) / gain, v
+
+    def dense(self, layer, row, at=-1, kept=None):
+        """Attention [Hq, D] of a token over the positions `kept` by head, default all, in fp64."""
         q, k, v = (x.double() for x in self.qkv(layer, row))
         at %= len(q)
-        k, v = store(layer, k, v, max(self.recent[row], at - self.cache.config.recent + 1))
+        k, v = self.read(layer, row, k, v, max(self.recent[row], at - self.cache.config.recent + 1))
         options = dict(softcap=0.0, sliding=0, sink_h=None) | self.options
         out = torch.zeros_like(q[0])
         for h in range(self.heads):
@@ -101,13 +132,13 @@ class Twin:
                 out[g] = x.softmax(0)[: len(seen)] @ v[seen, h]
         return out
 
-    def check_step(self, counts=None, **how):
+    def check_step(self, counts=None):
         """A step whose attention must be that of the tokens read; rows that lose tokens in it may
         take one each."""
         starts = [len(row) for row in self.rows]
         for layer, out in enumerate(self.step(counts)):
             expected = [
-                self.dense(layer, row, at, self.cache.kept(layer, row), **how)
+                self.dense(layer, row, at, self.cache.kept(layer, row))
                 for row, start in enumerate(starts)
                 for at in range(start, len(self.rows[row]))
             ]
