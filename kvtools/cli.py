@@ -1,4 +1,4 @@
-"""The command `kvtools`: what can run here, generation from a prompt, and the demo.
+"""The command `kvtools`: what can run here, generation, what caches cost, and the demo.
 
 What the user can put right is one line on standard error and exit code 2; --debug shows the
 traceback.

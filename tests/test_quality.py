@@ -105,6 +105,32 @@ def test_verdict():
     assert words == ["the same", "close", "differs", "hurts", "hurts"]
 
 
+class Speller:
+    """Reads every even token as 3, every odd one as 4."""
+
+    def encode(self, text):
+        return random_ids(1, 20, seed=len(text))[0].tolist()
+
+    def decode(self, tokens):
+        return f" The answer is {3 + tokens[-1] % 2}\n"
+
+
+def test_best_of():
+    model = tiny_model()
+    rows = Rollouts(model, temperature=0.8)
+    prompts = [Speller().encode(text) for text in ("a", "ab")]
+    rows.prefill(prompts, 8)
+    rows.step()
+    said = [[3 + rows.tokens[8 * i + j][-1] % 2 for j in range(8)] for i in range(2)]
+    found = quality.best_of(model, Speller(), [("a", 3), ("ab", 9)], CacheConfig(), n=8)
+    assert found["pass1"] == said[0].count(3) / 16 and 0 < said[0].count(3) < 8
+    assert found["pass_n"] == 0.5 and (found["n"], found["samples"]) == (2, 8)
+    assert found["majority"] == (quality.majority(said[0]) == 3) / 2
+    with torch.no_grad():
+        first = int(model(torch.tensor(prompts[:1])).logits[0, -1].argmax())
+    assert found["greedy"] == (first % 2 == 0) / 2
+
+
 def test_majority():
     assert quality.majority([None, 3, 4, 3]) == 3
     assert quality.majority([5, 4, 4, 5]) == 5
