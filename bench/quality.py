@@ -199,12 +199,12 @@ def targets(cells: dict[str, dict]) -> list[dict]:
         found.append({"name": name, "value": value, "target": target, "ok": ok})
 
     text = cells.get("text", {})
-    if "balanced" in text:
-        add("bits of balanced", text["balanced"]["bits"], 4.5)
-        kl = text["balanced"]["kl"]
+    if "4-bit" in text:
+        add("bits per element of 4-bit", text["4-bit"]["bits"], 4.5)
+        kl = text["4-bit"]["kl"]
         for name, share in (("kivi4", 1), ("kivi4-g64", 1), ("rtn4", 0.5), ("quanto4", 0.5)):
             if name in text:
-                add(f"KL of balanced, of {share} x {name}'s", kl, share * text[name]["kl"])
+                add(f"KL of 4-bit, against {share} x {name}'s", kl, share * text[name]["kl"])
         add("top-1 of lossless", text["lossless"]["top1"], 0.995, least=True)
     needle = cells.get("needle 2000", {})
     if "max" in needle:
