@@ -44,7 +44,8 @@ def presets() -> list[Contender]:
 
 def formats() -> list[Contender]:
     """Our formats, and what each idea in them is worth."""
-    found = [Ours(f"{bits}-bit", CacheConfig(bits=bits)) for bits in (8, "fp8", 6, 4, 3, 2)]
+    found = [Ours(f"{bits}-bit", CacheConfig(bits=bits)) for bits in (8, 6, 4, 3, 2)]
+    found.append(Ours("fp8", CacheConfig(bits="fp8")))
     mixed = [(6, 4), (4, 3), (4, 2), (3, 2)]
     found += [Ours(f"K{k} V{v}", CacheConfig(k_bits=k, v_bits=v)) for k, v in mixed]
     for recent in (8, 32, 64):
