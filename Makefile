@@ -55,13 +55,13 @@ quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the R
 	@$(PY) -m bench.plots
 
 clean: ## remove all that make built, .venv included
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_host*.so
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # setup.py rebuilds only what changed. It runs on its own because pip would bury its one-line errors.
 ext: $(PACKAGE)
 ifeq ($(KVTOOLS_EXT),0)
-	@rm -f kvtools/_host*.so
+	@rm -f kvtools/_*.so
 endif
 	@$(PY) setup.py -q build_ext --inplace
 

@@ -11,6 +11,8 @@ torch.set_num_threads(1)  # tests are small and run side by side
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
+from kvtools.ops import COMPILED  # noqa: E402
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
@@ -28,9 +30,25 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=["reference"])
+# The C++ kernels run once per instruction set that this processor has.
+IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512"]
+
+
+@pytest.fixture(params=IMPLS)
 def impl(request):
-    return request.param
+    """An implementation; one that a row lacks, or this machine cannot run, is skipped."""
+    name, _, isa = request.param.partition("-")
+    if not isa:
+        yield name
+        return
+    if not COMPILED:
+        pytest.skip("kvtools was built without its C++ kernels")
+    try:
+        before = torch.ops.kvtools.cpu_isa(isa)
+    except RuntimeError:
+        pytest.skip(f"this processor has no {isa}")
+    yield name
+    torch.ops.kvtools.cpu_isa(before)
 
 
 @pytest.fixture(autouse=True)

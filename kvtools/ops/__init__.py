@@ -1,59 +1,95 @@
 """The operators `kvtools::*`: one schema each, one overload per implementation.
 
-`kvtools::name` (the default overload) is the reference; `kvtools::name.triton` and so on are added
-next to it as they exist, with the same schema and fake. The functions in `ops/<row>.py` check,
-choose and call.
+`kvtools::name` (the default overload) is the reference; `kvtools::name.cpu` and so on stand next to
+it, with the same schema and fake. The functions in `ops/<row>.py` check, choose and call.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
+try:
+    from .. import _C  # noqa: F401  registers the C++ kernels
+except ModuleNotFoundError:  # anything else, such as a library that is missing, is said
+    COMPILED = False
+else:
+    COMPILED = True
+
 Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
 _LIBRARY = torch.library.Library("kvtools", "DEF")
+_LIBRARY.define("cpu_isa(str isa) -> str")  # the instruction set that `cpu` uses; for tests
 OPS: dict[str, "Op"] = {}
 
 
 class Op:
-    """An operator: a schema without its name, a fake, and one implementation per `impl`."""
+    """An operator: a schema without its name, a fake, and one implementation per `impl`.
 
-    def __init__(self, name: str, schema: str, fake: Callable, **impls: Callable) -> None:
+    `impl="auto"` is the C++ kernel ("cpu") where there is one, on a CPU and without float64; the
+    reference elsewhere.
+    """
+
+    def __init__(
+        self, name: str, schema: str, fake: Callable, *, reference: Callable, cpu: bool = False
+    ) -> None:
         OPS[name] = self
         self.name = name
         self._overloads: dict[str, Any] = {}
-        for impl, function in impls.items():
-            overload = "" if impl == "reference" else f".{impl}"
-            _LIBRARY.define(f"{name}{overload}{schema}")
-            _LIBRARY.impl(f"{name}{overload}", function, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"kvtools::{name}{overload}", fake, lib=_LIBRARY)
-            packet = getattr(torch.ops.kvtools, name)
-            self._overloads[impl] = getattr(packet, overload.lstrip(".") or "default")
+        self._add("reference", schema, fake)
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        if COMPILED and cpu:
+            self._add("cpu", schema, fake)
+
+    def _add(self, impl: str, schema: str, fake: Callable) -> None:
+        overload = "" if impl == "reference" else f".{impl}"
+        _LIBRARY.define(f"{self.name}{overload}{schema}")
+        torch.library.register_fake(f"kvtools::{self.name}{overload}", fake, lib=_LIBRARY)
+        packet = getattr(torch.ops.kvtools, self.name)
+        self._overloads[impl] = getattr(packet, overload.lstrip(".") or "default")
 
     @property
     def impls(self) -> tuple[str, ...]:
         return tuple(self._overloads)
 
     def __call__(self, impl: str, *args: Any) -> Any:
-        """Run `impl` on `args`; "auto" is the reference until a faster one is registered."""
-        overload = self._overloads.get("reference" if impl == "auto" else impl)
+        """Run `impl` on `args`."""
+        double = False
+        for arg in args:
+            if isinstance(arg, Tensor):
+                double = double or arg.dtype == torch.float64
+                if arg.requires_grad and torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"{self.name} is for inference only: call it under torch.no_grad() or "
+                        "detach its inputs"
+                    )
+        fits = "cpu" in self._overloads and args[0].device.type == "cpu" and not double
+        if impl == "auto":
+            impl = "cpu" if fits else "reference"
+        overload = self._overloads.get(impl)
         if overload is None:
-            if impl not in get_args(Impl):
-                raise ValueError(f"impl={impl!r}: expected one of {', '.join(get_args(Impl))}")
+            self._lacks(impl)
+        if impl == "cpu" and not fits:
             raise RuntimeError(
-                f"impl={impl!r} does not exist for {self.name}; available: auto, "
-                f"{', '.join(self.impls)}"
-            )
-        if torch.is_grad_enabled() and any(
-            isinstance(arg, Tensor) and arg.requires_grad for arg in args
-        ):
-            raise RuntimeError(
-                f"{self.name} is for inference only: call it under torch.no_grad() or detach its "
-                "inputs"
+                f"impl='cpu' of {self.name} takes float32, float16 and bfloat16 on a CPU: use "
+                "impl='auto'"
             )
         return overload(*args)
+
+    def _lacks(self, impl: str) -> NoReturn:
+        if impl not in get_args(Impl):
+            raise ValueError(f"impl={impl!r}: expected one of {', '.join(get_args(Impl))}")
+        remedy = ""
+        if impl == "cpu" and not COMPILED:
+            remedy = (
+                ". kvtools was installed without its C++ kernels: with torch, setuptools and "
+                "pybind11 installed, reinstall it with pip install --no-build-isolation"
+            )
+        raise RuntimeError(
+            f"impl={impl!r} does not exist for {self.name}; available: auto, "
+            f"{', '.join(self.impls)}{remedy}"
+        )
 
 
 def check(condition: bool, message: str | Callable[[], str]) -> None:

@@ -123,6 +123,7 @@ _merge_states = Op(
     "(Tensor a_bhd, Tensor a_lse_bh, Tensor b_bhd, Tensor b_lse_bh) -> (Tensor, Tensor)",
     _fake_merge,
     reference=reference.merge_states,
+    cpu=True,
 )
 
 

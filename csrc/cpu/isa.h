@@ -1,0 +1,51 @@
+// The kernels of a CPU, compiled once per instruction set, each in a namespace of its own.
+#pragma once
+
+#include "../params.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#define KVTOOLS_X86 1
+#else
+#define KVTOOLS_X86 0
+#endif
+
+#define KVTOOLS_KERNELS(isa)                          \
+  namespace kvtools::isa {                            \
+  void merge_states(const MergeStates&, const Pool&); \
+  }
+
+KVTOOLS_KERNELS(base)
+#if KVTOOLS_X86
+KVTOOLS_KERNELS(avx2)
+KVTOOLS_KERNELS(avx512)
+#endif
+
+namespace kvtools {
+
+enum class Isa { base, avx2, avx512 };
+
+// The widest that this processor has, unless `use_isa` chose another.
+Isa isa();
+
+// Choose one by name; "auto" for the widest. Returns the name in use before, or null where the
+// processor lacks it.
+const char* use_isa(const char* name);
+
+}  // namespace kvtools
+
+// Call `kernel` of the instruction set in use.
+#if KVTOOLS_X86
+#define KVTOOLS_RUN(kernel, ...)              \
+  switch (::kvtools::isa()) {                 \
+    case ::kvtools::Isa::avx512:              \
+      ::kvtools::avx512::kernel(__VA_ARGS__); \
+      break;                                  \
+    case ::kvtools::Isa::avx2:                \
+      ::kvtools::avx2::kernel(__VA_ARGS__);   \
+      break;                                  \
+    default:                                  \
+      ::kvtools::base::kernel(__VA_ARGS__);   \
+  }
+#else
+#define KVTOOLS_RUN(kernel, ...) ::kvtools::base::kernel(__VA_ARGS__)
+#endif

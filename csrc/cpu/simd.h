@@ -1,0 +1,209 @@
+// Vectors of the compiler (GCC and clang), as wide as the instruction set that is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#include "../params.h"
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace kvtools::KVTOOLS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+using f32 = float __attribute__((vector_size(4 * kLanes)));
+using i32 = int32_t __attribute__((vector_size(4 * kLanes)));
+using u32 = uint32_t __attribute__((vector_size(4 * kLanes)));
+using u16 = uint16_t __attribute__((vector_size(2 * kLanes)));
+using u8 = uint8_t __attribute__((vector_size(kLanes)));
+
+// 16-bit floats in memory.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+template <class To, class From>
+inline To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof y);
+  return y;
+}
+
+template <class V>
+inline V load_bits(const void* p) {
+  V x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+// Memory to fp32 and back.
+
+inline f32 load(const float* p) { return load_bits<f32>(p); }
+
+inline f32 load(const bf16* p) {
+  return bit_cast<f32>(__builtin_convertvector(load_bits<u16>(p), u32) << 16);
+}
+
+inline f32 load(const f16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  u32 h = __builtin_convertvector(load_bits<u16>(p), u32), magnitude = (h & 0x7fff) << 13;
+  // The exponent is moved by a product, which is exact for denormals too; 31 is infinity or NaN.
+  u32 special = bit_cast<u32>(magnitude >= (31u << 23)) & 0x7f800000;
+  u32 x = bit_cast<u32>(bit_cast<f32>(magnitude) * 0x1p112f);
+  return bit_cast<f32>(x | special | (h & 0x8000) << 16);
+#endif
+}
+
+inline void store(float* p, f32 x) { std::memcpy(p, &x, sizeof x); }
+
+inline void store(bf16* p, f32 x) {
+  u32 bits = bit_cast<u32>(x);
+  u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  u32 quiet = (bits >> 16) | 0x40;
+  u32 nan = bit_cast<u32>(x != x);
+  u16 y = __builtin_convertvector((rounded & ~nan) | (quiet & nan), u16);
+  std::memcpy(p, &y, sizeof y);
+}
+
+inline void store(f16* p, f32 x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, 0));
+#else
+  u32 bits = bit_cast<u32>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  // Normal: rebias, round half to even. Small: adding 0.5 lines the bits up, and rounds.
+  u32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  u32 small = bit_cast<u32>(bit_cast<f32>(magnitude) + 0.5f) - 0x3f000000;
+  u32 is_small = bit_cast<u32>(magnitude < (113u << 23));
+  u32 is_large = bit_cast<u32>(magnitude >= 0x477ff000);
+  u32 large = 0x7c00 | (bit_cast<u32>(magnitude > 0x7f800000) & 0x200);
+  u32 y = (small & is_small) | (normal & ~is_small & ~is_large) | (large & is_large);
+  u16 packed = __builtin_convertvector(sign | y, u16);
+  std::memcpy(p, &packed, sizeof packed);
+#endif
+}
+
+// One element at a time: through a vector, so that it rounds alike.
+template <class T>
+inline float load_one(const T* p) {
+  T x[kLanes] = {};
+  x[0] = *p;
+  return load(x)[0];
+}
+inline float load_one(const float* p) { return *p; }
+
+template <class T>
+inline void store_one(T* p, float x) {
+  T y[kLanes];
+  store(y, f32{x});
+  *p = y[0];
+}
+inline void store_one(float* p, float x) { *p = x; }
+
+// The first n < kLanes elements; zero behind them.
+template <class T>
+inline f32 load_part(const T* p, int n) {
+  T x[kLanes] = {};
+  std::memcpy(x, p, n * sizeof(T));
+  return load(x);
+}
+
+template <class T>
+inline void store_part(T* p, f32 x, int n) {
+  T y[kLanes];
+  store(y, x);
+  std::memcpy(p, y, n * sizeof(T));
+}
+
+// Call f with a null pointer of the element type that `type` stands for.
+template <class F>
+inline void with_type(Type type, F f) {
+  if (type == Type::f32)
+    f(static_cast<float*>(nullptr));
+  else if (type == Type::bf16)
+    f(static_cast<bf16*>(nullptr));
+  else
+    f(static_cast<f16*>(nullptr));
+}
+
+// Arithmetic.
+
+inline f32 splat(float x) { return x - f32{}; }
+inline f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
+inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
+inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
+
+template <int... I>
+inline f32 shuffle(f32 a, f32 b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, i32{I...});
+#endif
+}
+
+template <int Distance, int... I>
+inline f32 exchange(f32 x, std::integer_sequence<int, I...>) {
+  return shuffle(x, x, std::integer_sequence<int, (I ^ Distance)...>{});
+}
+
+// Lane i gets lane i xor Distance.
+template <int Distance>
+inline f32 exchange(f32 x) {
+  return exchange<Distance>(x, std::make_integer_sequence<int, kLanes>{});
+}
+
+// The sum in every lane.
+inline f32 sum_lanes(f32 x) {
+  if constexpr (kLanes > 8) x += exchange<8 % kLanes>(x);
+  if constexpr (kLanes > 4) x += exchange<4 % kLanes>(x);
+  x += exchange<2>(x);
+  return x + exchange<1>(x);
+}
+
+// The greatest in every lane.
+inline f32 max_lanes(f32 x) {
+  if constexpr (kLanes > 8) x = max(x, exchange<8 % kLanes>(x));
+  if constexpr (kLanes > 4) x = max(x, exchange<4 % kLanes>(x));
+  x = max(x, exchange<2>(x));
+  return max(x, exchange<1>(x));
+}
+
+// 2^x to 1 ulp; 0 below -126, and for -inf.
+inline f32 exp2(f32 x) {
+  const f32 shift = splat(0x1.8p23f);  // to the nearest integer, which then sits in the low bits
+  f32 n = x + shift;
+  f32 r = x - (n - shift);
+  f32 y = 1.535336188319500e-4f * r + 1.339887440266574e-3f;
+  y = y * r + 9.618437357674640e-3f;
+  y = y * r + 5.550332471162809e-2f;
+  y = y * r + 2.402264791363012e-1f;
+  y = y * r + 6.931472028550421e-1f;
+  y = y * r + 1.0f;
+  y = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(n) << 23));
+  return select(x < -126.0f, f32{}, y);
+}
+
+}  // namespace kvtools::KVTOOLS_ISA
