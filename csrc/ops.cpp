@@ -91,6 +91,38 @@ void run(int64_t tasks, const std::function<void(int64_t)>& body) {
 
 Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run}; }
 
+const int32_t* int32(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous(),
+                  "positions and plans must be int32 and contiguous");
+  return static_cast<const int32_t*>(x.data_ptr());
+}
+
+std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k, Tensor v,
+                                          Optional k_scale, Optional v_scale, Optional position,
+                                          Optional importance, Optional history, Tensor page_indptr,
+                                          Tensor page, Tensor first, Tensor length, Tensor base,
+                                          Tensor own, Tensor token, Tensor item, Optional before_t,
+                                          Optional state_out, Optional state_lse, Optional sink_h,
+                                          double scale, double softcap, int64_t sliding,
+                                          int64_t window, std::string group) {
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor lse = torch::stable::new_empty(q, q.sizes().slice(0, 2), ScalarType::Float);
+  TreeAttention p{};
+  p.q = strided<3>(q), p.out = strided<3>(out), p.lse = strided<2>(lse);
+  p.pages = pages_of(k, v, k_scale, v_scale, position, importance, history, q.size(2));
+  p.position = int32(position_t), p.before = before_t ? int32(*before_t) : nullptr;
+  p.page_indptr = int32(page_indptr), p.page = int32(page), p.first = int32(first);
+  p.length = int32(length), p.base = int32(base), p.own = int32(own);
+  p.token = int32(token), p.item = int32(item);
+  p.items = item.size(0), p.tokens = q.size(0), p.heads_q = q.size(1);
+  if (state_out) p.state_out = strided<3>(*state_out), p.state_lse = strided<2>(*state_lse);
+  if (sink_h) p.sink = strided<1>(*sink_h);
+  p.scale = scale, p.softcap = softcap, p.sliding = sliding, p.window = window;
+  p.whole_group = group == "all";
+  if (q.numel()) KVTOOLS_RUN(tree_attention, p, pool());
+  return {out, lse};
+}
+
 std::tuple<Tensor, Tensor> merge_states(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse) {
   Tensor out = torch::stable::empty_like(a);
   Tensor lse = torch::stable::new_empty(a, a_lse.sizes(), ScalarType::Float);
@@ -112,6 +144,7 @@ std::string cpu_isa(std::string name) {
 }  // namespace kvtools
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
+  m.impl("tree_attention.cpu", TORCH_BOX(&kvtools::tree_attention));
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
 }
 

@@ -51,4 +51,20 @@ struct MergeStates {
   int64_t b_size, h, d;
 };
 
+// See tree_attention and Plan in kvtools/ops/attention.py; I items of five numbers.
+struct TreeAttention {
+  Strided<3> q, out;  // [t, hq, d]
+  Strided<2> lse;
+  Pages pages;
+  const int32_t *position, *before;  // [t]; `before` may be null
+  const int32_t *page_indptr, *page, *first, *length, *base, *own, *token, *item;
+  int64_t items, tokens, heads_q;
+  Strided<3> state_out;
+  Strided<2> state_lse;
+  Strided<1> sink;
+  float scale, softcap;
+  int64_t sliding, window;
+  bool whole_group;  // low for a KV head means low for all of its query heads
+};
+
 }  // namespace kvtools

@@ -1,7 +1,12 @@
+// Attention over a forest. Work items are cut into tiles of query rows (a row is a query head of a
+// token); threads share the slots of all tiles evenly. Each piece leaves a partial result; the
+// partial results of a query head are merged in fp32.
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "isa.h"
-#include "simd.h"
+#include "piece.h"
 
 namespace kvtools::KVTOOLS_ISA {
 
@@ -37,5 +42,238 @@ void merge_states(const MergeStates& p, const Pool& pool) {
     });
   });
 }
+
+namespace {
+
+class Attention {
+ public:
+  Attention(const TreeAttention& p, const Pool& pool) : o_{p}, p_(p), pool_(pool) {}
+
+  void run() {
+    cut();
+    const int64_t threads = cuts_.size() - 1, share = (p_.tokens + threads - 1) / threads;
+    pool_.run(threads, [this](int64_t task) {
+      for (int64_t i = cuts_[task]; i < cuts_[task + 1]; ++i)
+        Tile(o_, pieces_[i], partial_, [this](int64_t item, int64_t head) {
+          return o_.tracked(item) ? scores_ + logits_[item * p_.pages.heads + head] : nullptr;
+        });
+    });
+    link();
+    pool_.run(threads, [&](int64_t task) {
+      for (int64_t t = task * share; t < std::min(p_.tokens, (task + 1) * share); ++t)
+        for (int64_t h = 0; h < p_.heads_q; ++h) merge(t, h);
+    });
+    if (o_.tracks)
+      pool_.run(p_.items * p_.pages.heads,
+                [this](int64_t i) { track(i / p_.pages.heads, i % p_.pages.heads); });
+  }
+
+ private:
+  void cut();
+  void link();
+  void merge(int64_t t, int64_t h);
+  void track(int64_t i, int64_t head);
+
+  const Problem o_;
+  const TreeAttention& p_;
+  const Pool& pool_;
+  std::vector<Piece> pieces_;
+  std::vector<int64_t> cuts_;    // pieces of thread i: cuts_[i] to cuts_[i + 1]
+  std::vector<int64_t> logits_;  // where those of (item, head) start, if it is tracked
+  Partial partial_;
+  float *scores_ = nullptr, *mean_ = nullptr;
+  int32_t* first_ = nullptr;  // first partial result of a query head of a token
+};
+
+// Divide the work: pieces in order, and where each thread starts.
+void Attention::cut() {
+  const int64_t heads = p_.pages.heads;
+  auto cost = [&](int64_t rows) -> int64_t {  // of a slot, roughly in cycles
+    if (rows <= kFewRows) return (2 * rows + 4) * o_.width / kLanes + 4 * rows;
+    return whole_vectors(rows) / kLanes * (o_.d + 8) + o_.d / 4;
+  };
+  int64_t total = 0, scores = 0;
+  for (int64_t i = 0; i < p_.items; ++i) {
+    const int64_t n = o_.slots(i), rows = o_.rows(i);
+    total += heads * n * (rows / kTileRows * cost(kTileRows) + cost(rows % kTileRows));
+    for (int64_t h = 0; o_.tracks && h < heads; ++h) {
+      logits_.push_back(scores);
+      if (o_.tracked(i)) scores += rows * n;
+    }
+  }
+  constexpr int64_t kWorthAThread = 20000;
+  const int64_t threads = std::clamp<int64_t>(total / kWorthAThread, 1, pool_.threads);
+  int64_t spent = 0, results = 0;
+  auto add = [&](int64_t i, int64_t head, int64_t count, int64_t row, int64_t rows) {
+    const int64_t n = o_.slots(i), start = o_.item(i)[3], each = count * cost(rows);
+    for (int64_t begin = 0, end; begin < n; begin = end) {
+      end = n;
+      if (const int64_t task = cuts_.size(); task < threads) {
+        // Up to the end of this thread's share, in whole chunks.
+        const int64_t left = std::max<int64_t>(total * task / threads - spent, 0);
+        end = std::min(n, begin + (left / each + kChunk / 2) / kChunk * kChunk);
+      }
+      if (end > begin) {
+        pieces_.push_back({i, head, count, row, rows, start + begin, start + end, results});
+        results += pieces_.back().results();
+        spent += (end - begin) * each;
+      }
+      if (end < n) cuts_.push_back(pieces_.size());
+    }
+  };
+  cuts_.push_back(0);
+  for (int64_t i = 0; i < p_.items; ++i) {
+    if (o_.rows(i) <= kFewRows) {
+      add(i, 0, heads, 0, o_.rows(i));
+      continue;
+    }
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t row = 0; row < o_.rows(i); row += kTileRows)
+        add(i, h, 1, row, std::min<int64_t>(kTileRows, o_.rows(i) - row));
+  }
+  cuts_.push_back(pieces_.size());
+
+  const int64_t queries = p_.tokens * p_.heads_q;
+  partial_.sum = scratch<float, 2>(results * (o_.width + 2) + queries + scores);
+  partial_.peak = partial_.sum + results * o_.width;
+  partial_.mass = partial_.peak + results;
+  mean_ = partial_.mass + results;
+  scores_ = mean_ + queries;
+  first_ = scratch<int32_t, 3>(queries + 2 * results);
+  partial_.next = first_ + queries;
+  partial_.seen = partial_.next + results;
+}
+
+// Chain the partial results of each query head of each token.
+void Attention::link() {
+  std::fill_n(first_, p_.tokens * p_.heads_q, -1);
+  for (const Piece& piece : pieces_)
+    for (int64_t h = 0; h < piece.heads; ++h)
+      for (int64_t r = 0; r < piece.rows; ++r) {
+        const int64_t row = piece.row + r, at = piece.at + h * piece.padded() + r;
+        const int64_t head = (piece.head + h) * o_.group + row % o_.group;
+        int32_t& first = first_[o_.token(piece.item, row) * p_.heads_q + head];
+        partial_.next[at] = first;
+        first = static_cast<int32_t>(at);
+      }
+}
+
+// The result of one query head of one token.
+void Attention::merge(int64_t t, int64_t h) {
+  const int64_t d = p_.pages.d;
+  const int32_t first = first_[t * p_.heads_q + h];
+  float peak = -kInfinity, mass = 0;
+  int64_t seen = 0;
+  for (int32_t r = first; r >= 0; r = partial_.next[r]) peak = std::max(peak, partial_.peak[r]);
+  float* out = scratch<float, 4>(o_.width);
+  std::fill_n(out, o_.width, 0.0f);
+  for (int32_t r = first; r >= 0; r = partial_.next[r]) {
+    seen += partial_.seen[r];
+    if (partial_.peak[r] == -kInfinity) continue;
+    const float weight = std::exp((partial_.peak[r] - peak) * o_.unit);
+    mass += weight * partial_.mass[r];
+    for (int64_t e = 0; e < o_.width; e += kLanes)
+      store(out + e, load(out + e) + load(partial_.sum + r * o_.width + e) * weight);
+  }
+  if (mass > 0)
+    for (int64_t e = 0; e < o_.width; e += kLanes) store(out + e, load(out + e) / mass);
+  if (p_.pages.v.format != Format::none) rotate_back(out, d);
+
+  // What is kept elsewhere: another state, and the sink, which has no value.
+  const float here = mass > 0 ? peak * o_.unit + std::log(mass) : -kInfinity;
+  float lse = here;
+  auto join = [&](float other, auto value) {
+    const float top = std::max(lse, other);
+    if (top == -kInfinity) return;
+    const float both = top + std::log(std::exp(lse - top) + std::exp(other - top));
+    const float a = std::exp(lse - both), b = std::exp(other - both);
+    for (int64_t e = 0; e < d; e += kLanes) store(out + e, load(out + e) * a + value(e, b));
+    lse = both;
+  };
+  if (p_.state_out.data) {
+    const float other = reinterpret_cast<float*>(
+        p_.state_lse.data)[t * p_.state_lse.stride[0] + h * p_.state_lse.stride[1]];
+    with_type(p_.state_out.type, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      const T* x = reinterpret_cast<const T*>(p_.state_out.data) + t * p_.state_out.stride[0] +
+                   h * p_.state_out.stride[1];
+      join(other, [&](int64_t e, float b) {
+        if (b == 0) return f32{};  // an empty state may hold anything
+        return (e + kLanes <= d ? load(x + e) : load_part(x + e, d - e)) * b;
+      });
+    });
+  }
+  if (p_.sink.data)
+    with_type(p_.sink.type, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      join(load_one(reinterpret_cast<const T*>(p_.sink.data) + h * p_.sink.stride[0]),
+           [](int64_t, float) { return f32{}; });
+    });
+
+  mean_[t * p_.heads_q + h] = std::exp(here - lse) / seen;
+  reinterpret_cast<float*>(p_.lse.data)[t * p_.lse.stride[0] + h * p_.lse.stride[1]] = lse;
+  with_type(p_.out.type, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    T* y = reinterpret_cast<T*>(p_.out.data) + t * p_.out.stride[0] + h * p_.out.stride[1];
+    for (int64_t e = 0; e < d; e += kLanes)
+      if (e + kLanes <= d)
+        store(y + e, load(out + e));
+      else
+        store_part(y + e, load(out + e), d - e);
+  });
+}
+
+// Importance and history of the slots of an item that one row owns.
+void Attention::track(int64_t i, int64_t head) {
+  const int64_t all = o_.slots(i), tokens = o_.item(i)[2] - o_.item(i)[1];
+  if (!o_.tracked(i) || all == 0) return;
+  const float* logits = scores_ + logits_[i * p_.pages.heads + head];
+  float* gained = scratch<float, 5>(all);
+  std::fill_n(gained, all, 0.0f);
+  for (int64_t c = 0; c < tokens; ++c) {
+    const int64_t t = o_.token(i, c * o_.group), h = head * o_.group;
+    const float* lse =
+        reinterpret_cast<float*>(p_.lse.data) + t * p_.lse.stride[0] + h * p_.lse.stride[1];
+    const float* mean = mean_ + t * p_.heads_q + h;
+    const int32_t past = o_.last_seen(t);
+    const int64_t bit = p_.window ? p_.position[t] % p_.window : 0;
+    o_.walk(i, o_.item(i)[3], o_.item(i)[3] + all,
+            [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
+              for (int64_t j = 0; j < count; ++j) {
+                const int64_t s = slot + j - o_.item(i)[3];
+                bool low = true;
+                float received = 0, mean_sum = 0;
+                for (int64_t g = 0; g < o_.group; ++g) {
+                  const float weight = std::exp(logits[(c * o_.group + g) * all + s] * o_.unit -
+                                                lse[g * p_.lse.stride[1]]);
+                  received += weight, mean_sum += mean[g];
+                  low = low && weight < mean[g];
+                }
+                gained[s] += received / o_.group;
+                if (!p_.pages.history.data) continue;
+                if (!p_.whole_group) low = received / o_.group < mean_sum / o_.group;
+                if (p_.pages.position.data)
+                  low = low && *reinterpret_cast<int32_t*>(
+                                   p_.pages.position.at(page, head, offset + j)) <= past;
+                else
+                  low = low && p_.base[o_.item(i)[0]] + slot + j <= past;
+                uint32_t& word = reinterpret_cast<uint32_t*>(
+                    p_.pages.history.at(page, head, offset + j))[bit / 32];
+                word = (word & ~(1u << bit % 32)) | static_cast<uint32_t>(low) << bit % 32;
+              }
+            });
+  }
+  if (p_.pages.importance.data)
+    o_.walk(i, o_.item(i)[3], o_.item(i)[3] + all,
+            [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
+              for (int64_t j = 0; j < count; ++j)
+                *reinterpret_cast<float*>(p_.pages.importance.at(page, head, offset + j)) +=
+                    gained[slot + j - o_.item(i)[3]];
+            });
+}
+
+}  // namespace
+
+void tree_attention(const TreeAttention& p, const Pool& pool) { Attention(p, pool).run(); }
 
 }  // namespace kvtools::KVTOOLS_ISA

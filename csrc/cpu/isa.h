@@ -9,9 +9,10 @@
 #define KVTOOLS_X86 0
 #endif
 
-#define KVTOOLS_KERNELS(isa)                          \
-  namespace kvtools::isa {                            \
-  void merge_states(const MergeStates&, const Pool&); \
+#define KVTOOLS_KERNELS(isa)                              \
+  namespace kvtools::isa {                                \
+  void tree_attention(const TreeAttention&, const Pool&); \
+  void merge_states(const MergeStates&, const Pool&);     \
   }
 
 KVTOOLS_KERNELS(base)

@@ -7,7 +7,7 @@
 
 #include "../params.h"
 
-#if defined(__F16C__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -53,21 +53,50 @@ inline V load_bits(const void* p) {
   return x;
 }
 
+// Integers in memory to 32 bits, and back. GCC 12 converts vectors element by element.
+
+inline u32 load_bytes(const void* p) {
+#if defined(__AVX512F__)
+  return bit_cast<u32>(_mm512_cvtepu8_epi32(load_bits<__m128i>(p)));
+#elif defined(__AVX2__)
+  return bit_cast<u32>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(load_bits<u8>(p), u32);
+#endif
+}
+
+inline u32 load_words(const void* p) {
+#if defined(__AVX512F__)
+  return bit_cast<u32>(_mm512_cvtepu16_epi32(load_bits<__m256i>(p)));
+#elif defined(__AVX2__)
+  return bit_cast<u32>(_mm256_cvtepu16_epi32(load_bits<__m128i>(p)));
+#else
+  return __builtin_convertvector(load_bits<u16>(p), u32);
+#endif
+}
+
+inline void store_words(void* p, u32 x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bit_cast<__m512i>(x)));
+#else
+  u16 y = __builtin_convertvector(x, u16);
+  std::memcpy(p, &y, sizeof y);
+#endif
+}
+
 // Memory to fp32 and back.
 
 inline f32 load(const float* p) { return load_bits<f32>(p); }
 
-inline f32 load(const bf16* p) {
-  return bit_cast<f32>(__builtin_convertvector(load_bits<u16>(p), u32) << 16);
-}
+inline f32 load(const bf16* p) { return bit_cast<f32>(load_words(p) << 16); }
 
 inline f32 load(const f16* p) {
 #if defined(__AVX512F__)
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  u32 h = __builtin_convertvector(load_bits<u16>(p), u32), magnitude = (h & 0x7fff) << 13;
+  u32 h = load_words(p), magnitude = (h & 0x7fff) << 13;
   // The exponent is moved by a product, which is exact for denormals too; 31 is infinity or NaN.
   u32 special = bit_cast<u32>(magnitude >= (31u << 23)) & 0x7f800000;
   u32 x = bit_cast<u32>(bit_cast<f32>(magnitude) * 0x1p112f);
@@ -82,14 +111,13 @@ inline void store(bf16* p, f32 x) {
   u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   u32 quiet = (bits >> 16) | 0x40;
   u32 nan = bit_cast<u32>(x != x);
-  u16 y = __builtin_convertvector((rounded & ~nan) | (quiet & nan), u16);
-  std::memcpy(p, &y, sizeof y);
+  store_words(p, (rounded & ~nan) | (quiet & nan));
 }
 
 inline void store(f16* p, f32 x) {
 #if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
-#elif defined(__F16C__)
+#elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, 0));
 #else
   u32 bits = bit_cast<u32>(x), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
@@ -100,8 +128,7 @@ inline void store(f16* p, f32 x) {
   u32 is_large = bit_cast<u32>(magnitude >= 0x477ff000);
   u32 large = 0x7c00 | (bit_cast<u32>(magnitude > 0x7f800000) & 0x200);
   u32 y = (small & is_small) | (normal & ~is_small & ~is_large) | (large & is_large);
-  u16 packed = __builtin_convertvector(sign | y, u16);
-  std::memcpy(p, &packed, sizeof packed);
+  store_words(p, sign | y);
 #endif
 }
 
@@ -212,6 +239,18 @@ inline f32 exp2(f32 x) {
   y = y * r + 1.0f;
   y = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(n) << 23));
   return select(x < -126.0f, f32{}, y);
+}
+
+// Cephes' tanhf: a polynomial near 0, where the quotient would cancel.
+inline f32 tanh(f32 x) {
+  f32 a = max(x, -x), z = x * x;
+  f32 y = -5.70498872745e-3f * z + 2.06390887954e-2f;
+  y = y * z - 5.37397155531e-2f;
+  y = y * z + 1.33314422036e-1f;
+  y = y * z - 3.33332819422e-1f;
+  f32 near = y * z * x + x;
+  f32 far = 1.0f - 2.0f / (exp2(min(a, splat(20)) * (2 * kLog2e)) + 1.0f);
+  return select(a < 0.625f, near, select(x < 0.0f, -far, far));
 }
 
 }  // namespace kvtools::KVTOOLS_ISA

@@ -1,0 +1,363 @@
+// A tile of query rows against a range of slots: online softmax over chunks. A row is a query head
+// of a token; the rows of a KV head and a work item lie together.
+#pragma once
+
+#include <algorithm>
+#include <climits>
+#include <memory>
+#include <new>
+
+#include "rotate.h"
+#include "tile.h"
+
+namespace kvtools::KVTOOLS_ISA {
+
+// Memory that a thread keeps between calls; what it holds is not kept.
+template <class T, int Use>
+T* scratch(size_t count) {
+  constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  thread_local std::unique_ptr<T, Free> memory;
+  thread_local size_t size = 0;
+  if (count > size) {
+    memory.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
+    size = count;
+  }
+  return memory.get();
+}
+
+// The arguments of `tree_attention`, and what follows from them.
+struct Problem {
+  const TreeAttention& p;
+  const int64_t group = p.heads_q / p.pages.heads, d = p.pages.d, width = whole_vectors(d);
+  // Scores are kept before scaling, so that queries are not rounded once more; unit makes them
+  // natural logarithms.
+  const float unit = p.softcap == 0 && p.scale > 0 ? p.scale : 1;
+  const bool tracks = p.pages.importance.data || p.pages.history.data;
+
+  const int32_t* item(int64_t i) const { return p.item + 5 * i; }
+  int64_t slots(int64_t i) const {
+    return std::max(0, std::min(item(i)[4], p.length[item(i)[0]]) - item(i)[3]);
+  }
+  int64_t rows(int64_t i) const { return (item(i)[2] - item(i)[1]) * group; }
+  int64_t token(int64_t i, int64_t row) const { return p.token[item(i)[1] + row / group]; }
+  bool tracked(int64_t i) const { return tracks && p.own[item(i)[0]]; }
+  // The last position that a token sees.
+  int32_t last_seen(int64_t t) const {
+    return p.before ? std::min(p.position[t], p.before[t] - 1) : p.position[t];
+  }
+
+  // Call f(page, offset, count, slot) for the runs of slots [begin, end) that lie in one page.
+  template <class F>
+  void walk(int64_t i, int64_t begin, int64_t end, F f) const {
+    const int64_t node = item(i)[0], size = p.pages.page_size;
+    const int32_t* page = p.page + p.page_indptr[node];
+    for (int64_t slot = begin; slot < end;) {
+      const int64_t at = p.first[node] + slot, offset = at % size;
+      const int64_t count = std::min(size - offset, end - slot);
+      f(page[at / size], offset, count, slot);
+      slot += count;
+    }
+  }
+};
+
+// Slots [begin, end) of a work item against rows [row, row + rows) of each of `heads` KV heads;
+// the results of the first of these rows are at `at` among the partial ones.
+struct Piece {
+  int64_t item, head, heads, row, rows, begin, end, at;
+
+  int64_t padded() const { return whole_vectors(rows); }
+  int64_t results() const { return heads * padded(); }
+};
+
+// Partial results of rows: the sum of weighted values, the greatest score and the sum of weights.
+struct Partial {
+  float *sum, *peak, *mass;
+  int32_t *seen, *next;  // slots that a row sees; another partial result of the same query head
+};
+
+class Tile {
+ public:
+  // `logits` is where the scores of (item, head) go, [rows][slots], or null.
+  template <class Logits>
+  Tile(const Problem& problem, const Piece& piece, const Partial& partial, const Logits& logits)
+      : o_(problem), piece_(piece), partial_(partial), few_(piece.rows <= kFewRows) {
+    const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
+    q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows);
+    k_tile_ = q_ + whole_vectors(q_size), v_tile_ = k_tile_ + kChunk * o_.width;
+    x_ = v_tile_ + kChunk * o_.width;
+    load_queries();
+    load_bounds();
+    std::fill_n(partial.sum + piece.at * o_.width, piece.results() * o_.width, 0.0f);
+    std::fill_n(partial.peak + piece.at, piece.results(), -kInfinity);
+    std::fill_n(partial.mass + piece.at, piece.results(), 0.0f);
+    std::fill_n(partial.seen + piece.at, piece.results(), 0);
+
+    // Chunk by chunk, and in each head by head, as pages lie in memory; while one is worked on
+    // the next is fetched.
+    Slots slots[2];
+    const int64_t chunks = (piece.end - piece.begin + kChunk - 1) / kChunk;
+    const int64_t steps = chunks * piece.heads;
+    read(0, slots[0]);
+    for (int64_t i = 0; i < steps; ++i) {
+      Slots &now = slots[i % 2], &next = slots[(i + 1) % 2];
+      if (i + 1 < steps)
+        read(i + 1, next);
+      else
+        next = now;
+      head_ = i % piece.heads;
+      at_ = piece.at + head_ * piece.padded();
+      logits_ = logits(piece.item, piece.head + head_);
+      if (logits_) logits_ += piece.row * o_.slots(piece.item) + now.begin - o_.item(piece.item)[3];
+      attend(now, next);
+    }
+  }
+
+ private:
+  // A chunk of one KV head. Rows behind the last repeat it: they are read, not used.
+  struct Slots {
+    int64_t begin;
+    int n;
+    const char *k[kChunk], *v[kChunk];
+    float k_scale[kChunk], v_scale[kChunk];
+    int32_t key[kChunk];
+  };
+
+  void load_queries();
+  void load_bounds();
+  void read(int64_t step, Slots& slots) const;
+  void attend(Slots& now, const Slots& next);
+  void few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled);
+  void many_weights(const Slots& now, bool clear);
+
+  f32 capped(f32 x) const { return o_.p.softcap > 0 ? tanh(x / o_.p.softcap) * o_.p.softcap : x; }
+
+  const Problem& o_;
+  const Piece& piece_;
+  const Partial& partial_;
+  const bool few_;
+  float *q_, *k_tile_, *v_tile_;  // queries [heads][rows][width], or [d][kTileRows] for many rows
+  float* x_;                      // scores, then weights: [rows][kChunk], or [kChunk][kTileRows]
+  float* logits_ = nullptr;
+  int64_t head_ = 0, at_ = 0;  // of this step
+  float shrink_[kTileRows];    // what a new greatest score takes off older results
+  // A row sees the positions above `lower` up to `upper`.
+  int32_t upper_[kTileRows], lower_[kTileRows];
+  int32_t upper_least_, upper_most_, lower_least_, lower_most_;
+};
+
+inline void Tile::load_queries() {
+  const TreeAttention& p = o_.p;
+  float* one = scratch<float, 1>(o_.width);
+  with_type(p.q.type, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    for (int64_t h = 0; h < piece_.heads; ++h)
+      for (int64_t r = 0; r < piece_.rows; ++r) {
+        const int64_t row = piece_.row + r;
+        const int64_t head = (piece_.head + h) * o_.group + row % o_.group;
+        const T* x = reinterpret_cast<const T*>(p.q.data) +
+                     o_.token(piece_.item, row) * p.q.stride[0] + head * p.q.stride[1];
+        if (few_) one = q_ + (h * piece_.rows + r) * o_.width;
+        decode_row(ReadPlain<T>(o_.d), reinterpret_cast<const char*>(x), o_.d, p.scale / o_.unit,
+                   one);
+        if (p.pages.k.format != Format::none) rotate(one, o_.d);
+        if (!few_)
+          for (int64_t e = 0; e < o_.d; ++e) q_[e * kTileRows + r] = one[e];
+      }
+  });
+  if (!few_)
+    for (int64_t e = 0; e < o_.d; ++e)
+      std::fill(q_ + e * kTileRows + piece_.rows, q_ + e * kTileRows + piece_.padded(), 0.0f);
+}
+
+inline void Tile::load_bounds() {
+  upper_least_ = lower_least_ = INT_MAX, upper_most_ = lower_most_ = INT_MIN;
+  for (int64_t r = 0; r < piece_.padded(); ++r) {
+    const int64_t t = o_.token(piece_.item, piece_.row + std::min(r, piece_.rows - 1));
+    const int32_t upper = upper_[r] = o_.last_seen(t);
+    const int32_t lower = lower_[r] =
+        o_.p.sliding ? std::max<int64_t>(o_.p.position[t] - o_.p.sliding, INT_MIN) : INT_MIN;
+    upper_least_ = std::min(upper_least_, upper), upper_most_ = std::max(upper_most_, upper);
+    lower_least_ = std::min(lower_least_, lower), lower_most_ = std::max(lower_most_, lower);
+  }
+}
+
+inline void Tile::read(int64_t step, Slots& slots) const {
+  const Pages& pages = o_.p.pages;
+  const int64_t head = piece_.head + step % piece_.heads, node = o_.item(piece_.item)[0];
+  const int64_t begin = slots.begin = piece_.begin + step / piece_.heads * kChunk;
+  slots.n = std::min<int64_t>(kChunk, piece_.end - begin);
+  uint16_t k_scale[kChunk], v_scale[kChunk];
+  o_.walk(
+      piece_.item, begin, begin + slots.n,
+      [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
+        const int64_t s = slot - begin;
+        auto each = [&](const Paged& x, auto f) {
+          const char* p = x.at(page, head, offset);
+          for (int64_t j = 0; j < count; ++j, p += x.slot) f(s + j, p);
+        };
+        each(pages.k.codes, [&](int64_t i, const char* p) { slots.k[i] = p; });
+        each(pages.v.codes, [&](int64_t i, const char* p) { slots.v[i] = p; });
+        if (pages.k.scale.data)
+          each(pages.k.scale, [&](int64_t i, const char* p) { std::memcpy(k_scale + i, p, 2); });
+        if (pages.v.scale.data)
+          each(pages.v.scale, [&](int64_t i, const char* p) { std::memcpy(v_scale + i, p, 2); });
+        if (pages.position.data)
+          each(pages.position, [&](int64_t i, const char* p) { std::memcpy(slots.key + i, p, 4); });
+        else
+          for (int64_t j = 0; j < count; ++j)
+            slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
+      });
+  std::fill(slots.k + slots.n, slots.k + kChunk, slots.k[slots.n - 1]);
+  for (int s = 0; s < slots.n; s += kLanes) {
+    if (pages.k.scale.data)
+      store(slots.k_scale + s, load(reinterpret_cast<const f16*>(k_scale) + s));
+    if (pages.v.scale.data)
+      store(slots.v_scale + s, load(reinterpret_cast<const f16*>(v_scale) + s));
+  }
+}
+
+inline void Tile::attend(Slots& now, const Slots& next) {
+  const Pages& pages = o_.p.pages;
+  const int64_t d = o_.d, width = o_.width;
+  const int n = now.n, rows = piece_.rows, vectors = piece_.padded() / kLanes;
+  const auto [least, most] = std::minmax_element(now.key, now.key + n);
+  const bool dark = *least > upper_most_ || *most <= lower_least_;
+  const bool clear = *most <= upper_least_ && *least > lower_most_;
+  if (dark && !logits_) return;
+
+  // Few rows are dotted with keys as they are stored, and scaled below. Else keys are decoded to a
+  // tile, unless they are whole vectors of fp32.
+  bool k_scaled = pages.k.format == Format::none, v_scaled = pages.v.format == Format::none;
+  auto to_tile = [&](const auto& read, const char** from, const float* scale, float* tile,
+                     bool scaled) {
+    for (int s = 0; s < n; ++s) {
+      decode_row(read, from[s], d, scaled ? 1.0f : scale[s], tile + s * width);
+      from[s] = reinterpret_cast<const char*>(tile + s * width);
+    }
+    std::fill(from + n, from + kChunk, from[n - 1]);
+  };
+  auto plain = [&](const Content& x) {
+    return x.format == Format::none && x.type == Type::f32 && d % kLanes == 0;
+  };
+  with_reader(pages.k, d, [&](auto read) {
+    auto few_rows = [&](const auto& reader) {
+      in_groups<4>(rows, [&](auto count, int r) {
+        few_scores<count.value>(reader, q_ + (head_ * rows + r) * width, width, now.k, next.k, n,
+                                x_ + r * kChunk);
+      });
+    };
+    if (few_ && read.whole(d)) return few_rows(read);
+    if (!plain(pages.k)) to_tile(read, now.k, now.k_scale, k_tile_, k_scaled), k_scaled = true;
+    if (few_) return few_rows(ReadPlain<float>(d));
+    in_groups<kTileVectors>(vectors, [&](auto count, int v) {
+      constexpr int tokens = 4 * (kTileVectors / count.value > 1 ? 2 : 1);
+      many_scores<count.value, tokens>(q_ + v * kLanes, d, now.k, n, x_ + v * kLanes);
+    });
+  });
+
+  bool v_direct = false;
+  with_reader(pages.v, d, [&](auto read) { v_direct = few_ && read.whole(d); });
+  if (few_)
+    few_weights(now, clear, k_scaled, v_scaled || !v_direct);
+  else
+    many_weights(now, clear);
+  if (o_.tracks)
+    for (int r = 0; r < rows; ++r)
+      for (int s = 0; s < n; ++s)
+        partial_.seen[at_ + r] += (now.key[s] <= upper_[r]) & (now.key[s] > lower_[r]);
+  if (dark) return;
+
+  float* sum = partial_.sum + at_ * width;
+  for (int r = 0; r < rows; ++r)
+    if (shrink_[r] != 1.0f)
+      for (int64_t e = 0; e < width; e += kLanes)
+        store(sum + r * width + e, load(sum + r * width + e) * shrink_[r]);
+  with_reader(pages.v, d, [&](auto read) {
+    if (v_direct)
+      return in_groups<4>(rows, [&](auto count, int r) {
+        add_values<count.value>(read, now.v, next.v, n, x_ + r * kChunk, kChunk, 1, sum + r * width,
+                                width);
+      });
+    if (!plain(pages.v)) to_tile(read, now.v, now.v_scale, v_tile_, v_scaled);
+    const int64_t row_step = few_ ? kChunk : 1, slot_step = few_ ? 1 : kTileRows;
+    in_groups<kValueRows>(rows, [&](auto count, int r) {
+      add_values<count.value>(ReadPlain<float>(d), now.v, nullptr, n, x_ + r * row_step, row_step,
+                              slot_step, sum + r * width, width);
+    });
+  });
+}
+
+inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled) {
+  const float octave = o_.unit * kLog2e;
+  const int64_t all = o_.slots(piece_.item);
+  float *peak = partial_.peak + at_, *mass = partial_.mass + at_;
+  for (int r = 0; r < piece_.rows; ++r) {
+    float* x = x_ + r * kChunk;
+    f32 top = splat(peak[r]);
+    for (int s = 0; s < now.n; s += kLanes) {
+      f32 y = load(x + s);
+      if (!k_scaled) y *= load(now.k_scale + s);
+      y = capped(y);
+      const i32 key = load_bits<i32>(now.key + s);
+      i32 hidden = bit_cast<i32>(lane_index() >= static_cast<uint32_t>(now.n - s));
+      if (!clear) hidden |= (key > upper_[r]) | (key <= lower_[r]);
+      y = select(hidden, splat(-kInfinity), y);
+      store(x + s, y);
+      top = max(top, y);
+    }
+    top = max_lanes(top);
+    const f32 safe = select(top == -kInfinity, f32{}, top);
+    f32 total{};
+    for (int s = 0; s < now.n; s += kLanes) {
+      const f32 y = load(x + s);
+      if (logits_) store_part(logits_ + r * all + s, y, std::min(kLanes, now.n - s));
+      f32 w = exp2((y - safe) * octave);
+      total += w;
+      if (!v_scaled) w *= load(now.v_scale + s);
+      store(x + s, w);
+    }
+    shrink_[r] = exp2((splat(peak[r]) - safe) * octave)[0];
+    mass[r] = mass[r] * shrink_[r] + sum_lanes(total)[0];
+    peak[r] = top[0];
+  }
+}
+
+inline void Tile::many_weights(const Slots& now, bool clear) {
+  const float octave = o_.unit * kLog2e;
+  for (int64_t v = 0; v < piece_.padded(); v += kLanes) {
+    float *x = x_ + v, *peak = partial_.peak + at_ + v, *mass = partial_.mass + at_ + v;
+    const i32 upper = load_bits<i32>(upper_ + v), lower = load_bits<i32>(lower_ + v);
+    const f32 old = load(peak);
+    f32 top = old;
+    for (int s = 0; s < now.n; ++s) {
+      f32 y = load(x + s * kTileRows);
+      if (!clear || o_.p.softcap > 0) {
+        const i32 hidden = (now.key[s] > upper) | (now.key[s] <= lower);
+        y = select(hidden, splat(-kInfinity), capped(y));
+        store(x + s * kTileRows, y);
+      }
+      top = max(top, y);
+    }
+    if (logits_) {
+      const int64_t all = o_.slots(piece_.item);
+      for (int64_t r = v; r < std::min(piece_.rows, v + kLanes); ++r)
+        for (int s = 0; s < now.n; ++s) logits_[r * all + s] = x_[s * kTileRows + r];
+    }
+    const f32 safe = select(top == -kInfinity, f32{}, top);
+    f32 total{};
+    for (int s = 0; s < now.n; ++s) {
+      const f32 w = exp2((load(x + s * kTileRows) - safe) * octave);
+      total += w;
+      store(x + s * kTileRows, w);
+    }
+    const f32 factor = exp2((old - safe) * octave);
+    store(shrink_ + v, factor);
+    store(mass, load(mass) * factor + total);
+    store(peak, top);
+  }
+}
+
+}  // namespace kvtools::KVTOOLS_ISA

@@ -1,0 +1,133 @@
+// The inner loops of attention: scores of a chunk of slots against a tile of query rows, and the
+// weighted sum of its values. Two forms. Few rows: a slot's vectors are read once, packed as they
+// are, and dotted with each row. Many rows: the rows lie along the vectors.
+#pragma once
+
+#include "decode.h"
+
+namespace kvtools::KVTOOLS_ISA {
+
+#if defined(__AVX512F__)  // 32 vector registers, or 16
+constexpr int kTileVectors = 6, kValueRows = 6;
+#else
+constexpr int kTileVectors = 3, kValueRows = 3;
+#endif
+constexpr int kTileRows = kTileVectors * kLanes;  // rows of a tile at most
+constexpr int kFewRows = 8;                       // up to so many the first form is faster
+constexpr int kChunk = 64;                        // slots at a time, so that a chunk stays in L1
+
+template <int Offset, int... I>
+inline f32 zip_pairs(f32 a, f32 b, std::integer_sequence<int, I...>) {
+  return shuffle(
+      a, b, std::integer_sequence<int, ((I & ~3) + Offset + (I & 3) / 2 + (I & 1) * kLanes)...>{});
+}
+template <int Offset, int... I>
+inline f32 zip_halves(f32 a, f32 b, std::integer_sequence<int, I...>) {
+  return shuffle(
+      a, b,
+      std::integer_sequence<int, ((I & ~3) + Offset + (I & 1) + ((I & 2) ? kLanes : 0))...>{});
+}
+
+// The sums of four vectors.
+inline void store_sums(float* out, f32 a, f32 b, f32 c, f32 d) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  f32 ab = zip_pairs<0>(a, b, lanes) + zip_pairs<2>(a, b, lanes);
+  f32 cd = zip_pairs<0>(c, d, lanes) + zip_pairs<2>(c, d, lanes);
+  f32 x = zip_halves<0>(ab, cd, lanes) + zip_halves<2>(ab, cd, lanes);
+  if constexpr (kLanes > 8) x += exchange<8 % kLanes>(x);
+  if constexpr (kLanes > 4) x += exchange<4 % kLanes>(x);
+  std::memcpy(out, &x, 4 * sizeof(float));
+}
+
+// Bring bytes [0, bytes) of a row that is read soon into the cache.
+inline void fetch(const char* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
+}
+
+// x[r][s] = q[r] · k[s], s < n rounded up to 4 (so many `rows` must be readable).
+template <int R, class Read>
+inline void few_scores(const Read& read, const float* q, int64_t width, const char* const* rows,
+                       const char* const* next, int n, float* x) {
+  const int64_t bytes = read.bytes(width);
+  for (int s = 0; s < n; s += 4) {
+    for (int i = 0; i < 4; ++i) fetch(next[s + i], bytes);
+    f32 sum[R][4] = {};
+    for (int64_t e = 0; e < width; e += kLanes) {
+      const auto spot = read.spot(e);
+      f32 k[4];
+      for (int i = 0; i < 4; ++i) k[i] = read(rows[s + i], spot);
+      for (int r = 0; r < R; ++r) {
+        const f32 qr = load(q + r * width + e);
+        for (int i = 0; i < 4; ++i) sum[r][i] += qr * k[i];
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      store_sums(x + r * kChunk + s, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+  }
+}
+
+// x[s][r] = q[r] · k[s], with q as [d][rows]; s < n rounded up to T.
+template <int V, int T>
+inline void many_scores(const float* q, int64_t d, const char* const* rows, int n, float* x) {
+  for (int s = 0; s < n; s += T) {
+    f32 sum[T][V] = {};
+    const float* k[T];
+    for (int i = 0; i < T; ++i) k[i] = reinterpret_cast<const float*>(rows[s + i]);
+    for (int64_t e = 0; e < d; ++e) {
+      f32 qe[V];
+      for (int v = 0; v < V; ++v) qe[v] = load(q + e * kTileRows + v * kLanes);
+      for (int i = 0; i < T; ++i)
+        for (int v = 0; v < V; ++v) sum[i][v] += qe[v] * k[i][e];
+    }
+    for (int i = 0; i < T; ++i)
+      for (int v = 0; v < V; ++v) store(x + (s + i) * kTileRows + v * kLanes, sum[i][v]);
+  }
+}
+
+// out[r] += sum over s of p[r][s] v[s], for vectors [e, e + V kLanes); p has the given strides.
+template <int R, int V, class Read>
+inline void add_values(const Read& read, const char* const* rows, const char* const* next, int n,
+                       const float* p, int64_t p_row, int64_t p_slot, float* out, int64_t width,
+                       int64_t e) {
+  const int64_t bytes = read.bytes(V * kLanes), from = read.bytes(e);
+  f32 sum[R][V];
+  decltype(read.spot(0)) spot[V];
+  for (int v = 0; v < V; ++v) {
+    spot[v] = read.spot(e + v * kLanes);
+    for (int r = 0; r < R; ++r) sum[r][v] = load(out + r * width + e + v * kLanes);
+  }
+  for (int s = 0; s < n; ++s) {
+    f32 x[V];
+    for (int v = 0; v < V; ++v) x[v] = read(rows[s], spot[v]);
+    if (next) fetch(next[s] + from, bytes);
+    for (int r = 0; r < R; ++r) {
+      const float weight = p[r * p_row + s * p_slot];
+      for (int v = 0; v < V; ++v) sum[r][v] += weight * x[v];
+    }
+  }
+  for (int v = 0; v < V; ++v)
+    for (int r = 0; r < R; ++r) store(out + r * width + e + v * kLanes, sum[r][v]);
+}
+
+// The same for all vectors of R rows.
+template <int R, class Read>
+inline void add_values(const Read& read, const char* const* rows, const char* const* next, int n,
+                       const float* p, int64_t p_row, int64_t p_slot, float* out, int64_t width) {
+  int64_t e = 0;
+  for (; e + 4 * kLanes <= width; e += 4 * kLanes)
+    add_values<R, 4>(read, rows, next, n, p, p_row, p_slot, out, width, e);
+  for (; e < width; e += kLanes)
+    add_values<R, 1>(read, rows, next, n, p, p_row, p_slot, out, width, e);
+}
+
+// Call f(constant, first) for groups of at most Most rows that make up `rows`.
+template <int Most, class F>
+inline void in_groups(int rows, F f) {
+  int r = 0;
+  for (; r + Most <= rows; r += Most) f(std::integral_constant<int, Most>{}, r);
+  const int left = rows - r;
+  if constexpr (Most > 1)
+    if (left) in_groups<Most - 1>(left, [&](auto count, int i) { f(count, r + i); });
+}
+
+}  // namespace kvtools::KVTOOLS_ISA
