@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,16 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 # These hand keys and values from layer to layer, or change them after the cache has seen them.
 REFUSED = ("gemma3n", "gemma4", "mistral_large4", "diffllama", "doge", "inkling", "mllama")
 
-_stock: dict[int, str] = {}  # the implementation that ours stands in for, by id of the config
+
+@dataclass
+class _Plug:
+    """What our attention function stands in for, and whether a forward needs masks."""
+
+    stock: str
+    masks: bool = True
+
+
+_plugs: dict[int, _Plug] = {}  # by id of the config
 
 
 class _Handle:
@@ -130,7 +140,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     # Stock sdpa has no soft cap: 5.17 drops it in silence (so do we), 5.23 raises at prefill.
-    cap = 0.0 if softcap is None or _stock[id(module.config)] == "sdpa" else softcap
+    cap = 0.0 if softcap is None or _plugs[id(module.config)].stock == "sdpa" else softcap
     options = dict(scale=scaling, softcap=cap, sliding=sliding_window or 0, sink_h=s_aux)
     handle = key if isinstance(key, _Handle) else None
     if handle is None or handle.cache.filling:
@@ -156,35 +166,38 @@ def _attention(
 
 
 def _stock_attention(module: torch.nn.Module) -> Callable:
-    name = _stock[id(module.config)]
+    name = _plugs[id(module.config)].stock
     if name == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _mask(*args: Any, config: Any, **kwargs: Any) -> Any:
-    name = _stock.get(id(config), "eager")
-    return ALL_MASK_ATTENTION_FUNCTIONS[name](*args, config=config, **kwargs)
+    plug = _plugs.get(id(config), _Plug("eager"))
+    if not plug.masks:
+        return None
+    return ALL_MASK_ATTENTION_FUNCTIONS[plug.stock](*args, config=config, **kwargs)
 
 
 @contextmanager
-def _plugged(model: PreTrainedModel) -> Iterator[None]:
-    """Run `model` with our attention function, and put its own back."""
+def plugged(model: PreTrainedModel) -> Iterator[_Plug]:
+    """Run `model` with our attention function, and put its own back. May be nested: the outermost
+    does the work, so that a loop of forwards pays for it once."""
     config = model.config
     stock = config._attn_implementation
-    if stock == NAME:  # a forward inside a forward
-        yield
+    if stock == NAME:
+        yield _plugs[id(config)]
         return
     if NAME not in ALL_ATTENTION_FUNCTIONS.valid_keys():
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _mask)
-    _stock[id(config)] = stock
+    _plugs[id(config)] = plug = _Plug(stock)
     try:
         model.set_attn_implementation(NAME)
-        yield
+        yield plug
     finally:
         model.set_attn_implementation(stock)
-        del _stock[id(config)]
+        del _plugs[id(config)]
 
 
 def check_model(model: PreTrainedModel) -> None:
@@ -320,8 +333,12 @@ class Session:
         model = self.model if self.head else self.model.base_model
         if self.head and last:
             options["logits_to_keep"] = 1
-        with _plugged(self.model):
-            out = model(input_ids=ids, position_ids=positions, **options)
+        with plugged(self.model) as plug:
+            plug.masks = self.cache.filling  # afterwards positions tell who sees whom
+            try:
+                out = model(input_ids=ids, position_ids=positions, **options)
+            finally:
+                plug.masks = True
         return out.logits if self.head else out.last_hidden_state
 
 
@@ -355,6 +372,23 @@ def generate(
     asked = sys._getframe(1).f_locals  # generate drops some arguments before it calls us
     streamer = asked.get("streamer")
     _refuse(model, generation_config, model_kwargs, asked)
+    with plugged(model):
+        return _generate(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, kv_config,
+            streamer, model_kwargs,
+        )  # fmt: skip
+
+
+def _generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    kv_config: CacheConfig | None,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | Tensor:
     device, rows = model.device, input_ids.shape[0]
     input_ids = input_ids.to(device)
     prompts, row_prompt = _distinct(input_ids, model_kwargs)
@@ -365,7 +399,7 @@ def generate(
     session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
     logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
 
-    config, seed = generation_config, int(torch.randint(2**62, ()))
+    seed = int(torch.randint(2**62, ()))
     seed_b = seed + torch.arange(rows, device=device)
     length_b = torch.tensor([len(prompts[i]) for i in row_prompt], device=device)
     filters = _fused(logits_processor) if config.do_sample else None
@@ -378,16 +412,16 @@ def generate(
     over = torch.zeros(rows, dtype=torch.bool, device=device)  # once stopped, always stopped
     prompt_length = input_ids.shape[1]
     while True:
-        raw = logits.to(torch.float32)
         position = length_b[active] + (input_ids.shape[1] - prompt_length)
         next_tokens = torch.full((rows,), pad, dtype=input_ids.dtype, device=device)
         if want_logits:
-            all_logits += (_spread(raw, active, rows, pad),)
+            all_logits += (_spread(logits.to(torch.float32), active, rows, pad),)
         if filters is not None and not want_scores:
-            chosen = sample(raw, seed_b[active], position, **filters, impl=session.kv.config.impl)[
-                0
-            ]
+            chosen, *_ = sample(
+                logits, seed_b[active], position, **filters, impl=session.kv.config.impl
+            )
         else:
+            raw = logits.to(torch.float32)
             scores = logits_processor(input_ids, _spread(raw, active, rows, pad, copy=True))
             if want_scores:
                 all_scores += (_spread(scores[active], active, rows, pad),)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .cache import Index
 from .config import CacheConfig
-from .hf import Session
+from .hf import Session, plugged
 from .ops.sampling import sample
 
 Until = Collection[int] | Callable[[list[int]], bool]
@@ -68,7 +68,8 @@ class Rollouts:
         self.prompt_lengths = np.zeros(0, np.int64)
         self.seeds = np.zeros(0, np.int64)
         self.finished = np.zeros(0, bool)
-        self._ready: list[Tensor | None] = []  # logits [v] of rows whose last token has been fed
+        # Logits [n, v] and which of them, of rows whose last token has been fed.
+        self._ready: list[tuple[Tensor, int] | None] = []
         self._first: list[Tensor] = []  # logits [v] after the prompt, one tensor per prompt
 
     @property
@@ -110,7 +111,7 @@ class Rollouts:
         self.kv.gather(order)
         for prompt in map(tuple, ids):
             self.tokens += [list(prompt) for _ in range(n)]
-            self._ready += [logits[prompt]] * n
+            self._ready += [(logits[prompt][None], 0)] * n
             self._first += [logits[prompt]] * n
         added = n * len(ids)
         self.logprobs += [[] for _ in range(added)]
@@ -137,7 +138,7 @@ class Rollouts:
         if not len(active):
             return
         self._feed(active)
-        logits = torch.stack([self._ready[row] for row in active])
+        logits = _logits([self._ready[row] for row in active])
         if self._processor is not None:
             logits = self._processor([list(self.tokens[row]) for row in active], logits)
         position = torch.tensor([len(self.tokens[row]) for row in active], device=self.device)
@@ -172,15 +173,16 @@ class Rollouts:
         """
         start = [len(tokens) for tokens in self.tokens]
         growing = np.flatnonzero(~self.finished)
-        for _ in range(max_new_tokens):
-            if not len(growing):
-                break
-            self.step(growing)
-            growing = np.array(
-                [r for r in growing if not self._pauses(r, start[r], until)], np.int64
-            )
-            if progress is not None:
-                progress(len(growing))
+        with plugged(self._session.model):
+            for _ in range(max_new_tokens):
+                if not len(growing):
+                    break
+                self.step(growing)
+                growing = np.array(
+                    [r for r in growing if not self._pauses(r, start[r], until)], np.int64
+                )
+                if progress is not None:
+                    progress(len(growing))
         return [tokens[begin:] for tokens, begin in zip(self.tokens, start, strict=True)]
 
     def gather(self, index: Index) -> None:
@@ -224,7 +226,7 @@ class Rollouts:
             length = int(lengths[row])
             self.tokens[row] = self.tokens[row][:length]
             self.logprobs[row] = self.logprobs[row][: length - int(self.prompt_lengths[row])]
-            self._ready[row] = self._first[row] if at_prompt[row] else None
+            self._ready[row] = (self._first[row][None], 0) if at_prompt[row] else None
             self.finished[row] = False
 
     def _feed(self, active: np.ndarray) -> None:
@@ -239,8 +241,8 @@ class Rollouts:
             return
         new = [token for row in fed for token in self.tokens[row][lengths[row] :]]
         logits = self._session.extend(torch.tensor(new, device=self.device), counts)
-        for row, row_logits in zip(fed, logits, strict=True):
-            self._ready[row] = row_logits
+        for i, row in enumerate(fed):
+            self._ready[row] = logits, i
 
     def _pauses(self, row: int, start: int, until: Until | None) -> bool:
         if self.finished[row]:
@@ -249,3 +251,12 @@ class Rollouts:
             return False
         new = self.tokens[row][start:]
         return bool(until(new)) if callable(until) else new[-1] in until
+
+
+def _logits(ready: list[tuple[Tensor, int]]) -> Tensor:
+    """One row of logits for each; the tensor itself where it is those rows in order."""
+    tensor = ready[0][0]
+    same = all(x is tensor for x, _ in ready)
+    if same and [i for _, i in ready] == list(range(len(tensor))):
+        return tensor
+    return torch.stack([x[i] for x, i in ready])

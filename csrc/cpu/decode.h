@@ -35,6 +35,13 @@ struct ReadFp8 {  // e4m3
 // Levels c (1 + bend (c / top)²), see `level` in kvtools/reference/quant.py.
 constexpr float bend(int bits) { return bits == 6 || bits == 4 ? 0.5f : bits == 3 ? 0.4f : 0.0f; }
 
+// Codes of 4 bits or less may carry other bits above the lowest four where a table is looked up.
+#if defined(__AVX512F__)
+constexpr bool kTable = true;
+#else
+constexpr bool kTable = false;
+#endif
+
 template <int Bits>
 inline f32 level(u32 code) {
   constexpr float top = ((1 << Bits) - 1) / 2.0f, rise = bend(Bits) / (top * top);
@@ -55,36 +62,48 @@ template <int Low, int High = 0>
 struct ReadPlanes {
   struct Spot {
     int64_t low, high;
-    int low_shift, high_shift;
+    int low_shift;
+    u32 high_shift;  // of each lane: a run of half a vector holds two parts of it
   };
   int64_t low, high;  // bytes in a run
 
   explicit ReadPlanes(int64_t d) : low(d * Low / 8), high(d * High / 8) {}
-  static bool whole(int64_t d) { return d * Low / 8 % kLanes == 0 && d * High / 8 % kLanes == 0; }
+  static bool whole(int64_t d) {
+    const int64_t high = d * High / 8;
+    return d * Low / 8 % kLanes == 0 && (high % kLanes == 0 || 2 * high == kLanes);
+  }
   int64_t bytes(int64_t n) const { return n * (Low + High) / 8; }
   Spot spot(int64_t e) const {
-    Spot at{};
-    at.low_shift = static_cast<int>(e / low) * Low, at.low = e % low;
-    if constexpr (High > 0)
-      at.high_shift = static_cast<int>(e / high) * High, at.high = low + e % high;
+    Spot at{e, e, 0, u32{}};
+    for (; at.low >= low; at.low -= low) at.low_shift += Low;  // a division would be slower
+    if constexpr (High > 0) {
+      for (; at.high >= high; at.high -= high) at.high_shift += High;
+      if (2 * high == kLanes) at.high_shift += lane_index() / (kLanes / 2) * High;
+      at.high += low;
+    }
     return at;
+  }
+  u32 load_high(const char* p) const {
+    if (2 * high != kLanes) return load_bytes(p);
+    char twice[kLanes];
+    std::memcpy(twice, p, kLanes / 2);
+    std::memcpy(twice + kLanes / 2, p, kLanes / 2);
+    return load_bytes(twice);
   }
   f32 operator()(const char* row, const Spot& at) const {
     u32 code = load_bytes(row + at.low);
-    if constexpr (Low < 8) code = code >> at.low_shift & ((1 << Low) - 1);
-    if constexpr (High > 0) {
-      u32 upper = load_bytes(row + at.high) >> at.high_shift & ((1 << High) - 1);
-      code |= upper << Low;
-    }
+    if constexpr (Low < 8) code = code >> at.low_shift;
+    if constexpr (Low < 4 || (Low == 4 && (High > 0 || !kTable))) code &= (1 << Low) - 1;
+    if constexpr (High > 0)
+      code |= (load_high(row + at.high) >> at.high_shift & ((1 << High) - 1)) << Low;
     return level<Low + High>(code);
   }
   float one(const char* row, int64_t e) const {
-    const Spot at = spot(e);
-    auto bits = [row](int64_t i, int shift, int n) {
+    auto bits = [row](int64_t i, int64_t shift, int n) {
       return static_cast<unsigned char>(row[i]) >> shift & ((1 << n) - 1);
     };
-    unsigned code = bits(at.low, at.low_shift, Low);
-    if constexpr (High > 0) code |= bits(at.high, at.high_shift, High) << Low;
+    uint32_t code = bits(e % low, e / low * Low, Low);
+    if constexpr (High > 0) code |= bits(low + e % high, e / high * High, High) << Low;
     return level<Low + High>(u32{} + code)[0];
   }
 };
