@@ -26,7 +26,11 @@ KEEP := $(VENV)/constraints.txt
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-.PHONY: help demo test lint format bench quality clean ext
+# What the compiled parts do is tested by these. Leaks are not looked for: Python has its own.
+ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
+ASAN  = $(shell $(or $(CXX),g++) -print-file-name=libasan.so)
+
+.PHONY: help demo test sanitize lint format bench quality clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -36,6 +40,12 @@ demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plai
 
 test: ext $(MODEL) ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
+
+sanitize: $(PACKAGE) ## the compiled parts' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	@KVTOOLS_SANITIZE=1 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	@cd build/sanitize/lib && LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
+		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) $(ARGS)
 
 lint: $(PACKAGE) ## check style: ruff and clang-format
 	@$(PY) -m ruff check -q --output-format concise .
