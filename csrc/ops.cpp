@@ -38,6 +38,51 @@ Strided<N> strided(const Tensor& x) {
   return y;
 }
 
+Paged paged(const Tensor& x) {
+  const auto size = static_cast<int64_t>(x.element_size());
+  return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size,
+          x.stride(2) * size};
+}
+
+Paged paged(const Optional& x) { return x ? paged(*x) : Paged{}; }
+
+// The format for heads of size d, read off the dtype and the last axis.
+Format format_of(const Tensor& codes, int64_t d) {
+  if (codes.scalar_type() == ScalarType::Float8_e4m3fn) return Format::fp8;
+  if (codes.scalar_type() != ScalarType::Byte) return Format::none;
+  switch (codes.size(-1) * 8 / d) {
+    case 8:
+      return Format::int8;
+    case 6:
+      return Format::int6;
+    case 4:
+      return Format::int4;
+    case 3:
+      return Format::int3;
+    default:
+      return Format::int2;
+  }
+}
+
+Content content(const Tensor& codes, const Optional& scale, int64_t d) {
+  return {paged(codes), paged(scale), format_of(codes, d), type_of(codes)};
+}
+
+Pages pages_of(const Tensor& k, const Tensor& v, const Optional& k_scale, const Optional& v_scale,
+               const Optional& position, const Optional& importance, const Optional& history,
+               int64_t d) {
+  return {content(k, k_scale, d),
+          content(v, v_scale, d),
+          paged(position),
+          paged(importance),
+          paged(history),
+          k.size(0),
+          k.size(1),
+          k.size(2),
+          d,
+          history ? history->size(3) : 0};
+}
+
 void run(int64_t tasks, const std::function<void(int64_t)>& body) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);

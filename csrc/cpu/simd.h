@@ -156,6 +156,14 @@ inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
 
 template <int... I>
+inline u32 lane_index(std::integer_sequence<int, I...>) {
+  return u32{I...};
+}
+
+// 0, 1, 2, ...
+inline u32 lane_index() { return lane_index(std::make_integer_sequence<int, kLanes>{}); }
+
+template <int... I>
 inline f32 shuffle(f32 a, f32 b, std::integer_sequence<int, I...>) {
 #if defined(__clang__) || __GNUC__ >= 12
   return __builtin_shufflevector(a, b, I...);
