@@ -9,9 +9,12 @@
 #define KVTOOLS_X86 0
 #endif
 
-#define KVTOOLS_KERNELS(isa)                          \
-  namespace kvtools::isa {                            \
-  void merge_states(const MergeStates&, const Pool&); \
+#define KVTOOLS_KERNELS(isa)                            \
+  namespace kvtools::isa {                              \
+  void quantize_kv(const QuantizeKv&, const Pool&);     \
+  void dequantize_kv(const DequantizeKv&, const Pool&); \
+  void append_kv(const AppendKv&, const Pool&);         \
+  void merge_states(const MergeStates&, const Pool&);   \
   }
 
 KVTOOLS_KERNELS(base)

@@ -151,6 +151,7 @@ inline void with_type(Type type, F f) {
 // Arithmetic.
 
 inline f32 splat(float x) { return x - f32{}; }
+inline f32 abs(f32 x) { return bit_cast<f32>(bit_cast<u32>(x) & 0x7fffffff); }
 inline f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
