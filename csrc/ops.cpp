@@ -108,11 +108,11 @@ Pages pages_of(const Tensor& k, const Tensor& v, const Optional& k_scale, const 
 }
 
 // A slot outside the pages would be a write outside memory.
-void check_slots(const Strided<2>& slot, int64_t n, const Pages& pages, bool skip_negative) {
-  const int64_t slots = pages.pages * pages.page_size;
+void check_slots(const Strided<2>& slot, int64_t n, int64_t heads, int64_t slots,
+                 bool skip_negative) {
   for (int64_t i = 0; i < n; ++i) {
     if (skip_negative && integer_at(slot, i, 0) < 0) continue;
-    for (int64_t h = 0; h < pages.heads; ++h) {
+    for (int64_t h = 0; h < heads; ++h) {
       const int64_t s = integer_at(slot, i, h);
       STD_TORCH_CHECK(0 <= s && s < slots, "slot ", s, " is not among the ", slots,
                       " of the pages");
@@ -180,7 +180,7 @@ void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, O
              pages_of(k, v, k_scale, v_scale, position, importance, history, k_thd.size(2)),
              k_thd.size(0)};
   if (position) p.position = strided<1>(*position_t);
-  check_slots(p.slot, p.t, p.pages, true);
+  check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
   KVTOOLS_RUN(append_kv, p, pool());
 }
 
@@ -193,6 +193,51 @@ std::tuple<Tensor, Tensor> merge_states(Tensor a, Tensor a_lse, Tensor b, Tensor
                  strided<2>(b_lse), strided<2>(lse), a.size(0), a.size(1), a.size(2)},
                 pool());
   return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> key_scores(Tensor q, Tensor k, Optional sink_h, int64_t sinks,
+                                      double scale, double softcap, int64_t sliding,
+                                      std::string group) {
+  q = with_unit_stride(q);
+  k = with_unit_stride(k);
+  const int64_t b = k.size(0), h = k.size(1), s = k.size(2);
+  Tensor mass = torch::stable::new_empty(k, {b, h, s}, ScalarType::Float);
+  Tensor low = torch::stable::new_empty(k, {b, h, s}, ScalarType::Int);
+  if (mass.numel())
+    KVTOOLS_RUN(
+        key_scores,
+        {strided<4>(q), strided<4>(k), sink_h ? strided<1>(*sink_h) : Strided<1>{},
+         strided<3>(mass), strided<3>(low), b, h, q.size(1) / h, q.size(2), s, k.size(3), sinks,
+         sliding, static_cast<float>(scale), static_cast<float>(softcap), group == "all"},
+        pool());
+  return {mass, low};
+}
+
+Tensor select_victims(Tensor score, Tensor tie, Tensor position, Tensor below, Tensor from,
+                      int64_t count) {
+  const int64_t n = score.size(0), h = score.size(1);
+  Tensor index = torch::stable::new_empty(score, {n, h, count}, ScalarType::Int);
+  if (index.numel())
+    KVTOOLS_RUN(select_victims,
+                {strided<3>(score), strided<3>(tie), strided<3>(position), strided<3>(index),
+                 strided<1>(below), strided<1>(from), n, h, score.size(2), count},
+                pool());
+  return index;
+}
+
+void compact_kv(Tensor source, Tensor target, Tensor k, Tensor v, Optional k_scale,
+                Optional v_scale, Optional position, Optional importance, Optional history) {
+  const Optional tensors[] = {k, v, k_scale, v_scale, position, importance, history};
+  CompactKv p{strided<2>(source), strided<2>(target), {}, source.size(0), k.size(1), k.size(2)};
+  for (int i = 0; i < 7; ++i)
+    if (const Optional& x = tensors[i]) {
+      const int64_t elements = x->dim() == 4 ? x->size(3) : 1;
+      p.moved[i] = {paged(*x), elements * static_cast<int64_t>(x->element_size())};
+    }
+  const int64_t slots = k.size(0) * p.page_size;
+  check_slots(p.source, p.n, p.heads, slots, false);
+  check_slots(p.target, p.n, p.heads, slots, false);
+  if (p.n) KVTOOLS_RUN(compact_kv, p, pool());
 }
 
 std::string cpu_isa(std::string name) {
@@ -209,6 +254,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("dequantize_kv.cpu", TORCH_BOX(&kvtools::dequantize_kv));
   m.impl("append_kv.cpu", TORCH_BOX(&kvtools::append_kv));
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
+  m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
+  m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims));
+  m.impl("compact_kv.cpu", TORCH_BOX(&kvtools::compact_kv));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CompositeExplicitAutograd, m) {

@@ -94,4 +94,30 @@ struct MergeStates {
   int64_t b_size, h, d;
 };
 
+struct KeyScores {
+  Strided<4> q, k;       // [b, h g, w, d], [b, h, s, d]
+  Strided<1> sink;       // [h g]
+  Strided<3> mass, low;  // [b, h, s]
+  int64_t b, h, g, w, s, d;
+  int64_t sinks, sliding;
+  float scale, softcap;
+  bool all;
+};
+
+struct SelectVictims {
+  Strided<3> score, tie, position, index;  // [n, h, s]; index [n, h, count]
+  Strided<1> below, from;
+  int64_t n, h, s, count;
+};
+
+struct CompactKv {
+  struct Moved {
+    Paged x;
+    int64_t bytes;  // of a slot
+  };
+  Strided<2> source, target;
+  Moved moved[7];
+  int64_t n, heads, page_size;
+};
+
 }  // namespace kvtools

@@ -163,7 +163,7 @@ void decode(const uint8_t* packed, float scale, int64_t d, Format format, Scratc
 // body(begin, end, scratch) over `rows` heads of size d, in threads where that pays.
 template <class F>
 void split(int64_t rows, int64_t d, const Pool& pool, F body) {
-  constexpr int64_t kElements = 4096;  // at least, per thread
+  constexpr int64_t kElements = 2048;  // at least, per thread
   const int64_t tasks = std::clamp<int64_t>(rows * d / kElements, 1, pool.threads);
   pool.run(tasks, [&](int64_t task) {
     Scratch scratch(d);

@@ -148,6 +148,14 @@ inline void with_type(Type type, F f) {
     f(static_cast<f16*>(nullptr));
 }
 
+inline float number_at(const char* p, Type type) {
+  float x;
+  with_type(type, [&](auto* kind) {
+    x = load_one(reinterpret_cast<const std::remove_pointer_t<decltype(kind)>*>(p));
+  });
+  return x;
+}
+
 // Arithmetic.
 
 inline f32 splat(float x) { return x - f32{}; }
@@ -213,6 +221,18 @@ inline f32 exp2(f32 x) {
   y = y * r + 1.0f;
   y = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(n) << 23));
   return select(x < -126.0f, f32{}, y);
+}
+
+// To 2 ulp. Near zero a polynomial, because the difference from 1 would cancel.
+inline f32 tanh(f32 x) {
+  const f32 z = x * x;
+  f32 near = -5.70498872745e-3f * z + 2.06390887954e-2f;
+  near = near * z - 5.37397155531e-2f;
+  near = near * z + 1.33314422036e-1f;
+  near = near * z - 3.33332819422e-1f;
+  near = near * z * x + x;
+  const f32 far = 1 - 2 / (exp2(min(abs(x), splat(10)) * (2 * kLog2e)) + 1);
+  return select(abs(x) < 0.625f, near, select(x < 0.0f, -far, far));
 }
 
 }  // namespace kvtools::KVTOOLS_ISA
