@@ -16,7 +16,7 @@ struct Grid {
   static constexpr float kCubic = kBend / (kTop * kTop);
   static constexpr float kGreatest = kTop * (1 + kBend);
 
-  static f32 level(f32 c) { return c * (1 + kCubic * (c * c)); }
+  static f32 level(f32 c) { return kBend > 0 ? c * (1 + kCubic * (c * c)) : c; }
 };
 
 // Call f with the bits of an integer format, as a type.

@@ -11,12 +11,14 @@ namespace {
 
 constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
 
+constexpr int kMostTries = 12;
+
 // What one thread needs for a head. Its vectors are whole: zero behind d.
 struct Scratch {
   explicit Scratch(int64_t d)
-      : x((d + kLanes - 1) / kLanes * kLanes), levels(x.size()), codes(x.size()) {}
+      : x((d + kLanes - 1) / kLanes * kLanes), levels(kMostTries * x.size()), codes(x.size()) {}
 
-  std::vector<float> x, levels;
+  std::vector<float> x, levels;  // levels for each range tried
   std::vector<uint8_t> codes;
 };
 
@@ -37,17 +39,17 @@ void convert(const char* from, Type from_type, char* to, Type to_type, int64_t d
   });
 }
 
-f16 to_scale(float x) {
-  f16 scale;
-  store_one(&scale, std::min(std::max(x, kTiny), 65504.0f));
-  return scale;
+// Scales as fp16 holds them. All lanes are alike here and below.
+f32 to_scale(f32 x) {
+  f16 rounded[kLanes];
+  store(rounded, min(max(x, splat(kTiny)), splat(65504)));
+  return load(rounded);
 }
 
-// The greatest magnitude.
-float peak_of(const float* x, int64_t d) {
+f32 peak_of(const float* x, int64_t d) {
   f32 peak{};
   for (int64_t i = 0; i < d; i += kLanes) peak = max(peak, abs(load(x + i)));
-  return max_lanes(peak)[0];
+  return max_lanes(peak);
 }
 
 // The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
@@ -64,49 +66,58 @@ f32 nearest(f32 v) {
     guess = G::kTop * t * (1.4393f + t2 * (-0.7805f + t2 * 0.3477f));
   }
   const f32 shift = splat(0x1.8p23f), r = (guess + shift) - shift;
-  return select(r * (1 + G::kCubic * (0.75f + r * r)) < v, r, r - 1);
+  const f32 border = G::kBend > 0 ? r * (1 + G::kCubic * (0.75f + r * r)) : r;
+  return select(border < v, r, r - 1);
 }
 
 // Integer codes and scale of rotated x: of a few ranges, that with the least error.
 template <int Bits>
-f16 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
+f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   using G = Grid<Bits>;
-  constexpr int kTries = Bits == 6 ? 3 : Bits == 4 ? 7 : Bits == 3 ? 10 : Bits == 2 ? 12 : 1;
-  const float peak = peak_of(x, d);
-  float* levels = scratch.levels.data();
-  float least = 0, best_step = 0;
-  f16 best_scale{};
+  constexpr int kTries = Bits == 6   ? 3
+                         : Bits == 4 ? 7
+                         : Bits == 3 ? 10
+                         : Bits == 2 ? kMostTries
+                                     : 1;
+  const f32 peak = peak_of(x, d);
+  // One loop per stage, so that the tries do not wait for one another.
+  f32 inverse[kTries], scale[kTries], error[kTries];
   for (int i = 0; i < kTries; ++i) {
     const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
-    const float step = peak * (reach / G::kGreatest) + kTiny;
+    inverse[i] = 1 / (peak * (reach / G::kGreatest) + kTiny);
+    float* levels = scratch.levels.data() + i * scratch.x.size();
     // Magnitudes will do: levels lie symmetrically.
     f32 product{}, square{};
     for (int64_t j = 0; j < d; j += kLanes) {
       const f32 magnitude = abs(load(x + j));
-      f32 y = G::level(nearest<Bits>(magnitude * (1 / step)) + 0.5f);
+      f32 y = G::level(nearest<Bits>(magnitude * inverse[i]) + 0.5f);
       if (j + kLanes > d) y = select(bit_cast<i32>(lane_index()) < int(d - j), y, f32{});
       product += magnitude * y;
       square += y * y;
       store(levels + j, y);
     }
     // For these codes, the best scale.
-    const f16 scale = to_scale(sum_lanes(product)[0] / sum_lanes(square)[0]);
-    if (kTries == 1) {
-      best_step = step, best_scale = scale;
-      break;
-    }
-    const float s = load_one(&scale);
-    f32 errors{};
+    scale[i] = to_scale(sum_lanes(product) / sum_lanes(square));
+  }
+  for (int i = 0; i < kTries; ++i) {
+    const float* levels = scratch.levels.data() + i * scratch.x.size();
+    f32 squares{};
     for (int64_t j = 0; j < d; j += kLanes) {
-      const f32 error = load(levels + j) * s - abs(load(x + j));
-      errors += error * error;
+      const f32 difference = load(levels + j) * scale[i] - abs(load(x + j));
+      squares += difference * difference;
     }
-    const float error = sum_lanes(errors)[0];
-    if (i == 0 || error < least) least = error, best_step = step, best_scale = scale;
+    error[i] = sum_lanes(squares);
+  }
+  f32 least = error[0], best_inverse = inverse[0], best_scale = scale[0];
+  for (int i = 1; i < kTries; ++i) {
+    const i32 better = error[i] < least;
+    least = select(better, error[i], least);
+    best_inverse = select(better, inverse[i], best_inverse);
+    best_scale = select(better, scale[i], best_scale);
   }
   for (int64_t j = 0; j < d; j += kLanes) {
     const f32 y = load(x + j);
-    const f32 k = nearest<Bits>(abs(y) * (1 / best_step));
+    const f32 k = nearest<Bits>(abs(y) * best_inverse);
     const f32 code = select(y < 0.0f, (G::kTop - 0.5f) - k, (G::kTop + 0.5f) + k);
     store_codes(&scratch.codes[j], __builtin_convertvector(code, i32));
   }
@@ -114,12 +125,11 @@ f16 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   return best_scale;
 }
 
-f16 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
-  const f16 scale = to_scale(peak_of(x, d) / 448);
-  const f32 divisor = splat(load_one(&scale));
+f32 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
+  const f32 scale = to_scale(peak_of(x, d) / 448);
   for (int64_t j = 0; j < d; j += kLanes) {
-    const f32 y = load(x + j) / divisor;
-    store_codes(&scratch.codes[j], to_fp8(max(min(y, splat(448.0f)), splat(-448.0f))));
+    const f32 y = load(x + j) / scale;
+    store_codes(&scratch.codes[j], to_fp8(max(min(y, splat(448)), splat(-448))));
   }
   std::memcpy(packed, scratch.codes.data(), d);
   return scale;
@@ -134,13 +144,13 @@ void put(const char* x, Type type, int64_t d, const Content& to, int64_t p, int6
   convert(x, type, reinterpret_cast<char*>(y), Type::f32, d);
   rotate(y, d);
   auto* packed = reinterpret_cast<uint8_t*>(codes);
-  f16 scale;
+  f32 scale;
   if (to.format == Format::fp8)
     scale = encode_fp8(y, d, scratch, packed);
   else
     with_bits(to.format,
               [&](auto bits) { scale = encode<decltype(bits)::value>(y, d, scratch, packed); });
-  std::memcpy(to.scale.at(p, h, s), &scale, sizeof scale);
+  store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), scale[0]);
 }
 
 // Decode codes to fp32, still rotated.
@@ -182,10 +192,9 @@ void quantize_kv(const QuantizeKv& p, const Pool& pool) {
 void dequantize_kv(const DequantizeKv& p, const Pool& pool) {
   split(p.rows, p.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t i = begin; i < end; ++i) {
-      f16 scale;
-      std::memcpy(&scale, p.from.scale.at(0, 0, i), sizeof scale);
+      const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
       const auto* packed = reinterpret_cast<const uint8_t*>(p.from.codes.at(0, 0, i));
-      decode(packed, load_one(&scale), p.d, p.from.format, scratch);
+      decode(packed, scale, p.d, p.from.format, scratch);
       float* x = scratch.x.data();
       rotate_back(x, p.d);
       convert(reinterpret_cast<char*>(x), Type::f32, p.out.at(i), p.out.type, p.d);
