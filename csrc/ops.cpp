@@ -53,6 +53,20 @@ Strided<N> strided(const Tensor& x) {
   return y;
 }
 
+template <int N>
+Strided<N> floats(const Tensor& x) {
+  STD_TORCH_CHECK(type_of(x) <= Type::f16, "impl='cpu' takes float32, float16 and bfloat16 here");
+  return strided<N>(x);
+}
+
+template <int N>
+Strided<N> integers(const Tensor& x) {
+  const Type type = type_of(x);
+  STD_TORCH_CHECK(type == Type::i32 || type == Type::i64,
+                  "slots and positions must be int32 or int64");
+  return strided<N>(x);
+}
+
 // The kernels want the last axis contiguous.
 Tensor with_unit_stride(const Tensor& x) {
   return x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
@@ -89,7 +103,7 @@ Format format_of(const Tensor& codes, int64_t d) {
 Content content(const Tensor& codes, const Optional& scale, int64_t d) {
   const Format format = format_of(codes, d);
   return {paged(codes), paged(scale, ScalarType::Half), format,
-          format == Format::none ? type_of(codes) : Type::f32};
+          format == Format::none ? floats<3>(codes).type : Type::f32};
 }
 
 Pages pages_of(const Tensor& k, const Tensor& v, const Optional& k_scale, const Optional& v_scale,
@@ -135,8 +149,9 @@ Content heads(const Tensor& codes, const Tensor& scale, Format format) {
           format};
 }
 
+// A contiguous tensor as rows of its last axis.
 Strided<2> rows_of(const Tensor& x) {
-  return {static_cast<char*>(x.data_ptr()), type_of(x), {x.size(-1), 1}};
+  return {static_cast<char*>(x.data_ptr()), floats<1>(x).type, {x.size(-1), 1}};
 }
 
 std::tuple<Tensor, Tensor> quantize_kv(Tensor x, std::string name) {
@@ -173,13 +188,13 @@ void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, O
   if (!k_thd.numel()) return;
   k_thd = with_unit_stride(k_thd);
   v_thd = with_unit_stride(v_thd);
-  AppendKv p{strided<3>(k_thd),
-             strided<3>(v_thd),
-             strided<2>(slot_th),
+  AppendKv p{floats<3>(k_thd),
+             floats<3>(v_thd),
+             integers<2>(slot_th),
              {},
              pages_of(k, v, k_scale, v_scale, position, importance, history, k_thd.size(2)),
              k_thd.size(0)};
-  if (position) p.position = strided<1>(*position_t);
+  if (position) p.position = integers<1>(*position_t);
   check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
   KVTOOLS_RUN(append_kv, p, pool());
 }
@@ -206,9 +221,9 @@ std::tuple<Tensor, Tensor> key_scores(Tensor q, Tensor k, Optional sink_h, int64
   if (mass.numel())
     KVTOOLS_RUN(
         key_scores,
-        {strided<4>(q), strided<4>(k), sink_h ? strided<1>(*sink_h) : Strided<1>{},
-         strided<3>(mass), strided<3>(low), b, h, q.size(1) / h, q.size(2), s, k.size(3), sinks,
-         sliding, static_cast<float>(scale), static_cast<float>(softcap), group == "all"},
+        {floats<4>(q), floats<4>(k), sink_h ? floats<1>(*sink_h) : Strided<1>{}, strided<3>(mass),
+         strided<3>(low), b, h, q.size(1) / h, q.size(2), s, k.size(3), sinks, sliding,
+         static_cast<float>(scale), static_cast<float>(softcap), group == "all"},
         pool());
   return {mass, low};
 }
@@ -219,8 +234,8 @@ Tensor select_victims(Tensor score, Tensor tie, Tensor position, Tensor below, T
   Tensor index = torch::stable::new_empty(score, {n, h, count}, ScalarType::Int);
   if (index.numel())
     KVTOOLS_RUN(select_victims,
-                {strided<3>(score), strided<3>(tie), strided<3>(position), strided<3>(index),
-                 strided<1>(below), strided<1>(from), n, h, score.size(2), count},
+                {strided<3>(score), strided<3>(tie), integers<3>(position), strided<3>(index),
+                 integers<1>(below), integers<1>(from), n, h, score.size(2), count},
                 pool());
   return index;
 }
@@ -228,7 +243,7 @@ Tensor select_victims(Tensor score, Tensor tie, Tensor position, Tensor below, T
 void compact_kv(Tensor source, Tensor target, Tensor k, Tensor v, Optional k_scale,
                 Optional v_scale, Optional position, Optional importance, Optional history) {
   const Optional tensors[] = {k, v, k_scale, v_scale, position, importance, history};
-  CompactKv p{strided<2>(source), strided<2>(target), {}, source.size(0), k.size(1), k.size(2)};
+  CompactKv p{integers<2>(source), integers<2>(target), {}, source.size(0), k.size(1), k.size(2)};
   for (int i = 0; i < 7; ++i)
     if (const Optional& x = tensors[i]) {
       const int64_t elements = x->dim() == 4 ? x->size(3) : 1;

@@ -17,7 +17,7 @@ class KVPages:
     """One layer's pages. Any page can hold any tokens; a flat slot is `page * page_size + offset`.
 
     Every tensor has the axes page, KV head and slot first, with any strides; only the last axis of
-    `k` and `v` must be contiguous, so that the caches of other servers are views.
+    `k`, `v` and `history` must be contiguous, so that the caches of other servers are views.
 
     Attributes:
         k, v: [pages, Hkv, page_size, D] in a float dtype or fp8 (float8_e4m3fn); uint8 with a last
