@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "cpu/isa.h"
 
@@ -20,12 +22,25 @@ using Optional = std::optional<Tensor>;
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
     case ScalarType::BFloat16:
       return Type::bf16;
     case ScalarType::Half:
       return Type::f16;
+    case ScalarType::Long:
+      return Type::i64;
+    case ScalarType::Int:
+      return Type::i32;
+    case ScalarType::Short:
+      return Type::i16;
+    case ScalarType::Char:
+      return Type::i8;
+    case ScalarType::Byte:
+    case ScalarType::Bool:
+      return Type::u8;
     default:
-      return Type::f32;
+      STD_TORCH_CHECK(false, "impl='cpu' does not take this dtype: use impl='reference'");
   }
 }
 
@@ -38,34 +53,57 @@ Strided<N> strided(const Tensor& x) {
   return y;
 }
 
+template <int N>
+Strided<N> floats(const Tensor& x) {
+  STD_TORCH_CHECK(type_of(x) <= Type::f16, "impl='cpu' takes float32, float16 and bfloat16 here");
+  return strided<N>(x);
+}
+
+template <int N>
+Strided<N> integers(const Tensor& x) {
+  const Type type = type_of(x);
+  STD_TORCH_CHECK(type == Type::i32 || type == Type::i64,
+                  "slots and positions must be int32 or int64");
+  return strided<N>(x);
+}
+
+// The kernels want the last axis contiguous.
+Tensor with_unit_stride(const Tensor& x) {
+  return x.stride(-1) == 1 ? x : torch::stable::contiguous(x);
+}
+
 Paged paged(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 3 || x.size(3) == 1 || x.stride(3) == 1,
+                  "pages must be contiguous in their last axis");
   const auto size = static_cast<int64_t>(x.element_size());
   return {static_cast<char*>(x.data_ptr()), x.stride(0) * size, x.stride(1) * size,
           x.stride(2) * size};
 }
 
-Paged paged(const Optional& x) { return x ? paged(*x) : Paged{}; }
+Paged paged(const Optional& x, ScalarType type) {
+  if (!x) return {};
+  STD_TORCH_CHECK(x->scalar_type() == type,
+                  "pages: scales must be float16, importance float32, "
+                  "position and history int32");
+  return paged(*x);
+}
+
+constexpr int kFormats = 7;
+constexpr const char* kNames[kFormats] = {"none", "fp8", "int8", "int6", "int4", "int3", "int2"};
+constexpr int64_t kBits[kFormats] = {0, 8, 8, 6, 4, 3, 2};
 
 // The format for heads of size d, read off the dtype and the last axis.
 Format format_of(const Tensor& codes, int64_t d) {
   if (codes.scalar_type() == ScalarType::Float8_e4m3fn) return Format::fp8;
   if (codes.scalar_type() != ScalarType::Byte) return Format::none;
-  switch (codes.size(-1) * 8 / d) {
-    case 8:
-      return Format::int8;
-    case 6:
-      return Format::int6;
-    case 4:
-      return Format::int4;
-    case 3:
-      return Format::int3;
-    default:
-      return Format::int2;
-  }
+  const auto* bits = std::find(kBits + 2, kBits + kFormats - 1, codes.size(-1) * 8 / d);
+  return static_cast<Format>(bits - kBits);
 }
 
 Content content(const Tensor& codes, const Optional& scale, int64_t d) {
-  return {paged(codes), paged(scale), format_of(codes, d), type_of(codes)};
+  const Format format = format_of(codes, d);
+  return {paged(codes), paged(scale, ScalarType::Half), format,
+          format == Format::none ? floats<3>(codes).type : Type::f32};
 }
 
 Pages pages_of(const Tensor& k, const Tensor& v, const Optional& k_scale, const Optional& v_scale,
@@ -73,14 +111,27 @@ Pages pages_of(const Tensor& k, const Tensor& v, const Optional& k_scale, const 
                int64_t d) {
   return {content(k, k_scale, d),
           content(v, v_scale, d),
-          paged(position),
-          paged(importance),
-          paged(history),
+          paged(position, ScalarType::Int),
+          paged(importance, ScalarType::Float),
+          paged(history, ScalarType::Int),
           k.size(0),
           k.size(1),
           k.size(2),
           d,
           history ? history->size(3) : 0};
+}
+
+// A slot outside the pages would be a write outside memory.
+void check_slots(const Strided<2>& slot, int64_t n, int64_t heads, int64_t slots,
+                 bool skip_negative) {
+  for (int64_t i = 0; i < n; ++i) {
+    if (skip_negative && integer_at(slot, i, 0) < 0) continue;
+    for (int64_t h = 0; h < heads; ++h) {
+      const int64_t s = integer_at(slot, i, h);
+      STD_TORCH_CHECK(0 <= s && s < slots, "slot ", s, " is not among the ", slots,
+                      " of the pages");
+    }
+  }
 }
 
 void run(int64_t tasks, const std::function<void(int64_t)>& body) {
@@ -90,6 +141,63 @@ void run(int64_t tasks, const std::function<void(int64_t)>& body) {
 }
 
 Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run}; }
+
+// Heads as one page of one KV head.
+Content heads(const Tensor& codes, const Tensor& scale, Format format) {
+  return {{static_cast<char*>(codes.data_ptr()), 0, 0, codes.size(-1)},
+          {static_cast<char*>(scale.data_ptr()), 0, 0, 2},
+          format};
+}
+
+// A contiguous tensor as rows of its last axis.
+Strided<2> rows_of(const Tensor& x) {
+  return {static_cast<char*>(x.data_ptr()), floats<1>(x).type, {x.size(-1), 1}};
+}
+
+std::tuple<Tensor, Tensor> quantize_kv(Tensor x, std::string name) {
+  const auto i = std::find(kNames, kNames + kFormats, name) - kNames;
+  const auto format = static_cast<Format>(i);
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  const int64_t d = shape.back();
+  shape.back() = d * kBits[i] / 8;
+  Tensor codes = torch::stable::new_empty(
+      x, shape, format == Format::fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
+  shape.pop_back();
+  Tensor scale = torch::stable::new_empty(x, shape, ScalarType::Half);
+  if (x.numel())
+    KVTOOLS_RUN(quantize_kv, {rows_of(x), heads(codes, scale, format), scale.numel(), d}, pool());
+  return {codes, scale};
+}
+
+Tensor dequantize_kv(Tensor codes, Tensor scale, int64_t d, ScalarType dtype) {
+  if (!codes.is_contiguous()) codes = torch::stable::contiguous(codes);
+  if (!scale.is_contiguous()) scale = torch::stable::contiguous(scale);
+  std::vector<int64_t> shape(codes.sizes().begin(), codes.sizes().end());
+  shape.back() = d;
+  Tensor out = torch::stable::new_empty(scale, shape, dtype);
+  if (out.numel())
+    KVTOOLS_RUN(dequantize_kv,
+                {heads(codes, scale, format_of(codes, d)), rows_of(out), scale.numel(), d}, pool());
+  return out;
+}
+
+void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, Optional k_scale,
+               Optional v_scale, Optional position_t, Optional position, Optional importance,
+               Optional history) {
+  if (!k_thd.numel()) return;
+  k_thd = with_unit_stride(k_thd);
+  v_thd = with_unit_stride(v_thd);
+  AppendKv p{floats<3>(k_thd),
+             floats<3>(v_thd),
+             integers<2>(slot_th),
+             {},
+             pages_of(k, v, k_scale, v_scale, position, importance, history, k_thd.size(2)),
+             k_thd.size(0)};
+  if (position) p.position = integers<1>(*position_t);
+  check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
+  KVTOOLS_RUN(append_kv, p, pool());
+}
 
 const int32_t* int32(const Tensor& x) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous(),
@@ -108,15 +216,15 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k,
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor lse = torch::stable::new_empty(q, q.sizes().slice(0, 2), ScalarType::Float);
   TreeAttention p{};
-  p.q = strided<3>(q), p.out = strided<3>(out), p.lse = strided<2>(lse);
+  p.q = floats<3>(q), p.out = strided<3>(out), p.lse = strided<2>(lse);
   p.pages = pages_of(k, v, k_scale, v_scale, position, importance, history, q.size(2));
   p.position = int32(position_t), p.before = before_t ? int32(*before_t) : nullptr;
   p.page_indptr = int32(page_indptr), p.page = int32(page), p.first = int32(first);
   p.length = int32(length), p.base = int32(base), p.own = int32(own);
   p.token = int32(token), p.item = int32(item);
   p.items = item.size(0), p.tokens = q.size(0), p.heads_q = q.size(1);
-  if (state_out) p.state_out = strided<3>(*state_out), p.state_lse = strided<2>(*state_lse);
-  if (sink_h) p.sink = strided<1>(*sink_h);
+  if (state_out) p.state_out = floats<3>(*state_out), p.state_lse = strided<2>(*state_lse);
+  if (sink_h) p.sink = floats<1>(*sink_h);
   p.scale = scale, p.softcap = softcap, p.sliding = sliding, p.window = window;
   p.whole_group = group == "all";
   if (q.numel()) KVTOOLS_RUN(tree_attention, p, pool());
@@ -134,6 +242,51 @@ std::tuple<Tensor, Tensor> merge_states(Tensor a, Tensor a_lse, Tensor b, Tensor
   return {out, lse};
 }
 
+std::tuple<Tensor, Tensor> key_scores(Tensor q, Tensor k, Optional sink_h, int64_t sinks,
+                                      double scale, double softcap, int64_t sliding,
+                                      std::string group) {
+  q = with_unit_stride(q);
+  k = with_unit_stride(k);
+  const int64_t b = k.size(0), h = k.size(1), s = k.size(2);
+  Tensor mass = torch::stable::new_empty(k, {b, h, s}, ScalarType::Float);
+  Tensor low = torch::stable::new_empty(k, {b, h, s}, ScalarType::Int);
+  if (mass.numel())
+    KVTOOLS_RUN(
+        key_scores,
+        {floats<4>(q), floats<4>(k), sink_h ? floats<1>(*sink_h) : Strided<1>{}, strided<3>(mass),
+         strided<3>(low), b, h, q.size(1) / h, q.size(2), s, k.size(3), sinks, sliding,
+         static_cast<float>(scale), static_cast<float>(softcap), group == "all"},
+        pool());
+  return {mass, low};
+}
+
+Tensor select_victims(Tensor score, Tensor tie, Tensor position, Tensor below, Tensor from,
+                      int64_t count) {
+  const int64_t n = score.size(0), h = score.size(1);
+  Tensor index = torch::stable::new_empty(score, {n, h, count}, ScalarType::Int);
+  if (index.numel())
+    KVTOOLS_RUN(select_victims,
+                {strided<3>(score), strided<3>(tie), integers<3>(position), strided<3>(index),
+                 integers<1>(below), integers<1>(from), n, h, score.size(2), count},
+                pool());
+  return index;
+}
+
+void compact_kv(Tensor source, Tensor target, Tensor k, Tensor v, Optional k_scale,
+                Optional v_scale, Optional position, Optional importance, Optional history) {
+  const Optional tensors[] = {k, v, k_scale, v_scale, position, importance, history};
+  CompactKv p{integers<2>(source), integers<2>(target), {}, source.size(0), k.size(1), k.size(2)};
+  for (int i = 0; i < 7; ++i)
+    if (const Optional& x = tensors[i]) {
+      const int64_t elements = x->dim() == 4 ? x->size(3) : 1;
+      p.moved[i] = {paged(*x), elements * static_cast<int64_t>(x->element_size())};
+    }
+  const int64_t slots = k.size(0) * p.page_size;
+  check_slots(p.source, p.n, p.heads, slots, false);
+  check_slots(p.target, p.n, p.heads, slots, false);
+  if (p.n) KVTOOLS_RUN(compact_kv, p, pool());
+}
+
 std::string cpu_isa(std::string name) {
   const char* before = use_isa(name.c_str());
   STD_TORCH_CHECK(before, "isa='", name, "' is not one that this processor has");
@@ -144,8 +297,14 @@ std::string cpu_isa(std::string name) {
 }  // namespace kvtools
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
+  m.impl("quantize_kv.cpu", TORCH_BOX(&kvtools::quantize_kv));
+  m.impl("dequantize_kv.cpu", TORCH_BOX(&kvtools::dequantize_kv));
+  m.impl("append_kv.cpu", TORCH_BOX(&kvtools::append_kv));
   m.impl("tree_attention.cpu", TORCH_BOX(&kvtools::tree_attention));
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
+  m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
+  m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims));
+  m.impl("compact_kv.cpu", TORCH_BOX(&kvtools::compact_kv));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CompositeExplicitAutograd, m) {

@@ -6,8 +6,13 @@
 
 namespace kvtools {
 
-enum class Type { f32, bf16, f16 };
+enum class Type { f32, bf16, f16, i64, i32, i16, i8, u8 };
 enum class Format { none, fp8, int8, int6, int4, int3, int2 };
+
+inline int64_t size_of(Type type) {
+  constexpr int64_t kSize[] = {4, 2, 2, 8, 4, 2, 1, 1};
+  return kSize[static_cast<int>(type)];
+}
 
 // A tensor; strides in elements. `data` is null where it is absent.
 template <int N>
@@ -15,7 +20,25 @@ struct Strided {
   char* data = nullptr;
   Type type = Type::f32;
   int64_t stride[N] = {};
+
+  // The element, or the first of those along the axes that are left out.
+  template <class... Index>
+  char* at(Index... index) const {
+    static_assert(sizeof...(index) <= N);
+    int64_t offset = 0;
+    int axis = 0;
+    ((offset += index * stride[axis++]), ...);
+    return data + offset * size_of(type);
+  }
 };
+
+// An element of a tensor of int32 or int64.
+template <int N, class... Index>
+int64_t integer_at(const Strided<N>& x, Index... index) {
+  const char* p = x.at(index...);
+  return x.type == Type::i32 ? *reinterpret_cast<const int32_t*>(p)
+                             : *reinterpret_cast<const int64_t*>(p);
+}
 
 // A tensor whose first axes are page, KV head and slot; strides in bytes.
 struct Paged {
@@ -45,6 +68,26 @@ struct Pool {
   void (*run)(int64_t tasks, const std::function<void(int64_t)>& body) = nullptr;
 };
 
+struct QuantizeKv {
+  Strided<2> x;  // [rows, d]
+  Content to;    // of one page and head, slot i for row i
+  int64_t rows, d;
+};
+
+struct DequantizeKv {
+  Content from;  // as in QuantizeKv
+  Strided<2> out;
+  int64_t rows, d;
+};
+
+struct AppendKv {
+  Strided<3> k, v;  // [t, h, d]
+  Strided<2> slot;
+  Strided<1> position;
+  Pages pages;
+  int64_t t;
+};
+
 struct MergeStates {
   Strided<3> a, b, out;  // [b, h, d]
   Strided<2> a_lse, b_lse, lse;
@@ -65,6 +108,32 @@ struct TreeAttention {
   float scale, softcap;
   int64_t sliding, window;
   bool whole_group;  // low for a KV head means low for all of its query heads
+};
+
+struct KeyScores {
+  Strided<4> q, k;       // [b, h g, w, d], [b, h, s, d]
+  Strided<1> sink;       // [h g]
+  Strided<3> mass, low;  // [b, h, s]
+  int64_t b, h, g, w, s, d;
+  int64_t sinks, sliding;
+  float scale, softcap;
+  bool all;
+};
+
+struct SelectVictims {
+  Strided<3> score, tie, position, index;  // [n, h, s]; index [n, h, count]
+  Strided<1> below, from;
+  int64_t n, h, s, count;
+};
+
+struct CompactKv {
+  struct Moved {
+    Paged x;
+    int64_t bytes;  // of a slot
+  };
+  Strided<2> source, target;
+  Moved moved[7];
+  int64_t n, heads, page_size;
 };
 
 }  // namespace kvtools

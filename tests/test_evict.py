@@ -58,14 +58,51 @@ def test_key_scores(B, H, G, W, S, D, options, group, dtype, device, impl):
     assert torch.equal(low, exact_low)
 
 
-def test_key_scores_of_float64_and_of_views(device, impl):
+def test_key_scores_of_float64(device):
     q, k = make_window(2, 2, 2, 5, 12, 8, torch.float64, device)
     exact, exact_low = naive_key_scores(q, k, sinks=2)
-    q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-    mass, low = kvtools.key_scores(q, k, sinks=2, impl=impl)
-    assert mass.dtype == torch.float64 and not q.is_contiguous()
+    mass, low = kvtools.key_scores(q, k, sinks=2)
+    assert mass.dtype == torch.float64
     torch.testing.assert_close(mass, exact, rtol=0, atol=1e-14)
     assert torch.equal(low, exact_low)
+
+
+@pytest.mark.parametrize("axes", [(1, 2), (2, 3)])
+def test_key_scores_of_views(axes, device, impl):
+    q, k = make_window(2, 2, 2, 5, 12, 8, torch.float32, device)
+    expected = kvtools.key_scores(q, k, sinks=2, impl=impl)
+    q, k = (x.transpose(*axes).contiguous().transpose(*axes) for x in (q, k))
+    assert not q.is_contiguous()
+    for actual, contiguous in zip(
+        kvtools.key_scores(q, k, sinks=2, impl=impl), expected, strict=True
+    ):
+        torch.testing.assert_close(actual, contiguous)
+
+
+@pytest.mark.parametrize("group", ["all", "mean"])
+def test_key_scores_in_threads(group, device, impl):
+    """Bitwise the same, and many chunks of keys agree with the reference."""
+    q, k = make_window(2, 2, 3, 40, 1100, 20, torch.float32, device)
+    options = dict(sinks=4, sliding=700, group=group)
+    one = kvtools.key_scores(q, k, **options, impl=impl)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    two = kvtools.key_scores(q, k, **options, impl=impl)
+    torch.set_num_threads(before)
+    exact, exact_low = kvtools.key_scores(q.double(), k.double(), **options)
+    eager, _ = kvtools.key_scores(q, k, **options, impl="reference")
+    assert impl == "reference" or all(map(torch.equal, one, two))
+    assert_within_budget("mass", one[0], exact, eager)
+    # A probability within rounding of the mean may fall on either side.
+    assert (one[1] - exact_low).abs().sum() <= 4
+
+
+def test_key_scores_of_equal_keys(device, impl):
+    """No key is below the mean of equals, however that rounds."""
+    q = torch.randn(1, 2, 5, 8, device=device)
+    mass, low = kvtools.key_scores(q, torch.ones(1, 1, 7, 8, device=device), impl=impl)
+    torch.testing.assert_close(mass.sum(-1), torch.full((1, 1), 5.0, device=device))
+    assert impl == "reference" or not low.any()
 
 
 def make_candidates(N, H, S, device, seed=0):
@@ -94,7 +131,11 @@ def naive_victims(score, tie, position, below, start, count):
     return out
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32, torch.bfloat16])
+WORTHS = [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, torch.bfloat16,
+          torch.float16]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", WORTHS, ids=str)
 @pytest.mark.parametrize("N,H,S,count", [(1, 1, 1, 1), (6, 2, 23, 7), (3, 2, 16, 0), (5, 3, 9, 9),
                                          (0, 2, 4, 2)])  # fmt: skip
 def test_select_victims(N, H, S, count, dtype, device, impl):
@@ -108,6 +149,21 @@ def test_select_victims(N, H, S, count, dtype, device, impl):
             score[row : row + 1].to(dtype), position[row : row + 1], count, **alone, impl=impl
         )
         assert torch.equal(one[0], actual[row])
+
+
+def test_select_victims_by_special_numbers(device, impl):
+    """Negative before zero, zeros equal, NaN last; in views and in threads."""
+    nan, inf = torch.nan, torch.inf
+    score = torch.tensor([nan, 0.0, inf, -0.0, -1.0, 1e-40, -nan, -inf, -1e-40], device=device)
+    position = torch.arange(9, 0, -1, dtype=torch.int32, device=device)
+    order = [7, 4, 8, 3, 1, 5, 2, 6, 0]
+    score, position = (x[None, None].expand(600, 2, 9) for x in (score, position))
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        actual = kvtools.select_victims(score, position, 9, impl=impl)
+        assert (actual.cpu() == torch.tensor(order)).all()
+    torch.set_num_threads(before)
 
 
 def test_select_victims_without_ties_or_protection(device, impl):
@@ -191,20 +247,24 @@ def test_evict_raises(device):
         kvtools.key_scores(q.requires_grad_(), k)
 
 
-def test_key_scores_contract(device):
+def overload(name, impl):
+    return getattr(getattr(torch.ops.kvtools, name), "default" if impl == "reference" else impl)
+
+
+def test_key_scores_contract(device, impl):
     sink_h = torch.zeros(4, device=device)
     args = (*make_window(1, 2, 2, 3, 5, 8, torch.float32, device), sink_h, 1, 0.5, 2.0, 3, "mean")
-    torch.library.opcheck(torch.ops.kvtools.key_scores.default, args)
+    torch.library.opcheck(overload("key_scores", impl), args)
     compiled = torch.compile(kvtools.key_scores, fullgraph=True, dynamic=True)
     for B in (3, 7):
         args = make_window(B, 2, 2, 3, 5 + B, 8, torch.float32, device)
         torch.testing.assert_close(compiled(*args, sinks=1), kvtools.key_scores(*args, sinks=1))
 
 
-def test_select_victims_contract(device):
+def test_select_victims_contract(device, impl):
     score, tie, position, below, start = make_candidates(3, 2, 9, device)
     args = (score, tie, position, below, start, 4)
-    torch.library.opcheck(torch.ops.kvtools.select_victims.default, args)
+    torch.library.opcheck(overload("select_victims", impl), args)
     compiled = torch.compile(kvtools.select_victims, fullgraph=True, dynamic=True)
     for N in (3, 7):
         score, tie, position, below, start = make_candidates(N, 2, 9 + N, device)
@@ -213,7 +273,7 @@ def test_select_victims_contract(device):
         assert torch.equal(compiled(score, position, 4, **options), expected)
 
 
-def test_compact_kv_contract(device):
+def test_compact_kv_contract(device, impl):
     compiled = torch.compile(kvtools.compact_kv, fullgraph=True, dynamic=True)
     for n in (3, 7):
         source, target = torch.randperm(20).repeat(2, 1).T[: 2 * n].to(device).split(n)
@@ -225,4 +285,4 @@ def test_compact_kv_contract(device):
     for x in contents(pages):
         x.fill_(1)
     args = (source, target, *pages.tensors())
-    torch.library.opcheck(torch.ops.kvtools.compact_kv.default, args)
+    torch.library.opcheck(overload("compact_kv", impl), args)

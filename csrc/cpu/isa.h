@@ -11,8 +11,14 @@
 
 #define KVTOOLS_KERNELS(isa)                              \
   namespace kvtools::isa {                                \
+  void quantize_kv(const QuantizeKv&, const Pool&);       \
+  void dequantize_kv(const DequantizeKv&, const Pool&);   \
+  void append_kv(const AppendKv&, const Pool&);           \
   void tree_attention(const TreeAttention&, const Pool&); \
   void merge_states(const MergeStates&, const Pool&);     \
+  void key_scores(const KeyScores&, const Pool&);         \
+  void select_victims(const SelectVictims&, const Pool&); \
+  void compact_kv(const CompactKv&, const Pool&);         \
   }
 
 KVTOOLS_KERNELS(base)

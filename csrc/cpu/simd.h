@@ -175,9 +175,18 @@ inline void with_type(Type type, F f) {
     f(static_cast<f16*>(nullptr));
 }
 
+inline float number_at(const char* p, Type type) {
+  float x;
+  with_type(type, [&](auto* kind) {
+    x = load_one(reinterpret_cast<const std::remove_pointer_t<decltype(kind)>*>(p));
+  });
+  return x;
+}
+
 // Arithmetic.
 
 inline f32 splat(float x) { return x - f32{}; }
+inline f32 abs(f32 x) { return bit_cast<f32>(bit_cast<u32>(x) & 0x7fffffff); }
 inline f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
 inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
 inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
@@ -241,16 +250,16 @@ inline f32 exp2(f32 x) {
   return select(x < -126.0f, f32{}, y);
 }
 
-// Cephes' tanhf: a polynomial near 0, where the quotient would cancel.
+// To 2 ulp. Near zero a polynomial, because the difference from 1 would cancel.
 inline f32 tanh(f32 x) {
-  f32 a = max(x, -x), z = x * x;
-  f32 y = -5.70498872745e-3f * z + 2.06390887954e-2f;
-  y = y * z - 5.37397155531e-2f;
-  y = y * z + 1.33314422036e-1f;
-  y = y * z - 3.33332819422e-1f;
-  f32 near = y * z * x + x;
-  f32 far = 1.0f - 2.0f / (exp2(min(a, splat(20)) * (2 * kLog2e)) + 1.0f);
-  return select(a < 0.625f, near, select(x < 0.0f, -far, far));
+  const f32 z = x * x;
+  f32 near = -5.70498872745e-3f * z + 2.06390887954e-2f;
+  near = near * z - 5.37397155531e-2f;
+  near = near * z + 1.33314422036e-1f;
+  near = near * z - 3.33332819422e-1f;
+  near = near * z * x + x;
+  const f32 far = 1 - 2 / (exp2(min(abs(x), splat(10)) * (2 * kLog2e)) + 1);
+  return select(abs(x) < 0.625f, near, select(x < 0.0f, -far, far));
 }
 
 }  // namespace kvtools::KVTOOLS_ISA

@@ -64,6 +64,8 @@ class Op:
                         f"{self.name} is for inference only: call it under torch.no_grad() or "
                         "detach its inputs"
                     )
+            elif arg is torch.float64:
+                double = True
         fits = "cpu" in self._overloads and args[0].device.type == "cpu" and not double
         if impl == "auto":
             impl = "cpu" if fits else "reference"

@@ -20,6 +20,7 @@ _key_scores = Op(
     "int sliding, str group) -> (Tensor, Tensor)",
     _fake_key_scores,
     reference=reference.key_scores,
+    cpu=True,
 )
 _select_victims = Op(
     "select_victims",
@@ -27,6 +28,7 @@ _select_victims = Op(
     "Tensor protect_from_n, int count) -> Tensor",
     lambda score_nhs, *args: score_nhs.new_empty(*score_nhs.shape[:2], args[-1], dtype=torch.int32),
     reference=reference.select_victims,
+    cpu=True,
 )
 _compact_kv = Op(
     "compact_kv",
@@ -34,6 +36,7 @@ _compact_kv = Op(
     "Tensor(d!)? v_scale, Tensor(e!)? position, Tensor(f!)? importance, Tensor(g!)? history) -> ()",
     lambda *args: None,
     reference=reference.compact_kv,
+    cpu=True,
 )
 
 
@@ -64,7 +67,7 @@ def key_scores(
         scale, softcap, sliding: as for `tree_attention`.
         group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
             their average does.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         mass_bhs in fp32 (fp64 for fp64), and low_bhs in int32.
@@ -115,7 +118,7 @@ def select_victims(
         tie_nhs: decides among equal scores, lowest first; default none, so the oldest goes.
         protect_below_n: tokens at positions below are protected, int32.
         protect_from_n: tokens at positions from there on are protected, int32.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         index_nhm, int32, in the order in which they should go. Protected tokens appear only where
@@ -154,7 +157,7 @@ def compact_kv(
         source_nh: flat slots, int32 or int64.
         target_nh: as `source_nh`; distinct within a head. May overlap the sources.
         pages: changed in place, nothing is re-quantised.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Numerics: exact.
     """

@@ -17,7 +17,7 @@ class KVPages:
     """One layer's pages. Any page can hold any tokens; a flat slot is `page * page_size + offset`.
 
     Every tensor has the axes page, KV head and slot first, with any strides; only the last axis of
-    `k` and `v` must be contiguous, so that the caches of other servers are views.
+    `k`, `v` and `history` must be contiguous, so that the caches of other servers are views.
 
     Attributes:
         k, v: [pages, Hkv, page_size, D] in a float dtype or fp8 (float8_e4m3fn); uint8 with a last
@@ -123,12 +123,14 @@ _quantize_kv = Op(
     "(Tensor x, str format) -> (Tensor, Tensor)",
     _fake_quantize,
     reference=reference.quantize_kv,
+    cpu=True,
 )
 _dequantize_kv = Op(
     "dequantize_kv",
     "(Tensor codes, Tensor scale, int d, ScalarType dtype) -> Tensor",
     lambda codes, scale, d, dtype: codes.new_empty(*codes.shape[:-1], d, dtype=dtype),
     reference=reference.dequantize_kv,
+    cpu=True,
 )
 _append_kv = Op(
     "append_kv",
@@ -137,6 +139,7 @@ _append_kv = Op(
     "Tensor(g!)? history) -> ()",
     lambda *args: None,
     reference=reference.append_kv,
+    cpu=True,
 )
 
 
@@ -153,7 +156,7 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
     Args:
         x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8. Must be finite.
         format: "fp8", "int8", "int6", "int4", "int3" or "int2".
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         codes [..., D · bits / 8]: float8_e4m3fn, or uint8 with one run of bytes per bit plane: of 4
@@ -189,7 +192,7 @@ def dequantize_kv(
         scale: [...] fp16.
         d: head size of the result.
         dtype: of the result.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         x [..., d].
@@ -233,7 +236,7 @@ def append_kv(
             first slot is negative is skipped.
         pages: where to; changed in place. `importance` and `history` of the slots become zero.
         position_t: true positions, int32; required where `pages.position` exists.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Numerics: as `quantize_kv`; unquantised pages take a cast.
     """

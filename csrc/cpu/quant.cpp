@@ -1,0 +1,225 @@
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "format.h"
+#include "isa.h"
+#include "rotate.h"
+
+namespace kvtools::KVTOOLS_ISA {
+namespace {
+
+constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
+
+constexpr int kMostTries = 12;
+
+// What one thread needs for a head. Its vectors are whole: zero behind d.
+struct Scratch {
+  explicit Scratch(int64_t d)
+      : x((d + kLanes - 1) / kLanes * kLanes), levels(kMostTries * x.size()), codes(x.size()) {}
+
+  std::vector<float> x, levels;  // levels for each range tried
+  std::vector<uint8_t> codes;
+};
+
+template <class From, class To>
+void convert(const From* from, To* to, int64_t d) {
+  int64_t i = 0;
+  for (; i + kLanes <= d; i += kLanes) store(to + i, load(from + i));
+  if (i < d) store_part(to + i, load_part(from + i, d - i), d - i);
+}
+
+void convert(const char* from, Type from_type, char* to, Type to_type, int64_t d) {
+  with_type(from_type, [&](auto* a) {
+    with_type(to_type, [&](auto* b) {
+      using From = std::remove_pointer_t<decltype(a)>;
+      using To = std::remove_pointer_t<decltype(b)>;
+      convert(reinterpret_cast<const From*>(from), reinterpret_cast<To*>(to), d);
+    });
+  });
+}
+
+// Scales as fp16 holds them. All lanes are alike here and below.
+f32 to_scale(f32 x) {
+  f16 rounded[kLanes];
+  store(rounded, min(max(x, splat(kTiny)), splat(65504)));
+  return load(rounded);
+}
+
+f32 peak_of(const float* x, int64_t d) {
+  f32 peak{};
+  for (int64_t i = 0; i < d; i += kLanes) peak = max(peak, abs(load(x + i)));
+  return max_lanes(peak);
+}
+
+// The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
+// lower.
+template <int Bits>
+f32 nearest(f32 v) {
+  using G = Grid<Bits>;
+  v = min(v, splat(G::kGreatest));
+  // The border below level r lies at r (1 + 3/4 kCubic + kCubic r²). A polynomial inverts this to
+  // less than half a step; then one comparison decides.
+  f32 guess = v;
+  if constexpr (G::kBend > 0) {
+    const f32 t = v * (1 / G::kGreatest), t2 = t * t;
+    guess = G::kTop * t * (1.4393f + t2 * (-0.7805f + t2 * 0.3477f));
+  }
+  const f32 shift = splat(0x1.8p23f), r = (guess + shift) - shift;
+  const f32 border = G::kBend > 0 ? r * (1 + G::kCubic * (0.75f + r * r)) : r;
+  return select(border < v, r, r - 1);
+}
+
+// Integer codes and scale of rotated x: of a few ranges, that with the least error.
+template <int Bits>
+f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
+  using G = Grid<Bits>;
+  constexpr int kTries = Bits == 6   ? 3
+                         : Bits == 4 ? 7
+                         : Bits == 3 ? 10
+                         : Bits == 2 ? kMostTries
+                                     : 1;
+  const f32 peak = peak_of(x, d);
+  // One loop per stage, so that the tries do not wait for one another.
+  f32 inverse[kTries], scale[kTries], error[kTries];
+  for (int i = 0; i < kTries; ++i) {
+    const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
+    inverse[i] = 1 / (peak * (reach / G::kGreatest) + kTiny);
+    float* levels = scratch.levels.data() + i * scratch.x.size();
+    // Magnitudes will do: levels lie symmetrically.
+    f32 product{}, square{};
+    for (int64_t j = 0; j < d; j += kLanes) {
+      const f32 magnitude = abs(load(x + j));
+      f32 y = G::level(nearest<Bits>(magnitude * inverse[i]) + 0.5f);
+      if (j + kLanes > d) y = select(bit_cast<i32>(lane_index()) < int(d - j), y, f32{});
+      product += magnitude * y;
+      square += y * y;
+      store(levels + j, y);
+    }
+    // For these codes, the best scale.
+    scale[i] = to_scale(sum_lanes(product) / sum_lanes(square));
+  }
+  for (int i = 0; i < kTries; ++i) {
+    const float* levels = scratch.levels.data() + i * scratch.x.size();
+    f32 squares{};
+    for (int64_t j = 0; j < d; j += kLanes) {
+      const f32 difference = load(levels + j) * scale[i] - abs(load(x + j));
+      squares += difference * difference;
+    }
+    error[i] = sum_lanes(squares);
+  }
+  f32 least = error[0], best_inverse = inverse[0], best_scale = scale[0];
+  for (int i = 1; i < kTries; ++i) {
+    const i32 better = error[i] < least;
+    least = select(better, error[i], least);
+    best_inverse = select(better, inverse[i], best_inverse);
+    best_scale = select(better, scale[i], best_scale);
+  }
+  for (int64_t j = 0; j < d; j += kLanes) {
+    const f32 y = load(x + j);
+    const f32 k = nearest<Bits>(abs(y) * best_inverse);
+    const f32 code = select(y < 0.0f, (G::kTop - 0.5f) - k, (G::kTop + 0.5f) + k);
+    store_codes(&scratch.codes[j], __builtin_convertvector(code, i32));
+  }
+  pack<Bits>(scratch.codes.data(), d, packed);
+  return best_scale;
+}
+
+f32 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
+  const f32 scale = to_scale(peak_of(x, d) / 448);
+  for (int64_t j = 0; j < d; j += kLanes) {
+    const f32 y = load(x + j) / scale;
+    store_codes(&scratch.codes[j], to_fp8(max(min(y, splat(448)), splat(-448))));
+  }
+  std::memcpy(packed, scratch.codes.data(), d);
+  return scale;
+}
+
+// Store the head x in slot s of page p.
+void put(const char* x, Type type, int64_t d, const Content& to, int64_t p, int64_t h, int64_t s,
+         Scratch& scratch) {
+  char* codes = to.codes.at(p, h, s);
+  if (to.format == Format::none) return convert(x, type, codes, to.type, d);
+  float* y = scratch.x.data();
+  convert(x, type, reinterpret_cast<char*>(y), Type::f32, d);
+  rotate(y, d);
+  auto* packed = reinterpret_cast<uint8_t*>(codes);
+  f32 scale;
+  if (to.format == Format::fp8)
+    scale = encode_fp8(y, d, scratch, packed);
+  else
+    with_bits(to.format,
+              [&](auto bits) { scale = encode<decltype(bits)::value>(y, d, scratch, packed); });
+  store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), scale[0]);
+}
+
+// Decode codes to fp32, still rotated.
+void decode(const uint8_t* packed, float scale, int64_t d, Format format, Scratch& scratch) {
+  float* x = scratch.x.data();
+  uint8_t* codes = scratch.codes.data();
+  if (format == Format::fp8) {
+    std::memcpy(codes, packed, d);
+    for (int64_t j = 0; j < d; j += kLanes) store(x + j, from_fp8(codes + j) * scale);
+    return;
+  }
+  with_bits(format, [&](auto bits) {
+    using G = Grid<decltype(bits)::value>;
+    unpack<decltype(bits)::value>(packed, d, codes);
+    for (int64_t j = 0; j < d; j += kLanes)
+      store(x + j, G::level(load_codes(codes + j) - G::kTop) * scale);
+  });
+}
+
+// body(begin, end, scratch) over `rows` heads of size d, in threads where that pays.
+template <class F>
+void split(int64_t rows, int64_t d, const Pool& pool, F body) {
+  constexpr int64_t kElements = 2048;  // at least, per thread
+  const int64_t tasks = std::clamp<int64_t>(rows * d / kElements, 1, pool.threads);
+  pool.run(tasks, [&](int64_t task) {
+    Scratch scratch(d);
+    body(rows * task / tasks, rows * (task + 1) / tasks, scratch);
+  });
+}
+
+}  // namespace
+
+void quantize_kv(const QuantizeKv& p, const Pool& pool) {
+  split(p.rows, p.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    for (int64_t i = begin; i < end; ++i) put(p.x.at(i), p.x.type, p.d, p.to, 0, 0, i, scratch);
+  });
+}
+
+void dequantize_kv(const DequantizeKv& p, const Pool& pool) {
+  split(p.rows, p.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
+      const auto* packed = reinterpret_cast<const uint8_t*>(p.from.codes.at(0, 0, i));
+      decode(packed, scale, p.d, p.from.format, scratch);
+      float* x = scratch.x.data();
+      rotate_back(x, p.d);
+      convert(reinterpret_cast<char*>(x), Type::f32, p.out.at(i), p.out.type, p.d);
+    }
+  });
+}
+
+void append_kv(const AppendKv& p, const Pool& pool) {
+  const Pages& to = p.pages;
+  split(p.t * to.heads, to.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t t = row / to.heads, h = row % to.heads;
+      if (integer_at(p.slot, t, 0) < 0) continue;
+      const int64_t slot = integer_at(p.slot, t, h);
+      const int64_t page = slot / to.page_size, s = slot % to.page_size;
+      put(p.k.at(t, h), p.k.type, to.d, to.k, page, h, s, scratch);
+      put(p.v.at(t, h), p.v.type, to.d, to.v, page, h, s, scratch);
+      if (to.position.data) {
+        const auto position = static_cast<int32_t>(integer_at(p.position, t));
+        std::memcpy(to.position.at(page, h, s), &position, sizeof position);
+      }
+      if (to.importance.data) std::memset(to.importance.at(page, h, s), 0, sizeof(float));
+      if (to.history.data) std::memset(to.history.at(page, h, s), 0, to.words * sizeof(int32_t));
+    }
+  });
+}
+
+}  // namespace kvtools::KVTOOLS_ISA
