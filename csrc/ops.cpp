@@ -57,6 +57,32 @@ std::tuple<Tensor, Tensor> merge_states(Tensor a, Tensor a_lse, Tensor b, Tensor
   return {out, lse};
 }
 
+Integers integers(const Tensor& x) {
+  return {static_cast<const char*>(x.data_ptr()), x.scalar_type() == ScalarType::Long, x.stride(0)};
+}
+
+Floats floats(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected fp32");
+  return {static_cast<const float*>(x.data_ptr()), x.stride(0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample(Tensor logits, Tensor seed, Tensor position,
+                                          Tensor temperature, Tensor top_k, Tensor top_p,
+                                          Tensor min_p) {
+  const int64_t b = logits.size(0), v = logits.size(1);
+  Tensor token = torch::stable::new_empty(logits, {b}, ScalarType::Long);
+  Tensor logprob = torch::stable::new_empty(logits, {b}, ScalarType::Float);
+  Tensor filtered = torch::stable::new_empty(logits, {b}, ScalarType::Float);
+  if (b)
+    KVTOOLS_RUN(sample,
+                {strided<2>(logits), integers(seed), integers(position), integers(top_k),
+                 floats(temperature), floats(top_p), floats(min_p),
+                 static_cast<int64_t*>(token.data_ptr()), static_cast<float*>(logprob.data_ptr()),
+                 static_cast<float*>(filtered.data_ptr()), b, v},
+                pool());
+  return {token, logprob, filtered};
+}
+
 std::string cpu_isa(std::string name) {
   const char* before = use_isa(name.c_str());
   STD_TORCH_CHECK(before, "isa='", name, "' is not one that this processor has");
@@ -68,6 +94,7 @@ std::string cpu_isa(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
+  m.impl("sample.cpu", TORCH_BOX(&kvtools::sample));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CompositeExplicitAutograd, m) {

@@ -51,4 +51,34 @@ struct MergeStates {
   int64_t b_size, h, d;
 };
 
+// A vector of int32 or, if `wide`, int64.
+struct Integers {
+  const char* data = nullptr;
+  bool wide = false;
+  int64_t stride = 0;
+
+  int64_t operator[](int64_t i) const {
+    i *= stride;
+    return wide ? reinterpret_cast<const int64_t*>(data)[i]
+                : reinterpret_cast<const int32_t*>(data)[i];
+  }
+};
+
+// A vector of fp32.
+struct Floats {
+  const float* data = nullptr;
+  int64_t stride = 0;
+
+  float operator[](int64_t i) const { return data[i * stride]; }
+};
+
+struct Sample {
+  Strided<2> logits;  // [b, v]
+  Integers seed, position, top_k;
+  Floats temperature, top_p, min_p;
+  int64_t* token;  // this and the next two: [b], contiguous
+  float *logprob, *filtered_logprob;
+  int64_t b, v;
+};
+
 }  // namespace kvtools

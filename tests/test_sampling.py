@@ -98,7 +98,7 @@ def test_sample_token_is_the_documented_one(device, impl):
     counter = token_1v // 4, position_b.cpu().numpy()[:, None] + 0 * token_1v, 0 * token_1v, 0
     words = numpy_philox(counter, (seed_b1 & np.uint64(2**32 - 1), seed_b1 >> np.uint64(32)))
     word_bv = np.choose((token_1v % 4).astype(int), words).astype(np.float64)
-    u_bv = np.minimum((word_bv + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    u_bv = (word_bv + 0.5) * 2.0**-32
     score_bv = logits_bv.double().cpu().numpy() / 0.8 - np.log(-np.log1p(-u_bv))
     assert np.array_equal(token_b.cpu().numpy(), score_bv.argmax(-1))
 
@@ -141,7 +141,7 @@ def one_thread():
 def test_sample_frequencies(name, device, impl, one_thread):
     """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
     kwargs = FILTERS[name]
-    V, batch, draws = 1000, 500, 1_000_000
+    V, batch, draws = 1000, 500, 200_000
     logits_1v, seed, _ = make_rows(1, V, torch.float32, device, scale=2.0)
     logits_bv = logits_1v.repeat(batch, 1)
     count_v = torch.zeros(V, dtype=torch.int64, device=device)

@@ -12,6 +12,7 @@
 #define KVTOOLS_KERNELS(isa)                          \
   namespace kvtools::isa {                            \
   void merge_states(const MergeStates&, const Pool&); \
+  void sample(const Sample&, const Pool&);            \
   }
 
 KVTOOLS_KERNELS(base)

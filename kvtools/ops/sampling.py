@@ -29,6 +29,7 @@ _sample = Op(
     "Tensor top_p_b, Tensor min_p_b) -> (Tensor, Tensor, Tensor)",
     _fake_sample,
     reference=reference.sample,
+    cpu=True,
 )
 
 
