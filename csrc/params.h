@@ -81,4 +81,32 @@ struct Sample {
   int64_t b, v;
 };
 
+enum class Link { sigmoid, difference, tanh, identity };
+enum class Reduce { last, min, max, mean, sum, prod, gmean, sum_logit, softmin };
+
+struct StepScores {
+  Strided<2> hidden, weight;  // [t, m], [k, m]
+  Strided<1> bias;            // [k]
+  Integers step, cu_steps;    // [s], [r + 1]
+  Link link;
+  Reduce reduce;
+  double temperature;
+  float *margin, *prob, *score;  // [s], [s], [r], contiguous
+  int64_t s, r, k, m;
+};
+
+struct LanguageHead {
+  Strided<2> hidden, weight;  // [t, m], [v, m]
+  Strided<1> bias;            // [v]
+  int64_t v, m;
+};
+
+struct TokenLogprobs {
+  LanguageHead model, reference;
+  Integers target, cu_seqlens;  // [t], [x + 1]
+  float softcap;
+  float *logprob, *sum;  // [t], [x], contiguous
+  int64_t t, x;
+};
+
 }  // namespace kvtools

@@ -9,10 +9,12 @@
 #define KVTOOLS_X86 0
 #endif
 
-#define KVTOOLS_KERNELS(isa)                          \
-  namespace kvtools::isa {                            \
-  void merge_states(const MergeStates&, const Pool&); \
-  void sample(const Sample&, const Pool&);            \
+#define KVTOOLS_KERNELS(isa)                              \
+  namespace kvtools::isa {                                \
+  void merge_states(const MergeStates&, const Pool&);     \
+  void sample(const Sample&, const Pool&);                \
+  void step_scores(const StepScores&, const Pool&);       \
+  void token_logprobs(const TokenLogprobs&, const Pool&); \
   }
 
 KVTOOLS_KERNELS(base)

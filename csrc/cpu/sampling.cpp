@@ -9,7 +9,7 @@
 namespace kvtools::KVTOOLS_ISA {
 namespace {
 
-constexpr int kBlock = 64;  // logits that share a peak
+constexpr int kBlock = 64;          // logits that share a peak
 constexpr int kWords = 4 * kLanes;  // what the lanes draw from Philox at once
 static_assert(kBlock % kWords == 0);
 
@@ -315,13 +315,12 @@ void sample_row(const Sample& p, int64_t i, Row& row, List& list, const Pool& po
     return;
   }
   const float floor = lowest_kept(row, p.v, p.top_k[i], p.top_p[i], p.min_p[i], total, list);
-  const Draw winner = over_slices(
-      [&](Slice slice) { return draw(row, floor, p.seed[i], p.position[i], slice); },
-      [](Draw a, Draw b) { return b.score > a.score ? b : a; });
+  const Draw winner =
+      over_slices([&](Slice slice) { return draw(row, floor, p.seed[i], p.position[i], slice); },
+                  [](Draw a, Draw b) { return b.score > a.score ? b : a; });
   p.token[i] = winner.token;
   p.logprob[i] = log_probability(winner.token, total);
-  p.filtered_logprob[i] =
-      log_probability(winner.token, floor > kLowest ? mass_from(floor) : total);
+  p.filtered_logprob[i] = log_probability(winner.token, floor > kLowest ? mass_from(floor) : total);
 }
 
 }  // namespace
@@ -340,8 +339,7 @@ void sample(const Sample& p, const Pool& pool) {
       List list(row.blocks * kBlock);
       for (int64_t i = first; i < last; ++i) sample_row<T>(p, i, row, list, slices);
     };
-    pool.run(pool.threads,
-             [&](int64_t task) { rows(task * share, (task + 1) * share, alone); });
+    pool.run(pool.threads, [&](int64_t task) { rows(task * share, (task + 1) * share, alone); });
     rows(share * pool.threads, p.b, pool);
   });
 }

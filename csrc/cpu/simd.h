@@ -255,8 +255,8 @@ inline f32 zip(f32 a, f32 b, std::integer_sequence<int, I...>) {
 
 template <bool Second>
 inline u32 zip(u32 a, u32 b) {
-  return bit_cast<u32>(zip<Second>(bit_cast<f32>(a), bit_cast<f32>(b),
-                                   std::make_integer_sequence<int, kLanes>{}));
+  return bit_cast<u32>(
+      zip<Second>(bit_cast<f32>(a), bit_cast<f32>(b), std::make_integer_sequence<int, kLanes>{}));
 }
 
 }  // namespace kvtools::KVTOOLS_ISA
