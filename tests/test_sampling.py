@@ -220,6 +220,44 @@ def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
             assert torch.equal(ours, theirs[index])
 
 
+@filters
+def test_implementations_agree(kwargs, device, impl):
+    for B, V, scale in ((40, 4099, 3.0), (6, 50_000, 4.0), (6, 50_000, 0.01)):
+        args = make_rows(B, V, torch.float32, device, scale)
+        expected = sample(*args, **kwargs, impl="reference")
+        actual = sample(*args, **kwargs, impl=impl)
+        assert torch.equal(actual[0], expected[0])
+        for ours, theirs in zip(actual[1:], expected[1:], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_implementations_agree_at_the_boundary(device, impl):
+    """top_p on the edge of a token: one unit of mass would keep one token more or fewer."""
+    B, V = 300, 500
+    logits_bv, seed_b, position_b = make_rows(B, V, torch.float32, device)
+    mass_bv = reference._relative_mass(logits_bv.sort(descending=True).values).cumsum(-1)
+    kept_b = torch.arange(B, device=device) % 50
+    top_p_b = mass_bv[torch.arange(B), kept_b].double() / mass_bv[:, -1]
+    for ulp in (-1, 0, 1):
+        top_p = (top_p_b.float().view(torch.int32) + ulp).view(torch.float32)
+        args = logits_bv, seed_b, position_b
+        expected = sample(*args, top_p=top_p, impl="reference")
+        actual = sample(*args, top_p=top_p, impl=impl)
+        assert torch.equal(actual[0], expected[0])
+        torch.testing.assert_close(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("B", [1, 2, 5])
+@filters
+def test_threads_do_not_show(B, kwargs, device, impl, one_thread):
+    args = make_rows(B, 4099, torch.bfloat16, device)
+    expected = sample(*args, **kwargs, impl=impl)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for ours, theirs in zip(sample(*args, **kwargs, impl=impl), expected, strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_noise_depends_on_seed_and_position(device, impl):
     logits_bv = torch.zeros(512, 1000, device=device)
     seed_b = torch.arange(512, device=device)
@@ -353,10 +391,14 @@ def test_sample_is_for_inference():
         sample(logits_bv.requires_grad_(), seed_b, position_b)
 
 
-def test_sample_contract(device):
+def test_sample_opcheck(device, impl):
     args = make_rows(3, 50, torch.float32, device)
     rows = (torch.full((3,), x, device=device) for x in (0.8, 5, 0.9, 0.1))
-    torch.library.opcheck(torch.ops.kvtools.sample.default, (*args, *rows))
+    overload = "default" if impl == "reference" else impl
+    torch.library.opcheck(getattr(torch.ops.kvtools.sample, overload), (*args, *rows))
+
+
+def test_sample_contract(device):
     compiled = torch.compile(sample, fullgraph=True, dynamic=True)
     for B in (3, 7):
         args = make_rows(B, 50, torch.bfloat16, device)

@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -140,28 +142,34 @@ struct List {
   // the interval of the values left and drops the side on which the answer is not.
   template <class Weight>
   float floor(Weight weight, double wanted) {
-    auto [low, high] = std::minmax_element(x.begin(), x.begin() + size);
-    float least = *low, most = *high;
     uint64_t dropped = 0;  // weight of what was dropped above
-    while (least < most) {
+    for (;;) {
+      const auto [least, most] = extremes();
+      if (least == most) return most;
       float pivot = least / 2 + most / 2;
       if (!(least <= pivot && pivot < most)) pivot = least;
       const uint64_t greater = dropped + above(pivot, weight);
       const bool lower = greater < wanted;
       if (lower) dropped = greater;
-      least = kInfinity, most = -kInfinity;
       int64_t left = 0;
       for (int64_t i = 0; i < size; ++i) {
         const float value = x[i];
-        const bool stays = (value <= pivot) == lower;
         x[left] = value;
-        left += stays;
-        least = stays ? std::min(least, value) : least;
-        most = stays ? std::max(most, value) : most;
+        left += (value <= pivot) == lower;
       }
       size = left;
     }
-    return most;
+  }
+
+ private:
+  std::pair<float, float> extremes() {
+    std::fill_n(&x[size], kLanes, x[0]);
+    f32 least = splat(x[0]), most = least;
+    for (int64_t i = 0; i < size; i += kLanes) {
+      least = min(load(&x[i]), least);
+      most = max(load(&x[i]), most);
+    }
+    return {-max_lanes(-least)[0], max_lanes(most)[0]};
   }
 };
 
@@ -298,8 +306,10 @@ void sample_row(const Sample& p, int64_t i, Row& row, List& list, const Pool& po
     return over_slices(
         [&](Slice slice) {
           uint64_t sum = 0;
-          for (int64_t b = slice.first; b < slice.last; ++b)
-            if (row.peak[b] >= floor) sum += mass.above(below(floor), &row.z[b * kBlock], kBlock);
+          for (int64_t b = slice.first, run; b < slice.last; b = run + 1) {
+            for (run = b; run < slice.last && row.peak[run] >= floor;) ++run;
+            sum += mass.above(below(floor), &row.z[b * kBlock], (run - b) * kBlock);
+          }
           return sum;
         },
         std::plus<uint64_t>());

@@ -239,9 +239,22 @@ using f32_half = float __attribute__((vector_size(2 * kLanes)));
 
 inline f64 widen(f32_half x) { return __builtin_convertvector(x, f64); }
 
+// The 64-bit products of the low halves. GCC does not see that a product of the whole lanes would be
+// the same where their high halves are 0.
+inline u64 multiply_low(u64 a, u64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<u64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<u64>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
 // The words of a 64-bit product.
 inline void multiply(u32 a, uint32_t b, u32& high, u32& low) {
-  const u64 even = (bit_cast<u64>(a) & 0xffffffff) * b, odd = (bit_cast<u64>(a) >> 32) * b;
+  const u64 even = multiply_low(bit_cast<u64>(a), u64{} + b);
+  const u64 odd = multiply_low(bit_cast<u64>(a) >> 32, u64{} + b);
   high = bit_cast<u32>((even >> 32) | (odd & 0xffffffff00000000));
   low = a * b;
 }

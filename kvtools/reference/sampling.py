@@ -9,18 +9,11 @@ LOW_WORD = 0xFFFFFFFF
 
 # Mass is summed as integers, in units of 2^-40 of the best token's. Integer sums have no order, so
 # neither the batch, nor the threads, nor a shortcut can move a token across the top-p boundary.
-# Nor can another implementation: exp2 is this polynomial, each step rounded to fp32.
+# Nor can another implementation: 2^x is this polynomial, every product and sum rounded to fp32.
 MASS_BITS = 40
 LOG2E = float.fromhex("0x1.715476p0")
-EXP2 = tuple(
-    map(
-        float.fromhex,
-        (
-            *("0x1.41fbbcp-13", "0x1.5f3e54p-10", "0x1.3b2d4cp-7", "0x1.c6aee8p-5"),
-            *("0x1.ebfbdcp-3", "0x1.62e430p-1", "0x1p0"),
-        ),
-    )
-)
+EXP2 = "0x1.41fbbcp-13 0x1.5f3e54p-10 0x1.3b2d4cp-7 0x1.c6aee8p-5 0x1.ebfbdcp-3 0x1.62e430p-1 0x1p0"
+EXP2_COEFFICIENTS = [float.fromhex(x) for x in EXP2.split()]
 
 # For top-p without top-k this many logits are sorted first, and so many times more while a row's
 # nucleus is larger.
@@ -125,8 +118,8 @@ def _relative_mass(z_bk: Tensor) -> Tensor:
     x_bk = (z_bk.amax(-1, keepdim=True) - z_bk).float().mul_(LOG2E).clamp_(max=64)
     whole_bk = x_bk.round()
     x_bk = whole_bk - x_bk
-    mass_bk = torch.full_like(x_bk, EXP2[0])
-    for coefficient in EXP2[1:]:
+    mass_bk = torch.zeros_like(x_bk)
+    for coefficient in EXP2_COEFFICIENTS:
         mass_bk.mul_(x_bk).add_(coefficient)
     exponent_bk = (MASS_BITS + 127 - whole_bk).int()
     return mass_bk.mul_((exponent_bk << 23).view(torch.float32)).double().round_().long()
