@@ -2,6 +2,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -19,14 +20,12 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 
 // A row of logits / temperature, with -inf behind the last, and the greatest of each block.
 struct Row {
-  std::vector<float> z, peak;
-  float best = -kInfinity;
   int64_t blocks;
+  std::unique_ptr<float[]> z, peak;
+  float best = -kInfinity;
 
-  explicit Row(int64_t v) : blocks((v + kBlock - 1) / kBlock) {
-    z.resize(blocks * kBlock);
-    peak.resize(blocks);
-  }
+  explicit Row(int64_t v)
+      : blocks((v + kBlock - 1) / kBlock), z(new float[blocks * kBlock]), peak(new float[blocks]) {}
 };
 
 // A slice of a row: blocks first to last - 1.
@@ -112,10 +111,10 @@ struct Count {
 
 // Values at which a floor may lie.
 struct List {
-  std::vector<float> x;
+  std::unique_ptr<float[]> x;
   int64_t size = 0;
 
-  explicit List(int64_t capacity) : x(capacity + kLanes) {}
+  explicit List(int64_t capacity) : x(new float[capacity + kLanes]) {}
 
   // Append those of z that reach `bound`.
   void collect(float bound, const float* z, int64_t n) {
@@ -135,7 +134,7 @@ struct List {
   template <class Weight>
   uint64_t above(float bound, Weight weight) {
     std::fill_n(&x[size], kLanes, -kInfinity);
-    return weight.above(bound, x.data(), (size + kLanes - 1) / kLanes * kLanes);
+    return weight.above(bound, x.get(), (size + kLanes - 1) / kLanes * kLanes);
   }
 
   // The least value whose strictly greater ones weigh less than `wanted`; consumes the list. Halves
@@ -182,7 +181,7 @@ float lowest_kept(const Row& row, int64_t v, int64_t top_k, float top_p, float m
   if (cut) {
     // The k-th greatest peak is no greater than the k-th greatest value.
     list.size = 0;
-    list.collect(kLowest, row.peak.data(), row.blocks);
+    list.collect(kLowest, row.peak.get(), row.blocks);
     const float bound = top_k < list.size ? list.floor(Count{}, top_k) : kLowest;
     list.collect(bound, row);
     const float kth = list.floor(Count{}, top_k);
@@ -271,9 +270,9 @@ Draw draw(const Row& row, float floor, uint64_t seed, uint32_t position, Slice s
 
 // The first token with the greatest logit.
 int64_t greatest(const Row& row) {
-  const auto peak = std::find(row.peak.begin(), row.peak.end(), row.best);
-  const auto block = row.z.begin() + (peak - row.peak.begin()) * kBlock;
-  return std::find(block, row.z.end(), row.best) - row.z.begin();
+  const float* peak = std::find(&row.peak[0], &row.peak[row.blocks], row.best);
+  const float* block = &row.z[(peak - &row.peak[0]) * kBlock];
+  return std::find(block, block + kBlock, row.best) - &row.z[0];
 }
 
 // Draws the token of row i, whose slices go to `pool`.

@@ -118,11 +118,11 @@ double reduced(const StepScores& p, const float* margin, const float* prob, int6
 }
 
 // The matrix product of `token_logprobs`: kRows ids at a time against kVectors vectors of tokens,
-// which fills the registers, over kDepth of the width, whose tokens stay in the first cache.
+// which fills the registers, over so much of the model's width that the tokens stay in L1.
 constexpr int kRows = 6, kVectors = kLanes == 16 ? 4 : 2, kPanel = kVectors * kLanes;
-constexpr int kDepth = 128;
+constexpr int64_t kCached = 8192;         // numbers
 constexpr int kTile = 8 * kRows;          // ids whose logits are held at once
-constexpr int64_t kSegment = 32 * kTile;  // ids to a task: fixed, so that threads do not show
+constexpr int64_t kSegment = 16 * kTile;  // ids to a task: fixed, so that threads do not show
 constexpr int64_t kTokens = 1024;         // tokens for which the head is read once
 
 // tile[r, c] += weight[r] . x[:, c] for kRows ids and `Vectors` vectors of tokens.
@@ -147,12 +147,12 @@ template <int Vectors>
 void multiply(const float* const* weight, const float* panel, int64_t m, float* tile) {
   constexpr int width = Vectors * kLanes;
   std::fill_n(tile, kTile * width, 0.0f);
-  for (int64_t i = 0; i < m; i += kDepth)
+  constexpr int64_t depth = kCached / width;
+  for (int64_t i = 0; i < m; i += depth)
     for (int r = 0; r < kTile; r += kRows) {
       const float* rows[kRows];
       for (int j = 0; j < kRows; ++j) rows[j] = weight[r + j] + i;
-      multiply_add<Vectors>(rows, panel + i * width, std::min<int64_t>(kDepth, m - i),
-                            tile + r * width);
+      multiply_add<Vectors>(rows, panel + i * width, std::min(depth, m - i), tile + r * width);
     }
 }
 
@@ -196,11 +196,11 @@ struct Partial {
   explicit Partial(int64_t size) : peak(size, std::numeric_limits<float>::lowest()), sum(size) {}
 
   // Add the n ids of a tile to the vector of tokens at `offset`; the tile becomes final logits.
-  void add(const LanguageHead& head, float softcap, int64_t v, int n, float* tile, int64_t width,
-           int64_t offset) {
-    f32 before = load(&peak[offset]), most = before, total = {};
+  void add(const float* bias, float softcap, int n, float* tile, int64_t width, int64_t offset) {
+    const f32 before = load(&peak[offset]);
+    f32 most = before, total = {};
     for (int r = 0; r < n; ++r) {
-      f32 logit = load(tile + r * width) + bias_of(head.bias, v + r);
+      f32 logit = load(tile + r * width) + bias[r];
       if (softcap > 0) logit = softcap * tanh(logit / softcap);
       store(tile + r * width, logit);
       most = max(logit, most);
@@ -224,13 +224,17 @@ void add_logprobs(const LanguageHead& head, const TokenLogprobs& p, const int64_
     for (int64_t v = segment * kSegment; v < end; v += kTile) {
       const int n = std::min<int64_t>(kTile, end - v);
       const float* weight[kTile];
-      for (int r = 0; r < kTile; ++r)  // the last row stands in for those past the end
-        weight[r] = r < n ? floats(head.weight, v + r, head.m, &buffer[r * head.m]) : weight[n - 1];
+      float bias[kTile];
+      for (int r = 0; r < kTile; ++r) {
+        const int64_t row = std::min(v + r, end - 1);  // the last stands in for those behind it
+        weight[r] = floats(head.weight, row, head.m, &buffer[r * head.m]);
+        bias[r] = bias_of(head.bias, row);
+      }
       for (int64_t panel = 0; panel < panels.count(); ++panel) {
         const int64_t first = panel * kPanel, width = panels.width(panel);
         multiply(width / kLanes, weight, &panels.x[first * head.m], head.m, tile.data());
         for (int64_t c = 0; c < width; c += kLanes)
-          partials[segment].add(head, p.softcap, v, n, &tile[c], width, first + c);
+          partials[segment].add(bias, p.softcap, n, &tile[c], width, first + c);
         for (int64_t t = first; t < std::min(size, first + width); ++t) {
           const int64_t r = p.target[token[t]] - v;
           if (0 <= r && r < n) chosen[t] = tile[r * width + t - first];
@@ -249,19 +253,16 @@ void add_logprobs(const LanguageHead& head, const TokenLogprobs& p, const int64_
 }  // namespace
 
 void step_scores(const StepScores& p, const Pool& pool) {
-  std::vector<float> head(p.k * p.m);
-  for (int64_t k = 0; k < p.k; ++k) {
-    const float* row = floats(p.weight, k, p.m, &head[k * p.m]);
-    if (row != &head[k * p.m]) std::copy_n(row, p.m, &head[k * p.m]);
-  }
+  std::vector<float> widened(p.k * p.m);
+  const float* head[3];
+  for (int64_t k = 0; k < p.k; ++k) head[k] = floats(p.weight, k, p.m, &widened[k * p.m]);
   const int64_t share = (p.s + pool.threads - 1) / pool.threads;
   pool.run(pool.threads, [&](int64_t task) {
     std::vector<float> buffer(p.m);
     for (int64_t s = task * share; s < std::min(p.s, (task + 1) * share); ++s) {
       const float* row = floats(p.hidden, p.step[s], p.m, buffer.data());
       float logits[3] = {};
-      for (int64_t k = 0; k < p.k; ++k)
-        logits[k] = dot(row, &head[k * p.m], p.m) + bias_of(p.bias, k);
+      for (int64_t k = 0; k < p.k; ++k) logits[k] = dot(row, head[k], p.m) + bias_of(p.bias, k);
       p.margin[s] = margin_of(logits, p.k);
       p.prob[s] = linked(p.link, p.margin[s]);
     }

@@ -239,8 +239,8 @@ using f32_half = float __attribute__((vector_size(2 * kLanes)));
 
 inline f64 widen(f32_half x) { return __builtin_convertvector(x, f64); }
 
-// The 64-bit products of the low halves. GCC does not see that a product of the whole lanes would be
-// the same where their high halves are 0.
+// The 64-bit products of the low halves. GCC does not see that a product of the whole lanes would
+// be the same where their high halves are 0.
 inline u64 multiply_low(u64 a, u64 b) {
 #if defined(__AVX512F__)
   return bit_cast<u64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
