@@ -83,7 +83,7 @@ def test_sample(benchmark, rival, filters, shape):
             torch.cuda.synchronize()
 
     benchmark.group = f"sample {filters} {shape}"
-    benchmark.pedantic(run, rounds=20, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
     benchmark.extra_info.update(
         op="sample", impl=rival, shape=str(shape), filters=filters, dtype=str(dtype), device=DEVICE
     )

@@ -256,8 +256,10 @@ void step_scores(const StepScores& p, const Pool& pool) {
   std::vector<float> widened(p.k * p.m);
   const float* head[3];
   for (int64_t k = 0; k < p.k; ++k) head[k] = floats(p.weight, k, p.m, &widened[k * p.m]);
-  const int64_t share = (p.s + pool.threads - 1) / pool.threads;
-  pool.run(pool.threads, [&](int64_t task) {
+  // A thread is worth waking for some ten microseconds of work.
+  const int64_t tasks = std::clamp<int64_t>(p.s * p.m >> 17, 1, pool.threads);
+  const int64_t share = (p.s + tasks - 1) / tasks;
+  pool.run(tasks, [&](int64_t task) {
     std::vector<float> buffer(p.m);
     for (int64_t s = task * share; s < std::min(p.s, (task + 1) * share); ++s) {
       const float* row = floats(p.hidden, p.step[s], p.m, buffer.data());
