@@ -17,11 +17,12 @@ class Shape:
         return f"b={self.b},v={self.v}"
 
 
-SHAPES = [Shape(1, 49_152), Shape(16, 49_152), Shape(16, 151_936)]
+SHAPES = [Shape(1, 49_152), Shape(16, 49_152), Shape(64, 151_936)]
 FILTERS = {
     "temperature": {"temperature": 0.8},
     "top_k,top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
     "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "greedy": {"temperature": 0.0},
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,6 +43,8 @@ def nbytes(shape, dtype):
 
 def transformers(logits_bv, seed_b, position_b, temperature, top_k=0, top_p=1.0):
     """What `generate` does: warpers, softmax, multinomial. Noise is the device's, no log-probs."""
+    if temperature == 0:
+        return logits_bv.argmax(-1)
     process = pytest.importorskip(
         "transformers.generation.logits_process", reason="transformers is not installed"
     )
@@ -57,7 +60,13 @@ def reference(*args, **kwargs):
     return sample(*args, **kwargs, impl="reference")
 
 
+def cpu(*args, **kwargs):
+    return sample(*args, **kwargs, impl="cpu")
+
+
 RIVALS = {"transformers": transformers, "reference": reference}
+if DEVICE == "cpu":
+    RIVALS["cpu"] = cpu
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -74,7 +83,7 @@ def test_sample(benchmark, rival, filters, shape):
             torch.cuda.synchronize()
 
     benchmark.group = f"sample {filters} {shape}"
-    benchmark.pedantic(run, rounds=20, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
     benchmark.extra_info.update(
         op="sample", impl=rival, shape=str(shape), filters=filters, dtype=str(dtype), device=DEVICE
     )

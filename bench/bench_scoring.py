@@ -22,7 +22,7 @@ class Shape:
 
 SHAPES = [Shape(4, 256, 20, 576, 49_152), Shape(16, 1024, 80, 576, 49_152)]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+DTYPES = [torch.float32, torch.bfloat16] if DEVICE == "cpu" else [torch.bfloat16]
 
 
 def inputs(shape, dtype, device):
@@ -61,6 +61,14 @@ def token_logprobs_reference(hidden_tm, weight_vm, step_s, cu_steps, target_t):
     return token_logprobs(hidden_tm, weight_vm, target_t, impl="reference")
 
 
+def step_scores_cpu(hidden_tm, weight_vm, step_s, cu_steps, target_t):
+    return step_scores(hidden_tm, step_s, cu_steps, weight_vm[[10, 12]], impl="cpu")
+
+
+def token_logprobs_cpu(hidden_tm, weight_vm, step_s, cu_steps, target_t):
+    return token_logprobs(hidden_tm, weight_vm, target_t, impl="cpu")
+
+
 RIVALS = {
     "step_scores": {
         "full_logits": full_logits,
@@ -69,6 +77,9 @@ RIVALS = {
     },
     "token_logprobs": {"log_softmax": log_softmax, "reference": token_logprobs_reference},
 }
+if DEVICE == "cpu":
+    RIVALS["step_scores"]["cpu"] = step_scores_cpu
+    RIVALS["token_logprobs"]["cpu"] = token_logprobs_cpu
 
 
 def nbytes(op, shape, dtype):
@@ -78,22 +89,23 @@ def nbytes(op, shape, dtype):
     return (shape.t + shape.v) * shape.m * dtype.itemsize + (8 + 4) * shape.t
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op,rival", [(op, rival) for op in RIVALS for rival in RIVALS[op]])
 @torch.inference_mode()
-def test_scoring(benchmark, op, rival, shape):
-    args = inputs(shape, DTYPE, DEVICE)
+def test_scoring(benchmark, op, rival, shape, dtype):
+    args = inputs(shape, dtype, DEVICE)
 
     def run():
         RIVALS[op][rival](*args)
         if DEVICE == "cuda":
             torch.cuda.synchronize()
 
-    benchmark.group = f"{op} {shape}"
+    benchmark.group = f"{op} {shape} {dtype}"
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
     benchmark.extra_info.update(
-        op=op, impl=rival, shape=str(shape), dtype=str(DTYPE), device=DEVICE
+        op=op, impl=rival, shape=str(shape), dtype=str(dtype), device=DEVICE
     )
     if benchmark.stats:
-        benchmark.extra_info["bytes"] = nbytes(op, shape, DTYPE)
-        benchmark.extra_info["GB/s"] = nbytes(op, shape, DTYPE) / benchmark.stats["median"] / 1e9
+        benchmark.extra_info["bytes"] = nbytes(op, shape, dtype)
+        benchmark.extra_info["GB/s"] = nbytes(op, shape, dtype) / benchmark.stats["median"] / 1e9

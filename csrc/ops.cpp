@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -287,6 +288,86 @@ void compact_kv(Tensor source, Tensor target, Tensor k, Tensor v, Optional k_sca
   if (p.n) KVTOOLS_RUN(compact_kv, p, pool());
 }
 
+Integers vector_of_integers(const Tensor& x) { return {integers<1>(x)}; }
+
+Floats vector_of_floats(const Tensor& x) {
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "expected float32");
+  return {strided<1>(x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample(Tensor logits, Tensor seed, Tensor position,
+                                          Tensor temperature, Tensor top_k, Tensor top_p,
+                                          Tensor min_p) {
+  const int64_t b = logits.size(0), v = logits.size(1);
+  Tensor token = torch::stable::new_empty(logits, {b}, ScalarType::Long);
+  Tensor logprob = torch::stable::new_empty(logits, {b}, ScalarType::Float);
+  Tensor filtered = torch::stable::new_empty(logits, {b}, ScalarType::Float);
+  if (b)
+    KVTOOLS_RUN(
+        sample,
+        {strided<2>(logits), vector_of_integers(seed), vector_of_integers(position),
+         vector_of_integers(top_k), vector_of_floats(temperature), vector_of_floats(top_p),
+         vector_of_floats(min_p), static_cast<int64_t*>(token.data_ptr()),
+         static_cast<float*>(logprob.data_ptr()), static_cast<float*>(filtered.data_ptr()), b, v},
+        pool());
+  return {token, logprob, filtered};
+}
+
+template <int N>
+Strided<N> strided(const Optional& x) {
+  return x ? strided<N>(*x) : Strided<N>{};
+}
+
+// The place of `name` among `names`, which are in the order of an enum.
+template <class Enum>
+Enum named(const std::string& name, std::initializer_list<const char*> names) {
+  const auto found = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(found != names.end(), "'", name, "' is unknown");
+  return static_cast<Enum>(found - names.begin());
+}
+
+std::tuple<Tensor, Tensor, Tensor> step_scores(Tensor hidden, Tensor step, Tensor cu_steps,
+                                               Tensor weight, Optional bias, std::string link,
+                                               std::string reduce, double temperature) {
+  const int64_t s = step.size(0), r = cu_steps.size(0) - 1;
+  Tensor margin = torch::stable::new_empty(hidden, {s}, ScalarType::Float);
+  Tensor prob = torch::stable::new_empty(hidden, {s}, ScalarType::Float);
+  Tensor score = torch::stable::new_empty(hidden, {r}, ScalarType::Float);
+  KVTOOLS_RUN(
+      step_scores,
+      {strided<2>(hidden), strided<2>(weight), strided<1>(bias), vector_of_integers(step),
+       vector_of_integers(cu_steps),
+       named<Link>(link, {"sigmoid", "difference", "tanh", "identity"}),
+       named<Reduce>(
+           reduce, {"last", "min", "max", "mean", "sum", "prod", "gmean", "sum_logit", "softmin"}),
+       temperature, static_cast<float*>(margin.data_ptr()), static_cast<float*>(prob.data_ptr()),
+       static_cast<float*>(score.data_ptr()), s, r, weight.size(0), weight.size(1)},
+      pool());
+  return {margin, prob, score};
+}
+
+LanguageHead language_head(const Tensor& hidden, const Tensor& weight, const Optional& bias) {
+  return {strided<2>(hidden), strided<2>(weight), strided<1>(bias), weight.size(0), weight.size(1)};
+}
+
+std::tuple<Tensor, Tensor> token_logprobs(Tensor hidden, Tensor weight, Tensor target,
+                                          Optional bias, double softcap, Optional cu_seqlens,
+                                          Optional ref_hidden, Optional ref_weight,
+                                          Optional ref_bias) {
+  const int64_t t = target.size(0), x = cu_seqlens ? cu_seqlens->size(0) - 1 : 0;
+  Tensor logprob = torch::stable::new_empty(hidden, {t}, ScalarType::Float);
+  Tensor sum = torch::stable::new_empty(hidden, {x}, ScalarType::Float);
+  KVTOOLS_RUN(
+      token_logprobs,
+      {language_head(hidden, weight, bias),
+       ref_hidden ? language_head(*ref_hidden, *ref_weight, ref_bias) : LanguageHead{},
+       vector_of_integers(target), cu_seqlens ? vector_of_integers(*cu_seqlens) : Integers{},
+       static_cast<float>(softcap), static_cast<float*>(logprob.data_ptr()),
+       static_cast<float*>(sum.data_ptr()), t, x},
+      pool());
+  return {logprob, sum};
+}
+
 std::string cpu_isa(std::string name) {
   const char* before = use_isa(name.c_str());
   STD_TORCH_CHECK(before, "isa='", name, "' is not one that this processor has");
@@ -305,6 +386,9 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
   m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims));
   m.impl("compact_kv.cpu", TORCH_BOX(&kvtools::compact_kv));
+  m.impl("sample.cpu", TORCH_BOX(&kvtools::sample));
+  m.impl("step_scores.cpu", TORCH_BOX(&kvtools::step_scores));
+  m.impl("token_logprobs.cpu", TORCH_BOX(&kvtools::token_logprobs));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CompositeExplicitAutograd, m) {

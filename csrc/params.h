@@ -40,6 +40,16 @@ int64_t integer_at(const Strided<N>& x, Index... index) {
                              : *reinterpret_cast<const int64_t*>(p);
 }
 
+// A vector of int32 or int64.
+struct Integers : Strided<1> {
+  int64_t operator[](int64_t i) const { return integer_at(*this, i); }
+};
+
+// A vector of fp32.
+struct Floats : Strided<1> {
+  float operator[](int64_t i) const { return *reinterpret_cast<const float*>(at(i)); }
+};
+
 // A tensor whose first axes are page, KV head and slot; strides in bytes.
 struct Paged {
   char* data = nullptr;
@@ -134,6 +144,43 @@ struct CompactKv {
   Strided<2> source, target;
   Moved moved[7];
   int64_t n, heads, page_size;
+};
+
+struct Sample {
+  Strided<2> logits;  // [b, v]
+  Integers seed, position, top_k;
+  Floats temperature, top_p, min_p;
+  int64_t* token;  // this and the next two: [b], contiguous
+  float *logprob, *filtered_logprob;
+  int64_t b, v;
+};
+
+enum class Link { sigmoid, difference, tanh, identity };
+enum class Reduce { last, min, max, mean, sum, prod, gmean, sum_logit, softmin };
+
+struct StepScores {
+  Strided<2> hidden, weight;  // [t, m], [k, m]
+  Strided<1> bias;            // [k]
+  Integers step, cu_steps;    // [s], [r + 1]
+  Link link;
+  Reduce reduce;
+  double temperature;
+  float *margin, *prob, *score;  // [s], [s], [r], contiguous
+  int64_t s, r, k, m;
+};
+
+struct LanguageHead {
+  Strided<2> hidden, weight;  // [t, m], [v, m]
+  Strided<1> bias;            // [v]
+  int64_t v, m;
+};
+
+struct TokenLogprobs {
+  LanguageHead model, reference;
+  Integers target, cu_seqlens;  // [t], [x + 1]
+  float softcap;
+  float *logprob, *sum;  // [t], [x], contiguous
+  int64_t t, x;
 };
 
 }  // namespace kvtools

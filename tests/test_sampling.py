@@ -98,7 +98,7 @@ def test_sample_token_is_the_documented_one(device, impl):
     counter = token_1v // 4, position_b.cpu().numpy()[:, None] + 0 * token_1v, 0 * token_1v, 0
     words = numpy_philox(counter, (seed_b1 & np.uint64(2**32 - 1), seed_b1 >> np.uint64(32)))
     word_bv = np.choose((token_1v % 4).astype(int), words).astype(np.float64)
-    u_bv = np.minimum((word_bv + 0.5) * 2.0**-32, 1 - 2.0**-24)
+    u_bv = (word_bv + 0.5) * 2.0**-32
     score_bv = logits_bv.double().cpu().numpy() / 0.8 - np.log(-np.log1p(-u_bv))
     assert np.array_equal(token_b.cpu().numpy(), score_bv.argmax(-1))
 
@@ -141,7 +141,7 @@ def one_thread():
 def test_sample_frequencies(name, device, impl, one_thread):
     """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
     kwargs = FILTERS[name]
-    V, batch, draws = 1000, 500, 1_000_000
+    V, batch, draws = 1000, 500, 200_000
     logits_1v, seed, _ = make_rows(1, V, torch.float32, device, scale=2.0)
     logits_bv = logits_1v.repeat(batch, 1)
     count_v = torch.zeros(V, dtype=torch.int64, device=device)
@@ -218,6 +218,44 @@ def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
         part = sample(*(x[index] for x in args), **kwargs, impl=impl)
         for ours, theirs in zip(part, whole, strict=True):
             assert torch.equal(ours, theirs[index])
+
+
+@filters
+def test_implementations_agree(kwargs, device, impl):
+    for B, V, scale in ((40, 4099, 3.0), (6, 50_000, 4.0), (6, 50_000, 0.01)):
+        args = make_rows(B, V, torch.float32, device, scale)
+        expected = sample(*args, **kwargs, impl="reference")
+        actual = sample(*args, **kwargs, impl=impl)
+        assert torch.equal(actual[0], expected[0])
+        for ours, theirs in zip(actual[1:], expected[1:], strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_implementations_agree_at_the_boundary(device, impl):
+    """top_p on the edge of a token: one unit of mass would keep one token more or fewer."""
+    B, V = 300, 500
+    logits_bv, seed_b, position_b = make_rows(B, V, torch.float32, device)
+    mass_bv = reference._relative_mass(logits_bv.sort(descending=True).values).cumsum(-1)
+    kept_b = torch.arange(B, device=device) % 50
+    top_p_b = mass_bv[torch.arange(B), kept_b].double() / mass_bv[:, -1]
+    for ulp in (-1, 0, 1):
+        top_p = (top_p_b.float().view(torch.int32) + ulp).view(torch.float32)
+        args = logits_bv, seed_b, position_b
+        expected = sample(*args, top_p=top_p, impl="reference")
+        actual = sample(*args, top_p=top_p, impl=impl)
+        assert torch.equal(actual[0], expected[0])
+        torch.testing.assert_close(actual[2], expected[2])
+
+
+@pytest.mark.parametrize("B", [1, 2, 5])
+@filters
+def test_threads_do_not_show(B, kwargs, device, impl, one_thread):
+    args = make_rows(B, 4099, torch.bfloat16, device)
+    expected = sample(*args, **kwargs, impl=impl)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        for ours, theirs in zip(sample(*args, **kwargs, impl=impl), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_noise_depends_on_seed_and_position(device, impl):
@@ -353,10 +391,14 @@ def test_sample_is_for_inference():
         sample(logits_bv.requires_grad_(), seed_b, position_b)
 
 
-def test_sample_contract(device):
+def test_sample_opcheck(device, impl):
     args = make_rows(3, 50, torch.float32, device)
     rows = (torch.full((3,), x, device=device) for x in (0.8, 5, 0.9, 0.1))
-    torch.library.opcheck(torch.ops.kvtools.sample.default, (*args, *rows))
+    overload = "default" if impl == "reference" else impl
+    torch.library.opcheck(getattr(torch.ops.kvtools.sample, overload), (*args, *rows))
+
+
+def test_sample_contract(device):
     compiled = torch.compile(sample, fullgraph=True, dynamic=True)
     for B in (3, 7):
         args = make_rows(B, 50, torch.bfloat16, device)

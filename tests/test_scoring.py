@@ -16,7 +16,8 @@ PAIRS = [
     for reduce in REDUCES
     if link == "sigmoid" or reduce not in ("prod", "gmean")
 ]
-TOKENS = [(1, 8, 2), (70, 16, 333), (0, 16, 9), (5, 32, 8193)]  # T, M, V: last crosses a tile
+# T, M, V: smallest, ragged, empty, then across the tiles of ids, of the width and of tokens.
+TOKENS = [(1, 8, 2), (70, 16, 333), (0, 16, 9), (5, 32, 8193), (130, 200, 1700), (1030, 8, 50)]
 
 
 def make_steps(steps, dtype, device, k=2, M=64):
@@ -203,6 +204,58 @@ def test_token_logprobs_against_a_reference_model(dtype, device, impl):
     assert_within_budget("sum", sum_x, exact_x, eager_x)
 
 
+def test_token_logprobs_of_mixed_dtypes_and_strides(device, impl):
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(7, 40, 99, torch.float16, device)
+    args = hidden_tm.bfloat16(), weight_vm.T.contiguous().T, target_t, bias_v.float()
+    actual_t, _ = token_logprobs(*args, impl=impl)
+    exact_t, eager_t = (plain_token_logprobs(*args, 0.0, d) for d in (torch.float64, torch.float32))
+    assert_within_budget("logprob", actual_t, exact_t, eager_t)
+
+
+def test_token_logprobs_with_padded_vocabulary(device, impl):
+    """A bias of -inf takes ids out, 60 of them side by side."""
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(9, 40, 160, torch.float32, device)
+    bias_v[:60] = -torch.inf
+    target_t = target_t.clamp(min=60)
+    actual_t, _ = token_logprobs(hidden_tm, weight_vm, target_t, bias_v, impl=impl)
+    expected_t, _ = token_logprobs(
+        hidden_tm, weight_vm[60:], target_t - 60, bias_v[60:], impl="reference"
+    )
+    torch.testing.assert_close(actual_t, expected_t)
+
+
+def test_token_logprobs_of_a_row_depend_on_neither_batch_nor_threads(device, impl):
+    if impl == "reference":
+        pytest.skip("claimed of the kernels only")
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(150, 40, 3200, torch.float32, device)
+    whole_t, _ = token_logprobs(hidden_tm, weight_vm, target_t, bias_v, softcap=9.0, impl=impl)
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for rows in (slice(None), slice(0, 1), slice(20, 41), slice(99, 150)):
+            args = hidden_tm[rows], weight_vm, target_t[rows], bias_v
+            part_t, _ = token_logprobs(*args, softcap=9.0, impl=impl)
+            assert torch.equal(part_t, whole_t[rows])
+    torch.set_num_threads(before)
+
+
+def test_step_scores_of_a_row_depend_on_neither_batch_nor_threads(device, impl):
+    if impl == "reference":
+        pytest.skip("claimed of the kernels only")
+    hidden_tm, step_s, cu_steps, *head = make_steps([4] * 16, torch.float32, device)
+    whole = step_scores(hidden_tm, step_s, cu_steps, *head, impl=impl)
+    before = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for r in (0, 7):
+            steps = slice(4 * r, 4 * r + 4)
+            part = step_scores(hidden_tm, step_s[steps], cu_steps[:2], *head, impl=impl)
+            for ours, theirs in zip(part, whole, strict=True):
+                expected = theirs[steps] if len(theirs) == 64 else theirs[r : r + 1]
+                assert torch.equal(ours, expected)
+    torch.set_num_threads(before)
+
+
 def test_token_logprobs_tiles_do_not_show(device, monkeypatch):
     args = make_tokens(70, 16, 333, torch.float64, device)
     expected_t, _ = reference.token_logprobs(*args, 0.0, None, None, None, None)
@@ -298,10 +351,15 @@ def test_scoring_is_for_inference():
         token_logprobs(hidden_tm.requires_grad_(), *rest)
 
 
-def test_step_scores_contract(device):
+def test_step_scores_opcheck(device, impl):
+    overload = "default" if impl == "reference" else impl
+    operator = getattr(torch.ops.kvtools.step_scores, overload)
     for k, (link, reduce) in zip((1, 2, 3), (PAIRS[0], PAIRS[5], PAIRS[-1]), strict=True):
         args = make_steps([3, 2, 7], torch.float32, device, k)  # opcheck takes NaN for a difference
-        torch.library.opcheck(torch.ops.kvtools.step_scores.default, (*args, link, reduce, 0.1))
+        torch.library.opcheck(operator, (*args, link, reduce, 0.1))
+
+
+def test_step_scores_contract(device):
     compiled = torch.compile(step_scores, fullgraph=True, dynamic=True)
     for steps in ([3, 0, 7], [2, 5, 1, 9]):
         args = make_steps(steps, torch.bfloat16, device)
@@ -310,15 +368,21 @@ def test_step_scores_contract(device):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+def test_token_logprobs_opcheck(device, impl):
+    overload = "default" if impl == "reference" else impl
+    operator = getattr(torch.ops.kvtools.token_logprobs, overload)
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(7, 8, 50, torch.float32, device)
+    cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
+    optional = cu_seqlens, hidden_tm, weight_vm, bias_v
+    torch.library.opcheck(operator, (hidden_tm, weight_vm, target_t, bias_v, 2.0, *optional))
+    torch.library.opcheck(operator, (hidden_tm, weight_vm, target_t, None, 0.0) + (None,) * 4)
+
+
 def test_token_logprobs_contract(device):
     compiled = torch.compile(token_logprobs, fullgraph=True, dynamic=True)
-    operator = torch.ops.kvtools.token_logprobs.default
     for T in (7, 12):
-        hidden_tm, weight_vm, target_t, bias_v = make_tokens(T, 8, 50, torch.float32, device)
+        hidden_tm, weight_vm, target_t, _ = make_tokens(T, 8, 50, torch.float32, device)
         cu_seqlens = torch.tensor([0, 3, T], dtype=torch.int32, device=device)
-        optional = cu_seqlens, hidden_tm, weight_vm, bias_v
-        torch.library.opcheck(operator, (hidden_tm, weight_vm, target_t, bias_v, 2.0, *optional))
-        torch.library.opcheck(operator, (hidden_tm, weight_vm, target_t, None, 0.0) + (None,) * 4)
         kwargs = {"softcap": 2.0, "cu_seqlens": cu_seqlens}
         expected = token_logprobs(hidden_tm, weight_vm, target_t, **kwargs)
         actual = compiled(hidden_tm, weight_vm, target_t, **kwargs)

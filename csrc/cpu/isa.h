@@ -19,6 +19,9 @@
   void key_scores(const KeyScores&, const Pool&);         \
   void select_victims(const SelectVictims&, const Pool&); \
   void compact_kv(const CompactKv&, const Pool&);         \
+  void sample(const Sample&, const Pool&);                \
+  void step_scores(const StepScores&, const Pool&);       \
+  void token_logprobs(const TokenLogprobs&, const Pool&); \
   }
 
 KVTOOLS_KERNELS(base)

@@ -250,16 +250,70 @@ inline f32 exp2(f32 x) {
   return select(x < -126.0f, f32{}, y);
 }
 
-// To 2 ulp. Near zero a polynomial, because the difference from 1 would cancel.
+// tanh to 2 ulp: odd, so that small x keep their relative precision.
 inline f32 tanh(f32 x) {
-  const f32 z = x * x;
-  f32 near = -5.70498872745e-3f * z + 2.06390887954e-2f;
-  near = near * z - 5.37397155531e-2f;
-  near = near * z + 1.33314422036e-1f;
-  near = near * z - 3.33332819422e-1f;
-  near = near * z * x + x;
-  const f32 far = 1 - 2 / (exp2(min(abs(x), splat(10)) * (2 * kLog2e)) + 1);
-  return select(abs(x) < 0.625f, near, select(x < 0.0f, -far, far));
+  const f32 square = x * x;
+  f32 small = -5.70498872745e-3f * square + 2.06390887954e-2f;
+  small = small * square - 5.37397155531e-2f;
+  small = small * square + 1.33314422036e-1f;
+  small = small * square - 3.33332819422e-1f;
+  small = small * square * x + x;
+  const f32 clamped = min(max(x, splat(-20.0f)), splat(20.0f));
+  const f32 large = 1.0f - 2.0f / (exp2(2 * kLog2e * clamped) + 1.0f);
+  return select(square < 0.390625f, small, large);
+}
+
+// a b, rounded: the compiler may not fuse it with a sum that follows.
+inline f32 product(f32 a, f32 b) {
+  f32 x = a * b;
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
+// 64-bit lanes, half as many.
+using u64 = uint64_t __attribute__((vector_size(4 * kLanes)));
+using f64 = double __attribute__((vector_size(4 * kLanes)));
+using f32_half = float __attribute__((vector_size(2 * kLanes)));
+
+inline f64 widen(f32_half x) { return __builtin_convertvector(x, f64); }
+
+// The 64-bit products of the low halves. GCC does not see that a product of the whole lanes would
+// be the same where their high halves are 0.
+inline u64 multiply_low(u64 a, u64 b) {
+#if defined(__AVX512F__)
+  return bit_cast<u64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<u64>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+  return (a & 0xffffffff) * (b & 0xffffffff);
+#endif
+}
+
+// The words of a 64-bit product.
+inline void multiply(u32 a, uint32_t b, u32& high, u32& low) {
+  const u64 even = multiply_low(bit_cast<u64>(a), u64{} + b);
+  const u64 odd = multiply_low(bit_cast<u64>(a) >> 32, u64{} + b);
+  high = bit_cast<u32>((even >> 32) | (odd & 0xffffffff00000000));
+  low = a * b;
+}
+
+// The lanes of a and b in turn: those of their first half, or of their second.
+template <bool Second, int... I>
+inline f32 zip(f32 a, f32 b, std::integer_sequence<int, I...>) {
+  constexpr int first = Second ? kLanes / 2 : 0;
+  return shuffle(a, b, std::integer_sequence<int, (first + I / 2 + I % 2 * kLanes)...>{});
+}
+
+template <bool Second>
+inline u32 zip(u32 a, u32 b) {
+  return bit_cast<u32>(
+      zip<Second>(bit_cast<f32>(a), bit_cast<f32>(b), std::make_integer_sequence<int, kLanes>{}));
 }
 
 }  // namespace kvtools::KVTOOLS_ISA

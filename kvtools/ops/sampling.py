@@ -29,6 +29,7 @@ _sample = Op(
     "Tensor top_p_b, Tensor min_p_b) -> (Tensor, Tensor, Tensor)",
     _fake_sample,
     reference=reference.sample,
+    cpu=True,
 )
 
 
@@ -52,7 +53,7 @@ def sample(
         kept = those of kept whose strictly greater ones have less than top_p of kept's mass
         kept = those of kept with softmax(z) >= min_p * max(softmax(z))
         word = philox4x32((token // 4, position, 0, 0), (seed mod 2^32, seed >> 32))[token % 4]
-        u = min((word + 0.5) * 2^-32, 1 - 2^-24);  g = -log(-log1p(-u))
+        u = (word + 0.5) * 2^-32;  g = -log(-log1p(-u))
         token = argmax of z + g over kept, the lowest id on ties
 
     Args:
@@ -64,7 +65,7 @@ def sample(
         top_k: >= 0; 0 and whatever is not below V keep all.
         top_p: in (0, 1]; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
-        impl: "auto" takes the reference on every device.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         token_b in int64; logprob_b in fp32, log softmax(z) of the token before any filter (at
@@ -72,9 +73,10 @@ def sample(
         greedy). A row whose greatest z is not finite (a NaN, an infinity, all -inf) gives token -1
         and NaN twice, because raising would have to wait for the device.
 
-    Numerics: computes in fp32. The noise is a pure function of (seed, position, token id), so a
-    row's token depends on neither its batch, its place in it, nor who finished. u is finest, 2^-33,
-    near 0: the fine tail is put where the winners are.
+    Numerics: z is fp32, z + g is fp64. The noise is a pure function of (seed, position, token id),
+        so a row's token depends on neither its batch, its place in it, nor who finished. top-p sums
+        integers, 2^40 exp(z - max z) rounded, from a polynomial that the reference fixes bit by
+        bit: no order of summation, and no implementation, keeps other tokens.
 
     Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """

@@ -28,6 +28,7 @@ _step_scores = Op(
     "str link, str reduce, float temperature) -> (Tensor, Tensor, Tensor)",
     _fake_step_scores,
     reference=reference.step_scores,
+    cpu=True,
 )
 _token_logprobs = Op(
     "token_logprobs",
@@ -36,6 +37,7 @@ _token_logprobs = Op(
     "-> (Tensor, Tensor)",
     _fake_token_logprobs,
     reference=reference.token_logprobs,
+    cpu=True,
 )
 
 
@@ -74,7 +76,7 @@ def step_scores(
             (sum of margins, whatever the link) or "softmin" (sum of softmax(-prob / temperature) *
             prob). "prod" and "gmean" need link="sigmoid".
         temperature: of "softmin". > 0.
-        impl: "auto" takes the reference on every device.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         margin_s, prob_s and score_r, all fp32. A rollout without steps has the score NaN.
@@ -147,12 +149,13 @@ def token_logprobs(
         ref_hidden_tm: hidden states of a reference model, of any width, for the same targets.
         ref_weight_vm: its LM head; given if and only if `ref_hidden_tm` is.
         ref_bias_v: bias of its LM head, or None.
-        impl: "auto" takes the reference on every device.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
 
     Returns:
         logprob_t and sum_x, fp32; sum_x is empty without `cu_seqlens`, and 0 for an empty segment.
 
     Numerics: logits and their log-sum-exp are fp32, in tiles of at most 1,024 tokens by 8,192 ids.
+        With impl="cpu" a row's bits depend on neither its batch nor the number of threads.
 
     Reference: Cut Cross-Entropy, arXiv:2411.09009.
     """

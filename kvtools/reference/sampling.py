@@ -9,7 +9,11 @@ LOW_WORD = 0xFFFFFFFF
 
 # Mass is summed as integers, in units of 2^-40 of the best token's. Integer sums have no order, so
 # neither the batch, nor the threads, nor a shortcut can move a token across the top-p boundary.
-MASS_UNITS = 2.0**40
+# Nor can another implementation: 2^x is this polynomial, every product and sum rounded to fp32.
+MASS_BITS = 40
+LOG2E = float.fromhex("0x1.715476p0")
+EXP2 = "0x1.41fbbcp-13 0x1.5f3e54p-10 0x1.3b2d4cp-7 0x1.c6aee8p-5 0x1.ebfbdcp-3 0x1.62e430p-1 0x1p0"
+EXP2_COEFFICIENTS = [float.fromhex(x) for x in EXP2.split()]
 
 # For top-p without top-k this many logits are sorted first, and so many times more while a row's
 # nucleus is larger.
@@ -64,10 +68,8 @@ def _words(seed_b: Tensor, position_b: Tensor, block_bk: Tensor) -> Tensor:
 
 
 def _gumbel(words: Tensor) -> Tensor:
-    # A small u is a small exponential and a large Gumbel: fp32 resolves u to 2^-33 near 0, where
-    # the winners are, and only to 2^-24 near 1, where the losers are. The cap keeps u off 1, whose
-    # exponential would be infinite.
-    u = words.float().add_(0.5).mul_(2.0**-32).clamp_(max=1 - 2.0**-24)
+    # In fp64, where implementations whose logarithms differ in the last bit choose the same token.
+    u = words.double().add_(0.5).mul_(2.0**-32)
     exponential = u.neg_().log1p_().neg_()
     return exponential.log_().neg_()
 
@@ -76,7 +78,7 @@ def lowest_kept(z_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor, min_p_b: Tensor)
     """The least scaled logit that passes the filters: each keeps what lies above some floor."""
     vocabulary = z_bv.shape[1]
     least = torch.finfo(z_bv.dtype).min
-    floor_b = (z_bv.amax(-1) + min_p_b.to(z_bv.dtype).log()).clamp(min=least)
+    floor_b = (z_bv.amax(-1).double() + min_p_b.double().log()).to(z_bv.dtype).clamp(min=least)
     cut_b = (top_k_b > 0) & (top_k_b < vocabulary)
     nucleus_b = top_p_b < 1
     uncut_b = nucleus_b & ~cut_b
@@ -113,7 +115,14 @@ def lowest_kept(z_bv: Tensor, top_k_b: Tensor, top_p_b: Tensor, min_p_b: Tensor)
 
 
 def _relative_mass(z_bk: Tensor) -> Tensor:
-    return (z_bk - z_bk.amax(-1, keepdim=True)).exp_().mul_(MASS_UNITS).long()
+    x_bk = (z_bk.amax(-1, keepdim=True) - z_bk).float().mul_(LOG2E).clamp_(max=64)
+    whole_bk = x_bk.round()
+    x_bk = whole_bk - x_bk
+    mass_bk = torch.zeros_like(x_bk)
+    for coefficient in EXP2_COEFFICIENTS:
+        mass_bk.mul_(x_bk).add_(coefficient)
+    exponent_bk = (MASS_BITS + 127 - whole_bk).int()
+    return mass_bk.mul_((exponent_bk << 23).view(torch.float32)).double().round_().long()
 
 
 def _nucleus_floor(sorted_bk: Tensor, own_bk: Tensor, wanted_b: Tensor) -> Tensor:
