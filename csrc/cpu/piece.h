@@ -189,33 +189,31 @@ inline void Tile::read(int64_t step, Slots& slots) const {
   const int64_t head = piece_.head + step % piece_.heads, node = o_.item(piece_.item)[0];
   const int64_t begin = slots.begin = piece_.begin + step / piece_.heads * kChunk;
   slots.n = std::min<int64_t>(kChunk, piece_.end - begin);
-  uint16_t k_scale[kChunk], v_scale[kChunk];
-  o_.walk(
-      piece_.item, begin, begin + slots.n,
-      [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
-        const int64_t s = slot - begin;
-        auto each = [&](const Paged& x, auto f) {
-          const char* p = x.at(page, head, offset);
-          for (int64_t j = 0; j < count; ++j, p += x.slot) f(s + j, p);
-        };
-        each(pages.k.codes, [&](int64_t i, const char* p) { slots.k[i] = p; });
-        each(pages.v.codes, [&](int64_t i, const char* p) { slots.v[i] = p; });
-        if (pages.k.scale.data)
-          each(pages.k.scale, [&](int64_t i, const char* p) { std::memcpy(k_scale + i, p, 2); });
-        if (pages.v.scale.data)
-          each(pages.v.scale, [&](int64_t i, const char* p) { std::memcpy(v_scale + i, p, 2); });
-        if (pages.position.data)
-          each(pages.position, [&](int64_t i, const char* p) { std::memcpy(slots.key + i, p, 4); });
-        else
-          for (int64_t j = 0; j < count; ++j)
-            slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
-      });
+  f16 k_scale[kChunk], v_scale[kChunk];
+  o_.walk(piece_.item, begin, begin + slots.n,
+          [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
+            const int64_t s = slot - begin;
+            auto point = [&](const Paged& x, const char** rows) {
+              const char* row = x.at(page, head, offset);
+              for (int64_t j = 0; j < count; ++j, row += x.slot) rows[s + j] = row;
+            };
+            auto copy = [&](const Paged& x, auto* to) {
+              const char* from = x.at(page, head, offset);
+              if (x.slot == sizeof *to) std::memcpy(to + s, from, count * sizeof *to);
+              for (int64_t j = 0; x.slot != sizeof *to && j < count; ++j, from += x.slot)
+                std::memcpy(to + s + j, from, sizeof *to);
+            };
+            point(pages.k.codes, slots.k), point(pages.v.codes, slots.v);
+            if (pages.k.scale.data) copy(pages.k.scale, k_scale);
+            if (pages.v.scale.data) copy(pages.v.scale, v_scale);
+            if (pages.position.data) return copy(pages.position, slots.key);
+            for (int64_t j = 0; j < count; ++j)
+              slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
+          });
   std::fill(slots.k + slots.n, slots.k + kChunk, slots.k[slots.n - 1]);
   for (int s = 0; s < slots.n; s += kLanes) {
-    if (pages.k.scale.data)
-      store(slots.k_scale + s, load(reinterpret_cast<const f16*>(k_scale) + s));
-    if (pages.v.scale.data)
-      store(slots.v_scale + s, load(reinterpret_cast<const f16*>(v_scale) + s));
+    if (pages.k.scale.data) store(slots.k_scale + s, load(k_scale + s));
+    if (pages.v.scale.data) store(slots.v_scale + s, load(v_scale + s));
   }
 }
 
