@@ -10,7 +10,6 @@ namespace kvtools::KVTOOLS_ISA {
 namespace {
 
 constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
-
 constexpr int kMostTries = 12;
 
 // What one thread needs for a head. Its vectors are whole: zero behind d.
@@ -170,11 +169,15 @@ void decode(const uint8_t* packed, float scale, int64_t d, Format format, Scratc
   });
 }
 
-// body(begin, end, scratch) over `rows` heads of size d, in threads where that pays.
+// Elements that are work enough for a thread, some 10 us.
+int64_t share_of(Format format) {
+  return format == Format::none ? 65536 : format == Format::fp8 ? 16384 : 2048;
+}
+
+// body(begin, end, scratch) over `rows` heads of size d, in threads of at least `share` elements.
 template <class F>
-void split(int64_t rows, int64_t d, const Pool& pool, F body) {
-  constexpr int64_t kElements = 2048;  // at least, per thread
-  const int64_t tasks = std::clamp<int64_t>(rows * d / kElements, 1, pool.threads);
+void split(int64_t rows, int64_t d, int64_t share, const Pool& pool, F body) {
+  const int64_t tasks = std::clamp<int64_t>(rows * d / share, 1, pool.threads);
   pool.run(tasks, [&](int64_t task) {
     Scratch scratch(d);
     body(rows * task / tasks, rows * (task + 1) / tasks, scratch);
@@ -184,27 +187,31 @@ void split(int64_t rows, int64_t d, const Pool& pool, F body) {
 }  // namespace
 
 void quantize_kv(const QuantizeKv& p, const Pool& pool) {
-  split(p.rows, p.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    for (int64_t i = begin; i < end; ++i) put(p.x.at(i), p.x.type, p.d, p.to, 0, 0, i, scratch);
-  });
+  split(p.rows, p.d, share_of(p.to.format), pool,
+        [&](int64_t begin, int64_t end, Scratch& scratch) {
+          for (int64_t i = begin; i < end; ++i)
+            put(p.x.at(i), p.x.type, p.d, p.to, 0, 0, i, scratch);
+        });
 }
 
 void dequantize_kv(const DequantizeKv& p, const Pool& pool) {
-  split(p.rows, p.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
-      const auto* packed = reinterpret_cast<const uint8_t*>(p.from.codes.at(0, 0, i));
-      decode(packed, scale, p.d, p.from.format, scratch);
-      float* x = scratch.x.data();
-      rotate_back(x, p.d);
-      convert(reinterpret_cast<char*>(x), Type::f32, p.out.at(i), p.out.type, p.d);
-    }
-  });
+  split(p.rows, p.d, share_of(Format::fp8), pool,
+        [&](int64_t begin, int64_t end, Scratch& scratch) {
+          for (int64_t i = begin; i < end; ++i) {
+            const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
+            const auto* packed = reinterpret_cast<const uint8_t*>(p.from.codes.at(0, 0, i));
+            decode(packed, scale, p.d, p.from.format, scratch);
+            float* x = scratch.x.data();
+            rotate_back(x, p.d);
+            convert(reinterpret_cast<char*>(x), Type::f32, p.out.at(i), p.out.type, p.d);
+          }
+        });
 }
 
 void append_kv(const AppendKv& p, const Pool& pool) {
   const Pages& to = p.pages;
-  split(p.t * to.heads, to.d, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  const int64_t share = std::min(share_of(to.k.format), share_of(to.v.format));
+  split(p.t * to.heads, to.d, share, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t t = row / to.heads, h = row % to.heads;
       if (integer_at(p.slot, t, 0) < 0) continue;
