@@ -14,7 +14,7 @@ PACKAGE = Path(kvtools.__file__).parent
 ALLOWED = {
     "reference": {"reference"},
     "kernels": {"kernels"},
-    "ops": {"ops", "reference", "kernels", "_host"},
+    "ops": {"ops", "reference", "kernels", "_host", "_C"},
     "policy": set(),
     "config": {"policy"},
     "store": {"ops", "policy", "config", "_host"},
@@ -55,7 +55,7 @@ def test_imports_go_up_only(path):
     layer = path.relative_to(PACKAGE).with_suffix("").parts[0]
     for top, inside in imports(path):
         if top == "kvtools":
-            name = inside if inside in ALLOWED or inside == "_host" else "__init__"
+            name = inside if inside in {*ALLOWED, "_host", "_C"} else "__init__"
             assert name in ALLOWED[layer], f"{layer} imports kvtools.{inside}"
         elif top in ("transformers", "triton"):
             assert top in OUTSIDE.get(layer, ()), f"{layer} imports {top}"
@@ -99,6 +99,28 @@ def test_what_is_missing_is_named(missing, names):
         "        raise AssertionError(name)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_without_kernels_the_reference_runs():
+    code = (
+        "import sys; sys.modules['kvtools._C'] = None\n"
+        "import torch, kvtools\n"
+        "kvtools.quantize_kv(torch.randn(2, 8), 'int4')\n"
+        "try:\n"
+        "    kvtools.quantize_kv(torch.randn(2, 8), 'int4', impl='cpu')\n"
+        "except RuntimeError as error:\n"
+        "    assert '--no-build-isolation' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_kernels_see_no_torch():
+    sources = [x for x in (PACKAGE.parent / "csrc").rglob("*.*") if x.name != "ops.cpp"]
+    assert len(sources) > 10
+    for source in sources:
+        assert "#include <torch" not in source.read_text(), source
 
 
 def test_public_names_exist():

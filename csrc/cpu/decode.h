@@ -2,7 +2,7 @@
 // memory. The scale is the caller's: it is one number per token.
 #pragma once
 
-#include "simd.h"
+#include "format.h"
 
 namespace kvtools::KVTOOLS_ISA {
 
@@ -20,20 +20,20 @@ struct ReadPlain {
   }
 };
 
-struct ReadFp8 {  // e4m3
+// float8_e4m3fn: no infinity, and only the greatest magnitude is NaN.
+struct ReadFp8 {
   explicit ReadFp8(int64_t) {}
   static bool whole(int64_t d) { return d % kLanes == 0; }
   int64_t spot(int64_t e) const { return e; }
   int64_t bytes(int64_t n) const { return n; }
   f32 operator()(const char* row, int64_t e) const {
-    u32 x = load_bytes(row + e);
-    f32 magnitude = bit_cast<f32>((x & 0x7f) << 20) * 0x1p120f;
-    return bit_cast<f32>(bit_cast<u32>(magnitude) | (x & 0x80) << 24);
+    const u32 x = load_bytes(row + e), magnitude = x & 0x7f;
+    // The exponent is moved by a product, which is exact for denormals too.
+    const f32 y = bit_cast<f32>(magnitude << 20) * 0x1p120f;
+    const u32 nan = bit_cast<u32>(magnitude == 0x7f) & 0x7fc00000;
+    return bit_cast<f32>(bit_cast<u32>(y) | nan | (x & 0x80) << 24);
   }
 };
-
-// Levels c (1 + bend (c / top)²), see `level` in kvtools/reference/quant.py.
-constexpr float bend(int bits) { return bits == 6 || bits == 4 ? 0.5f : bits == 3 ? 0.4f : 0.0f; }
 
 // Codes of 4 bits or less may carry other bits above the lowest four where a table is looked up.
 #if defined(__AVX512F__)
@@ -44,16 +44,16 @@ constexpr bool kTable = false;
 
 template <int Bits>
 inline f32 level(u32 code) {
-  constexpr float top = ((1 << Bits) - 1) / 2.0f, rise = bend(Bits) / (top * top);
+  using G = Grid<Bits>;
 #if defined(__AVX512F__)
   if constexpr (Bits <= 4) {  // one permutation looks up any 16 floats
     f32 table;
-    for (int i = 0; i < 16; ++i) table[i] = (i - top) * (1 + rise * (i - top) * (i - top));
+    for (int i = 0; i < 16; ++i)
+      table[i] = (i - G::kTop) * (1 + G::kCubic * (i - G::kTop) * (i - G::kTop));
     return _mm512_permutexvar_ps(bit_cast<__m512i>(code), table);
   }
 #endif
-  f32 c = __builtin_convertvector(bit_cast<i32>(code), f32) - top;
-  return rise ? c * (c * c * rise + 1.0f) : c;
+  return G::level(__builtin_convertvector(bit_cast<i32>(code), f32) - G::kTop);
 }
 
 // Bit planes: a run of bytes for the Low bits of all codes, then one for the High bits. Byte j of

@@ -1,4 +1,5 @@
 // Formats of stored heads, as in kvtools/reference/quant.py: levels, and how codes are packed.
+// decode.h reads them.
 #pragma once
 
 #include <cmath>
@@ -36,8 +37,6 @@ inline void with_bits(Format format, F f) {
   }
 }
 
-inline bool is_integer(Format format) { return format != Format::none && format != Format::fp8; }
-
 // A plane holds `Bits` bits of every code, from bit `Low` on, in w = d Bits / 8 bytes: those of
 // elements j, j + w, ... in byte j, lowest bits first.
 template <int Bits, int Low>
@@ -48,15 +47,6 @@ inline void pack_plane(const uint8_t* codes, int64_t w, uint8_t* plane) {
       byte |= (codes[j + i * w] >> Low & ((1 << Bits) - 1)) << (Bits * i);
     plane[j] = byte;
   }
-}
-
-template <int Bits, int Low>
-inline void unpack_plane(const uint8_t* plane, int64_t w, uint8_t* codes) {
-  for (int i = 0; i < 8 / Bits; ++i)
-    for (int64_t j = 0; j < w; ++j) {
-      const int part = (plane[j] >> (Bits * i) & ((1 << Bits) - 1)) << Low;
-      codes[j + i * w] = Low ? codes[j + i * w] | part : part;
-    }
 }
 
 // 6 bits lie in planes of 4 and 2, and 3 in planes of 2 and 1; others in one.
@@ -71,43 +61,14 @@ inline void pack(const uint8_t* codes, int64_t d, uint8_t* packed) {
   }
 }
 
-template <int Bits>
-inline void unpack(const uint8_t* packed, int64_t d, uint8_t* codes) {
-  if constexpr (Bits == 6 || Bits == 3) {
-    constexpr int kLow = Bits == 6 ? 4 : 2;
-    unpack_plane<kLow, 0>(packed, d * kLow / 8, codes);
-    unpack_plane<Bits - kLow, kLow>(packed + d * kLow / 8, d * (Bits - kLow) / 8, codes);
-  } else {
-    unpack_plane<Bits, 0>(packed, d * Bits / 8, codes);
-  }
-}
-
-inline f32 load_codes(const uint8_t* p) {
-  return __builtin_convertvector(__builtin_convertvector(load_bits<u8>(p), i32), f32);
-}
-
-inline void store_codes(uint8_t* p, i32 codes) {
-  const u8 y = __builtin_convertvector(codes, u8);
-  std::memcpy(p, &y, sizeof y);
-}
-
-// float8_e4m3fn: no infinity, and only the greatest magnitude is NaN.
-inline f32 from_fp8(const uint8_t* p) {
-  const u32 x = __builtin_convertvector(load_bits<u8>(p), u32), magnitude = x & 0x7f;
-  // The exponent is moved by a product, which is exact for denormals too.
-  const f32 y = bit_cast<f32>(magnitude << 20) * 0x1p120f;
-  const u32 nan = bit_cast<u32>(magnitude == 0x7f) & 0x7fc00000;
-  return bit_cast<f32>(bit_cast<u32>(y) | nan | (x & 0x80) << 24);
-}
-
 // Of at most 448 in magnitude; half to even.
-inline i32 to_fp8(f32 x) {
+inline u32 to_fp8(f32 x) {
   const u32 bits = bit_cast<u32>(x), magnitude = bits & 0x7fffffff;
   // Normal: rebias, round. Small: adding 2^14 lines the bits up, and rounds.
   const u32 normal = (magnitude - (120u << 23) + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
   const u32 small = bit_cast<u32>(bit_cast<f32>(magnitude) + 0x1p14f) - 0x46800000;
   const u32 is_small = bit_cast<u32>(magnitude < (121u << 23));
-  return bit_cast<i32>((small & is_small) | (normal & ~is_small) | (bits >> 24 & 0x80));
+  return (small & is_small) | (normal & ~is_small) | (bits >> 24 & 0x80);
 }
 
 }  // namespace kvtools::KVTOOLS_ISA

@@ -2,7 +2,7 @@
 #include <cmath>
 #include <vector>
 
-#include "format.h"
+#include "decode.h"
 #include "isa.h"
 #include "rotate.h"
 
@@ -15,7 +15,7 @@ constexpr int kMostTries = 12;
 // What one thread needs for a head. Its vectors are whole: zero behind d.
 struct Scratch {
   explicit Scratch(int64_t d)
-      : x((d + kLanes - 1) / kLanes * kLanes), levels(kMostTries * x.size()), codes(x.size()) {}
+      : x(whole_vectors(d)), levels(kMostTries * x.size()), codes(x.size()) {}
 
   std::vector<float> x, levels;  // levels for each range tried
   std::vector<uint8_t> codes;
@@ -118,7 +118,7 @@ f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
     const f32 y = load(x + j);
     const f32 k = nearest<Bits>(abs(y) * best_inverse);
     const f32 code = select(y < 0.0f, (G::kTop - 0.5f) - k, (G::kTop + 0.5f) + k);
-    store_codes(&scratch.codes[j], __builtin_convertvector(code, i32));
+    store_bytes(&scratch.codes[j], bit_cast<u32>(__builtin_convertvector(code, i32)));
   }
   pack<Bits>(scratch.codes.data(), d, packed);
   return best_scale;
@@ -128,7 +128,7 @@ f32 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   const f32 scale = to_scale(peak_of(x, d) / 448);
   for (int64_t j = 0; j < d; j += kLanes) {
     const f32 y = load(x + j) / scale;
-    store_codes(&scratch.codes[j], to_fp8(max(min(y, splat(448)), splat(-448))));
+    store_bytes(&scratch.codes[j], to_fp8(max(min(y, splat(448)), splat(-448))));
   }
   std::memcpy(packed, scratch.codes.data(), d);
   return scale;
@@ -150,23 +150,6 @@ void put(const char* x, Type type, int64_t d, const Content& to, int64_t p, int6
     with_bits(to.format,
               [&](auto bits) { scale = encode<decltype(bits)::value>(y, d, scratch, packed); });
   store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), scale[0]);
-}
-
-// Decode codes to fp32, still rotated.
-void decode(const uint8_t* packed, float scale, int64_t d, Format format, Scratch& scratch) {
-  float* x = scratch.x.data();
-  uint8_t* codes = scratch.codes.data();
-  if (format == Format::fp8) {
-    std::memcpy(codes, packed, d);
-    for (int64_t j = 0; j < d; j += kLanes) store(x + j, from_fp8(codes + j) * scale);
-    return;
-  }
-  with_bits(format, [&](auto bits) {
-    using G = Grid<decltype(bits)::value>;
-    unpack<decltype(bits)::value>(packed, d, codes);
-    for (int64_t j = 0; j < d; j += kLanes)
-      store(x + j, G::level(load_codes(codes + j) - G::kTop) * scale);
-  });
 }
 
 // Elements that are work enough for a thread, some 10 us.
@@ -199,9 +182,10 @@ void dequantize_kv(const DequantizeKv& p, const Pool& pool) {
         [&](int64_t begin, int64_t end, Scratch& scratch) {
           for (int64_t i = begin; i < end; ++i) {
             const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
-            const auto* packed = reinterpret_cast<const uint8_t*>(p.from.codes.at(0, 0, i));
-            decode(packed, scale, p.d, p.from.format, scratch);
             float* x = scratch.x.data();
+            with_reader(p.from, p.d, [&](auto read) {
+              decode_row(read, p.from.codes.at(0, 0, i), p.d, scale, x);
+            });
             rotate_back(x, p.d);
             convert(reinterpret_cast<char*>(x), Type::f32, p.out.at(i), p.out.type, p.d);
           }

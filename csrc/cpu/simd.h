@@ -84,6 +84,15 @@ inline void store_words(void* p, u32 x) {
 #endif
 }
 
+inline void store_bytes(void* p, u32 x) {
+#if defined(__AVX512F__)
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(bit_cast<__m512i>(x)));
+#else
+  u8 y = __builtin_convertvector(x, u8);
+  std::memcpy(p, &y, sizeof y);
+#endif
+}
+
 // Memory to fp32 and back.
 
 inline f32 load(const float* p) { return load_bits<f32>(p); }

@@ -31,15 +31,13 @@ class Op:
     reference elsewhere.
     """
 
-    def __init__(
-        self, name: str, schema: str, fake: Callable, *, reference: Callable, cpu: bool = False
-    ) -> None:
+    def __init__(self, name: str, schema: str, fake: Callable, *, reference: Callable) -> None:
         OPS[name] = self
         self.name = name
         self._overloads: dict[str, Any] = {}
         self._add("reference", schema, fake)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-        if COMPILED and cpu:
+        if COMPILED:
             self._add("cpu", schema, fake)
 
     def _add(self, impl: str, schema: str, fake: Callable) -> None:

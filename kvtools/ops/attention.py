@@ -117,15 +117,12 @@ def _fake_merge(a_bhd: Tensor, a_lse_bh: Tensor, *args: Tensor) -> tuple[Tensor,
     return torch.empty_like(a_bhd), a_lse_bh.new_empty(a_lse_bh.shape, dtype=dtype)
 
 
-_tree_attention = Op(
-    "tree_attention", _TREE_SCHEMA, _fake_tree, reference=reference.tree_attention, cpu=True
-)
+_tree_attention = Op("tree_attention", _TREE_SCHEMA, _fake_tree, reference=reference.tree_attention)
 _merge_states = Op(
     "merge_states",
     "(Tensor a_bhd, Tensor a_lse_bh, Tensor b_bhd, Tensor b_lse_bh) -> (Tensor, Tensor)",
     _fake_merge,
     reference=reference.merge_states,
-    cpu=True,
 )
 
 

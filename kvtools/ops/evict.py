@@ -20,7 +20,6 @@ _key_scores = Op(
     "int sliding, str group) -> (Tensor, Tensor)",
     _fake_key_scores,
     reference=reference.key_scores,
-    cpu=True,
 )
 _select_victims = Op(
     "select_victims",
@@ -28,7 +27,6 @@ _select_victims = Op(
     "Tensor protect_from_n, int count) -> Tensor",
     lambda score_nhs, *args: score_nhs.new_empty(*score_nhs.shape[:2], args[-1], dtype=torch.int32),
     reference=reference.select_victims,
-    cpu=True,
 )
 _compact_kv = Op(
     "compact_kv",
@@ -36,7 +34,6 @@ _compact_kv = Op(
     "Tensor(d!)? v_scale, Tensor(e!)? position, Tensor(f!)? importance, Tensor(g!)? history) -> ()",
     lambda *args: None,
     reference=reference.compact_kv,
-    cpu=True,
 )
 
 

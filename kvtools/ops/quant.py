@@ -123,14 +123,12 @@ _quantize_kv = Op(
     "(Tensor x, str format) -> (Tensor, Tensor)",
     _fake_quantize,
     reference=reference.quantize_kv,
-    cpu=True,
 )
 _dequantize_kv = Op(
     "dequantize_kv",
     "(Tensor codes, Tensor scale, int d, ScalarType dtype) -> Tensor",
     lambda codes, scale, d, dtype: codes.new_empty(*codes.shape[:-1], d, dtype=dtype),
     reference=reference.dequantize_kv,
-    cpu=True,
 )
 _append_kv = Op(
     "append_kv",
@@ -139,7 +137,6 @@ _append_kv = Op(
     "Tensor(g!)? history) -> ()",
     lambda *args: None,
     reference=reference.append_kv,
-    cpu=True,
 )
 
 

@@ -29,7 +29,6 @@ _sample = Op(
     "Tensor top_p_b, Tensor min_p_b) -> (Tensor, Tensor, Tensor)",
     _fake_sample,
     reference=reference.sample,
-    cpu=True,
 )
 
 

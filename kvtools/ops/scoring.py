@@ -28,7 +28,6 @@ _step_scores = Op(
     "str link, str reduce, float temperature) -> (Tensor, Tensor, Tensor)",
     _fake_step_scores,
     reference=reference.step_scores,
-    cpu=True,
 )
 _token_logprobs = Op(
     "token_logprobs",
@@ -37,7 +36,6 @@ _token_logprobs = Op(
     "-> (Tensor, Tensor)",
     _fake_token_logprobs,
     reference=reference.token_logprobs,
-    cpu=True,
 )
 
 
