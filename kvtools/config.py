@@ -29,12 +29,13 @@ class CacheConfig:
         policy: "scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random", or a callable
             that takes `kvtools.policy.Candidates` and returns the worth of each.
         window: w, steps over which low attention is counted, and queries of a prompt that judge its
-            tokens.
+            tokens. Beyond `recent` it favours young tokens, which were there for fewer steps.
         recent: r, newest tokens of a row, that are never evicted.
         recent_bits: 16, 8 or "fp8": those tokens are also held like this, if that is finer than
             `k_bits` or `v_bits`, and read from there; None to read them as they are stored.
         sinks: first tokens of a prompt, never evicted and always kept unquantised.
-        drop: m, victims chosen at a time; default half the budget.
+        drop: m, victims chosen at a time; default an eighth of the budget. The
+            paper's half loses more where a third of the tokens stays, less where half of them do.
         group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
             their average does.
         layer_budget: "uniform"; "later" for half the budgets at the first layer up to one and a
@@ -52,12 +53,12 @@ class CacheConfig:
     prompt_budget: int | float | None = None
     budget: int | None = None
     policy: str | Policy | Callable = "scissorhands"
-    window: int = 32
+    window: int = 16
     recent: int = 16
     recent_bits: int | str | None = 8
     sinks: int = 4
     drop: int | None = None
-    group: str = "all"
+    group: str = "mean"
     layer_budget: str | Sequence[float] = "uniform"
     page_size: int = 16
     impl: str = "auto"
