@@ -217,8 +217,8 @@ def run(todo: Sequence[Task], journal: Journal, console: Console) -> None:
             console.print(
                 f"{name:26} {row['bits']:6.3f} bits  KL {row['kl']:.5f}  top-1 {row['top1']:.4f}  "
                 f"right {row['right']:.3f}",
-                highlight=False,
-            )
+                highlight=False, soft_wrap=True,
+            )  # fmt: skip
 
 
 def solve(journal: Journal, console: Console, count: int = 12) -> None:
@@ -238,7 +238,7 @@ def solve(journal: Journal, console: Console, count: int = 12) -> None:
     console.rule(f"problems: {count}")
     for name in configs:
         shares = (f"{x} {cells[name][x]:.3f}" for x in ("greedy", "pass1", "pass_n", "majority"))
-        console.print(f"{name:26} {'  '.join(shares)}", highlight=False)
+        console.print(f"{name:26} {'  '.join(shares)}", highlight=False, soft_wrap=True)
 
 
 def targets(cells: dict[str, dict]) -> list[dict]:
@@ -339,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="results; what it has is kept")
     parser.add_argument(
-        "--readme", type=Path, metavar="PATH", help="rewrite the table in this file"
+        "--readme", type=Path, metavar="PATH", help="rewrite its table, and docs/quality.svg by it"
     )
     parser.add_argument("--only", nargs="*", metavar="TASK", help="only these tasks")
     args = parser.parse_args(argv)
@@ -373,8 +373,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.readme and left:
         print(f"{args.readme} waits for {', '.join(left)}", file=sys.stderr)
     elif args.readme:
+        from bench import plots
+
         result = header | {"cells": journal.cells, "where": where}
         demo.rewrite(args.readme, "quality", table(journal.cells), caption(result))
+        plots.draw_quality(result, args.readme.parent / "docs/quality.svg")
     if not args.quick:
         return 0
     wrong = outside(journal.cells, json.loads((HERE / "bounds.json").read_text()))
