@@ -62,7 +62,6 @@ bench: ext $(PACKAGE) ## run the benchmarks (pytest-benchmark)
 
 quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
 	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)
-	@$(PY) -m bench.plots
 
 clean: ## remove all that make built, .venv included
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_*.so

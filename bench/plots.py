@@ -1,6 +1,7 @@
 """Draws the figures of the README from committed results only: python -m bench.plots."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -43,38 +44,67 @@ def save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
+# Rows of the figure of quality: a model, and its tasks for divergence and for right answers.
+MODELS = (
+    ("SmolLM2-135M", "text", "needle 2000"),
+    ("Gemma 3 270M", "Gemma text", "Gemma needle 2000"),
+    ("byte-level model", "recall", "recall"),
+    ("byte-level model", "worked sums", "worked sums"),
+)
+FORMATS = [f"{bits}-bit" for bits in (8, 6, 4, 3, 2)]
+PRESETS = ("lossless", "balanced", "max")
+POLICIES = dict(zip(("scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random"),
+                    "oPd^vsX", strict=True))  # fmt: skip
+RIVALS = ("kivi4", "kivi4-g64", "kivi2", "rtn4", "quanto4", "hqq4", "fp8-tensor")
+
+
 def draw_quality(result: dict, path: Path) -> None:
-    """Bits against divergence, and compression against right answers."""
+    """Bits held against divergence and against right answers, a row per model."""
     cells = result["cells"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    ours = [f"{bits}-bit" for bits in (8, 6, 4, 3, 2)]
-    for names, color in (
-        ([*ours, "lossless", "balanced"], "C0"),
-        (("kivi4", "kivi4-g64", "kivi2", "rtn4", "quanto4", "hqq4", "fp8-tensor"), "0.5"),
-    ):
-        rows = {name: cells["text"][name] for name in names if name in cells["text"]}
-        if color == "C0":
-            line = [rows[name] for name in ours]
-            left.plot([x["bits"] for x in line], [x["kl"] for x in line], color=color, lw=1)
-        for name, row in rows.items():
-            left.plot(row["bits"], row["kl"], "o", color=color, ms=4)
-            left.annotate(
-                name, (row["bits"], row["kl"]), (4, 4), textcoords="offset points", fontsize=7,
-                color=color,
-            )  # fmt: skip
-    left.set(yscale="log", xlabel="bits per element held", ylabel="KL from the 16-bit cache, nats")
-    left.set_title("text", fontsize="medium")
-    needle = cells["needle 2000"]
-    kept = sorted((row["ratio"], row["right"]) for name, row in needle.items()
-                  if name.startswith("scissorhands") or name in ("max", "balanced"))  # fmt: skip
-    right.plot(*zip(*kept, strict=True), "o-", color="C0", ms=4, label="scissorhands")
-    for i, name in enumerate(("h2o", "snapkv", "tova", "streaming", "lru", "random")):
-        row = needle[name]
-        right.plot(row["ratio"], row["right"], "<>^vsD"[i], color="0.5", ms=5, label=name)
-    right.set(xlabel="16-bit bytes over bytes held", ylabel="right", ylim=(-0.05, 1.05))
-    right.set_title("needle in 2,000 tokens, 4 bits, question visible", fontsize="medium")
-    right.legend(fontsize=7)
+    models = [(name, *tasks) for name, *tasks in MODELS if cells.keys() >= {*tasks}]
+    figure, axes = plt.subplots(
+        len(models), 2, figsize=(9, 2.5 * len(models)), squeeze=False, layout="constrained"
+    )
+    handles = {}
+    for (left, right), (name, divergence, answers) in zip(axes, models, strict=True):
+        scatter(left, cells[divergence], "kl")
+        scatter(right, cells[answers], "top1" if answers == "recall" else "right")
+        left.set(yscale="log", ylabel="KL from 16 bits, nats", ymargin=0.1)
+        right.set(ylim=(-0.05, 1.15), ylabel="right answers")
+        for axis, task in ((left, divergence), (right, answers)):
+            axis.set_title(f"{name}: {task.removeprefix('Gemma ')}", fontsize="medium")
+            axis.set(xscale="log", xlim=(0.25, 24), xticks=(ticks := (0.5, 1, 2, 4, 8, 16)))
+            axis.set_xticklabels(map(str, ticks))
+            axis.minorticks_off()
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    for axis in axes[-1]:
+        axis.set_xlabel("bits held per element")
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
     save(figure, path)
+
+
+def scatter(axis: plt.Axes, rows: dict[str, dict], metric: str) -> None:
+    """Each cache of a task; formats and shares of tokens kept are lines."""
+
+    def points(names: Sequence[str]) -> list[tuple[float, float]]:
+        return [(rows[name]["bits"], rows[name][metric]) for name in names if name in rows]
+
+    shares = [name for name in rows if name.startswith("scissorhands ")]
+    for names, label, style in (
+        (FORMATS, "8, 6, 4, 3, 2 bits", "o-C0"),
+        (shares, "4 bits, fewer tokens", "o--C0"),
+        (PRESETS, "preset", "*C3"),
+        (RIVALS, "other caches", "xk"),
+    ):
+        if chosen := points(names):
+            axis.plot(*zip(*chosen, strict=True), style, ms=4, lw=1, label=label)
+    for name, marker in POLICIES.items():
+        if chosen := points([name]):
+            axis.plot(*zip(*chosen, strict=True), marker, color="C2", mfc="none", ms=5, label=name)
+    for names, (offset, align) in ((RIVALS, ((4, 3), "left")), (PRESETS, ((-4, -7), "right"))):
+        for name in names:
+            for point in points([name]):
+                axis.annotate(name, point, offset, textcoords="offset points", ha=align, fontsize=7)
 
 
 if __name__ == "__main__":

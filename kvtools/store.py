@@ -40,7 +40,7 @@ class Store:
         self.budget = scaled(config.budget)
         self.drop = None
         if self.budget is not None:
-            drop = config.drop or max(1, config.budget // 2)
+            drop = config.drop or max(1, config.budget // 8)
             self.drop = min(max(1, round(drop * factor)), self.budget - config.recent)
         self.forest = Forest(pages or 0, config.page_size)
         self.layers: dict[int, KVPages] = {}
@@ -70,7 +70,7 @@ class Store:
                 f"the page pool is exhausted: {pages} pages are needed, {free} of {total} are "
                 "free; give the cache more pages, or drop rows"
             )
-        total += max(pages - free, total // 8)
+        total += max(pages - free, total // 16)
         self.forest.grow(total)
         for layer in self.layers.values():
             layer.grow(total)

@@ -70,7 +70,7 @@ class Literal:
     def step(self, now, q_hgd, k_hd, v_hd):
         config = self.config
         if len(self.own[0]) == config.budget and not self.victims[0]:
-            drop = config.budget // 2 if config.drop is None else config.drop
+            drop = max(1, config.budget // 8) if config.drop is None else config.drop
             for h, own in enumerate(self.own):
                 open_ = [i for i, token in enumerate(own) if token.position < now - config.recent]
                 rank = {i: (*self.worth(self, h, i, now), own[i].position) for i in open_}

@@ -177,3 +177,32 @@ def test_bounds_catch_a_regression():
     assert bench.outside(cells, {"text/4-bit/kl": [0, 0.03]}) == []
     (line,) = bench.outside(cells, {"text/4-bit/kl": [0, 0.01]})
     assert line.startswith("text/4-bit/kl is 0.02")
+
+
+def test_grown_items_are_the_same_tokens():
+    bench = pytest.importorskip("bench.quality")
+    (item,) = items(1, 40, 8)
+    (grown,) = bench.grown([item], 5)
+    assert len(grown.prompt) == 5 and grown.prompt + grown.then == item.prompt + item.then
+    assert [grown.then[i] for i in grown.graded] == [item.then[i] for i in item.graded]
+
+
+def test_table_and_caption():
+    """Rows of every model that was measured; word problems in a sentence."""
+    bench = pytest.importorskip("bench.quality")
+    row = dict(bits=4.5, kl=0.01, kl_ci=[-0.001, 0.02], top1=0.9, right=0.75, n=8, ratio=20.0)
+    shares = dict(n=12, samples=16, greedy=0.25, pass1=0.125, majority=0.5, pass_n=0.75)
+    cells = {
+        "text": {"exact": row, "max": row}, "needle 2000": {"exact": row, "max": row},
+        "Gemma text": {"max": row}, "problems": {"exact": shares},
+    }  # fmt: skip
+    heads, *rows = bench.table(cells)
+    assert {len(x) for x in rows} == {len(heads)}
+    assert [x[0] for x in rows] == ["16-bit", "max", "Gemma max"]
+    assert rows[1][1:6] == ["4.50", "0.01000", "0.00000-0.02000", "0.9000", "0.75"]
+    where = dict(torch="2", transformers="5")
+    result = dict(model="M", dtype="float32", commit="abc", cells=cells, where=where)
+    said = "any of them: 16-bit 0.25, 0.12, 0.50, 0.75."
+    assert said in bench.caption(result) and "Gemma" not in bench.caption(result)
+    cells["Gemma needle 2000"] = {"exact": row}
+    assert "no open-source licence" in bench.caption(result)
