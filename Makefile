@@ -30,10 +30,10 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(shell $(or $(CXX),g++) -print-file-name=libasan.so)
 
-.PHONY: help demo test sanitize lint format bench quality clean ext
+.PHONY: help demo test sanitize lint format bench bench-cpu quality clean ext
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
 
 demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plain generate
 	@$(PY) -m kvtools.cli demo $(ARGS)
@@ -59,6 +59,10 @@ format: $(PACKAGE) ## rewrite the sources in style
 
 bench: ext $(PACKAGE) ## run the benchmarks (pytest-benchmark)
 	@$(PY) -m pytest -q bench $(ARGS)
+
+bench-cpu: ext $(MODEL) $(RIVALS) ## measure speed on this CPU, rewrite the README's table and plot
+	@$(PY) -m bench.cpu --json bench/results/cpu.json --readme README.md $(ARGS)
+	@$(PY) -m bench.plots
 
 quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
 	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)

@@ -107,9 +107,38 @@ def scatter(axis: plt.Axes, rows: dict[str, dict], metric: str) -> None:
                 axis.annotate(name, point, offset, textcoords="offset points", ha=align, fontsize=7)
 
 
+def draw_cpu(result: dict, path: Path) -> None:
+    """Decoding speed against rows: a panel per prompt, a line per contender."""
+    prompts = result["cells"]["sweep"]["prompts"]
+    figure, axes = plt.subplots(
+        1, len(prompts), figsize=(9, 2.8), sharey=True, layout="constrained"
+    )
+    styles = {"plain": ("0.5", "s"), "kvtools 16-bit": ("C0", "o"), "kvtools balanced": ("C1", "^")}
+    for axis, (length, cells) in zip(axes, prompts.items(), strict=True):
+        for name, (color, marker) in styles.items():
+            points = [(int(n), rows[name]["tokens_per_s"]) for n, rows in cells.items()
+                      if "tokens_per_s" in rows[name]]  # fmt: skip
+            label = "plain, prefilled once" if name == "plain" else name
+            axis.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="rollouts", xticks=[int(n) for n in cells])
+        axis.minorticks_off()
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.yaxis.set_major_formatter("{x:.0f}")
+        axis.grid(alpha=0.3)
+        axis.set_title(f"prompt of {int(length):,} tokens", fontsize="medium")
+    axes[0].set_ylabel("decoding, tokens/s")
+    axes[-1].legend(fontsize=7)
+    save(figure, path)
+
+
 if __name__ == "__main__":
     for draw, results, name in (
         (draw_demo, "demo-cpu.json", "demo.svg"),
         (draw_quality, "quality-cpu.json", "quality.svg"),
+        (draw_cpu, "cpu.json", "cpu.svg"),
     ):
-        draw(json.loads((ROOT / "bench/results" / results).read_text()), ROOT / "docs" / name)
+        path = ROOT / "bench/results" / results
+        if path.exists():
+            draw(json.loads(path.read_text()), ROOT / "docs" / name)
+        else:
+            print(f"{name} is left as it is: there is no {path.relative_to(ROOT)}")

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from rich.console import Console
 
 import kvtools
 from bench.rivals import available, rivals
+from bench.targets import Targets
 from kvtools import CacheConfig, cli, demo, models, tasks
 from kvtools.config import PRESETS
 from kvtools.policy import POLICIES
@@ -241,14 +241,10 @@ def solve(journal: Journal, console: Console, count: int = 12) -> None:
         console.print(f"{name:26} {'  '.join(shares)}", highlight=False, soft_wrap=True)
 
 
-def targets(cells: dict[str, dict]) -> list[dict]:
-    """The figures the project set itself: name, value, target and whether it is met."""
-    found = []
-
-    def add(name: str, value: float, target: float, least: bool = False) -> None:
-        ok = value >= target if least else value <= target
-        found.append({"name": name, "value": value, "target": target, "ok": ok})
-
+def targets(cells: dict[str, dict]) -> Targets:
+    """The figures the project set itself."""
+    found = Targets()
+    add = found.add
     text = cells.get("text", {})
     if "4-bit" in text:
         add("bits per element of 4-bit", text["4-bit"]["bits"], 4.5)
@@ -356,19 +352,10 @@ def main(argv: list[str] | None = None) -> int:
     if "problems" in only:
         solve(journal, console)
     reached = targets(journal.cells)
-    where = {
-        "device": demo.place("cpu"), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": cli.environment()["versions"]["transformers"],
-        "kvtools": kvtools.__version__, "date": date.today().isoformat(),
-        "dirty": demo.commit()["dirty"],
-    }  # fmt: skip
+    where = demo.where("cpu")
+    where |= {"kvtools": kvtools.__version__, "dirty": demo.commit()["dirty"]}
     journal.save(where=where, targets=reached)
-    for target in reached:
-        console.print(
-            ("ok    " if target["ok"] else "MISSED")
-            + f" {target['name']}: {target['value']:.5g} (target {target['target']:.5g})",
-            highlight=False,
-        )
+    reached.show(console)
     left = [name for name in names if name not in journal.cells]
     if args.readme and left:
         print(f"{args.readme} waits for {', '.join(left)}", file=sys.stderr)

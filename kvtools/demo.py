@@ -72,11 +72,7 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
         "n": n,
         "prompt_tokens": length,
         "new_tokens": new_tokens,
-        "device": place(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": cli.environment()["versions"]["transformers"],
-        "date": date.today().isoformat(),
+        **where(device),
         **commit(),
         "rows": rows,
     }
@@ -125,6 +121,17 @@ def rewrite(readme: Path, name: str, rows: Sequence[Sequence[str]], caption: str
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
     head, tail = text.split(begin)[0], text.split(end, 1)[1]
     readme.write_text(f"{head}{begin}\n{table}\n\n{caption}\n{end}{tail}")
+
+
+def where(device: str) -> dict:
+    """What ran, apart from our own sources, and when."""
+    return {
+        "device": place(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": cli.environment()["versions"]["transformers"],
+        "date": date.today().isoformat(),
+    }
 
 
 def place(device: str) -> str:

@@ -1,0 +1,104 @@
+"""The CPU benchmark on tiny shapes and a tiny model: it must not rot."""
+
+import json
+
+import pytest
+import torch
+from models import fresh_model, random_ids
+from rich.console import Console
+
+pytest.importorskip("pytest_benchmark")
+
+from bench import bench_attention, bench_sampling, cpu  # noqa: E402
+from bench.bench_attention import Shape  # noqa: E402
+from kvtools import demo  # noqa: E402
+from kvtools.ops import COMPILED  # noqa: E402
+from kvtools.quality import Journal  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not COMPILED, reason="kvtools was built without its C++ kernels")
+TINY = cpu.Scale(
+    copied=2**16, product=32, shared=Shape(3, 40, 9, 2, 2, 16), alone=Shape(3, 0, 17, 2, 2, 16),
+    long=Shape(2, 0, 40, 2, 2, 16), logits=bench_sampling.Shape(2, 300), rounds=2, rows=3,
+    prompt=20, new=4, few=(2, 3), sweep_rows=(1, 3), sweep_prompts=(8, 20), sweep_rounds=1,
+)  # fmt: skip
+
+
+def tiny(dtype):
+    return fresh_model().to(dtype), random_ids(1, 40)[0].tolist()
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "cpu.json"
+    with pytest.MonkeyPatch.context() as patch:
+        # It starts threads and takes seconds; a rival that does not run is a row that says so.
+        patch.setattr(cpu, "batched", lambda *args: 1 / 0)
+        patch.setattr(cpu, "LIMIT", 8 * 3 * 4 * cpu.elements(tiny(torch.float32)[0]))
+        journal = Journal(path, {"commit": "1234567"})
+        cpu.run(list(cpu.PARTS), TINY, tiny, journal, Console(quiet=True))
+    where = demo.where("cpu") | {"commit": "1234567", "dirty": False}
+    journal.save(where=where, targets=cpu.targets(journal.cells))
+    return json.loads(path.read_text())
+
+
+def test_every_part_is_measured_and_every_target_judged(result):
+    cells = result["cells"]
+    assert list(cells) == list(cpu.PARTS)
+    for dtype in ("float32", "bfloat16"):
+        rows = cells["attention"]["shared"][dtype]
+        assert set(bench_attention.RIVALS) < set(rows)
+        assert rows["cpu"]["ratio"] == 1 and rows["cpu"]["of_floor"] > 0
+        assert rows["cpu int4"]["bytes"] < rows["cpu"]["bytes"]
+        step = cells["step"][dtype]
+        assert {"forward", "step", "tree_attention", "append_kv", "sample"} < set(step)
+        rows = cells["generate"][dtype]
+        assert all(row["memory"] > 0 and row["tokens_per_s"] > 0 for row in rows.values())
+    assert cells["generate"]["few"]["generate_batch"]["failed"].startswith("ZeroDivisionError")
+    assert "skipped" in cells["sweep"]["prompts"]["20"]["3"]["plain"]
+    assert cells["sweep"]["prompts"]["20"]["1"]["plain"]["tokens_per_s"] > 0
+    names = [target["name"] for target in result["targets"]]
+    assert len(names) == len(set(names)) == 20
+
+
+def test_table_and_figure(result, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- cpu:begin -->\n<!-- cpu:end -->\n")
+    demo.rewrite(readme, "cpu", cpu.table(result["cells"]), cpu.caption(result))
+    text = readme.read_text()
+    assert "does not run" in text and "commit 1234567." in text
+    plots = pytest.importorskip("bench.plots", exc_type=ImportError)
+    plots.draw_cpu(result, tmp_path / "cpu.svg")
+    assert "prompt of 20 tokens" in (tmp_path / "cpu.svg").read_text()
+
+
+@pytest.mark.parametrize("met", [True, False])
+def test_targets(met):
+    x, less, share = (100.0, 0.01, 0.9) if met else (0.5, 2.0, 0.1)
+    rows = {"cpu": {"of_floor": share}, "sdpa": {"ratio": 100.0}, "sdpa gqa": {"ratio": x}}
+    shared = rows | {"sdpa": {"ratio": x}}
+    ours = {"tokens_per_s": x, "memory": less}
+    dtypes = ("float32", "bfloat16")
+    cells = {
+        "attention": {
+            "shared": dict.fromkeys(dtypes, shared), "alone": dict.fromkeys(dtypes, rows),
+            "long": {"bfloat16": {"cpu int4": {"ratio": less}}},
+        },
+        "sample": {"top_k,top_p": {"transformers": {"ratio": x}}},
+        "generate": dict.fromkeys(dtypes, {
+            "plain": {"tokens_per_s": 1.0, "memory": 1.0}, "kvtools 16-bit": ours,
+            "kvtools balanced": ours,
+        }),
+        "step": dict.fromkeys(dtypes, {"step": {"ratio": less}, "host": less}),
+        "sweep": {"one row": {"128": {"ratio": x}}},
+    }  # fmt: skip
+    found = cpu.targets(cells)
+    assert len(found) == 19
+    assert all(target["ok"] is met for target in found)
+    assert cpu.targets({}) == []
+
+
+def test_a_rival_that_computes_something_else_is_not_timed():
+    step = bench_attention.inputs(TINY.shared, torch.float32, "cpu")
+    bench_attention.check(step, bench_attention.sdpa)
+    with pytest.raises(AssertionError, match="differs from eager attention"):
+        bench_attention.check(step, lambda step: 1.1 * bench_attention.sdpa(step))
