@@ -168,7 +168,7 @@ def tree_attention(
             history.
         group: "all" notes a token as low if every query head of its KV head finds it low, "mean" if
             their average does.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere and for fp64.
 
     Returns:
         out_thd in the dtype of `q_thd`, and lse_th (natural log, fp32; fp64 for fp64). A token that
@@ -248,7 +248,7 @@ def merge_states(
         a_lse_bh: log-sum-exp of the scaled scores over A. fp32, natural log; -inf where A is empty.
         b_bhd: output over B, dtype of `a_bhd`.
         b_lse_bh: as `a_lse_bh`, over B.
-        impl: "auto" is the reference.
+        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere and for fp64.
 
     Returns:
         out_bhd in the dtype of `a_bhd`, and lse_bh in fp32. Empty A and B give out 0, lse -inf;
