@@ -192,11 +192,13 @@ def plugged(model: PreTrainedModel) -> Iterator[_Plug]:
         AttentionInterface.register(NAME, _attention)
         AttentionMaskInterface.register(NAME, _mask)
     _plugs[id(config)] = plug = _Plug(stock)
+    # Not by set_attn_implementation, which walks over all modules, twice per step: the models that
+    # `check_model` lets through have one config.
+    config._attn_implementation = NAME
     try:
-        model.set_attn_implementation(NAME)
         yield plug
     finally:
-        model.set_attn_implementation(stock)
+        config._attn_implementation = stock
         del _plugs[id(config)]
 
 
