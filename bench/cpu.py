@@ -237,7 +237,7 @@ def step(scale: Scale, cells: dict, load: Load, steps: int = 4) -> dict:
         spent = []
 
         def forward(model: Any = model, tokens: torch.Tensor = tokens) -> None:
-            with torch.inference_mode():
+            with torch.no_grad():
                 for _ in range(steps):
                     model(input_ids=tokens, use_cache=False)
 
