@@ -26,9 +26,10 @@ KEEP := $(VENV)/constraints.txt
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
-# What the compiled parts do is tested by these. Leaks are not looked for: Python has its own.
+# What the compiled parts do is tested by these. Leaks are not looked for: Python has its own. The C++ library comes along
+# because AddressSanitizer must see its exceptions.
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
-ASAN  = $(shell $(or $(CXX),g++) -print-file-name=libasan.so)
+ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
 .PHONY: help demo test sanitize lint format bench bench-cpu quality clean ext
 
@@ -43,7 +44,7 @@ test: ext $(MODEL) ## run the tests
 
 sanitize: $(PACKAGE) ## the compiled parts' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	@KVTOOLS_SANITIZE=1 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	@cd build/sanitize/lib && LD_PRELOAD=$(ASAN) ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+	@cd build/sanitize/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
 		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) $(ARGS)
 

@@ -23,15 +23,16 @@ REMEDY = "or set KVTOOLS_EXT=0 for a pure-Python install."
 # share an inline function the linker takes the first, which must run everywhere.
 ISAS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    # The last option silences a false alarm in GCC's own headers.
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"]
     ISAS["avx512"] = [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-        "-Wno-maybe-uninitialized",  # false alarm in GCC's own headers
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
+        *ISAS["avx2"],
     ]
+    ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 FLAGS = ["-std=c++17", "-O3", "-g1", "-Wall"]
 if os.environ.get("KVTOOLS_SANITIZE", "0") == "1":
-    FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 HEADERS = [*map(str, sorted(Path("csrc").rglob("*.h"))), "setup.py"]
 
 

@@ -31,7 +31,7 @@ def device():
 
 
 # The C++ kernels run once per instruction set that this processor has.
-IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512"]
+IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
 
 
 @pytest.fixture(params=IMPLS)

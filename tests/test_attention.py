@@ -202,9 +202,12 @@ def test_tree_attention_within_budget(format, dtype, G, D, impl):
     check(case, impl, case.expanded())
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    "format,dtype",
+    [(f, torch.float32) for f in FORMATS] + [("none", torch.float16), ("none", torch.bfloat16)],
+)
 @pytest.mark.parametrize("most", [1, 40])
-def test_tree_attention_splits_over_threads(format, most, impl):
+def test_tree_attention_splits_over_threads(format, dtype, most, impl):
     """Many rows over long nodes: several tiles, each cut where a thread's share ends."""
     H, D, rows = 3, 64, 24
     generator = torch.Generator().manual_seed(most)
@@ -214,7 +217,6 @@ def test_tree_attention_splits_over_threads(format, most, impl):
     counts = np.ones(rows, np.int32)
     counts[::5] = most
     forest.append(counts)
-    dtype = torch.float32
     pages = KVPages.empty(forest.num_pages, H, 16, D, k_format=format, v_format=format, dtype=dtype)
     for x in pages.tensors()[:4]:
         if x is not None:

@@ -28,11 +28,12 @@ KVTOOLS_KERNELS(base)
 #if KVTOOLS_X86
 KVTOOLS_KERNELS(avx2)
 KVTOOLS_KERNELS(avx512)
+KVTOOLS_KERNELS(avx512bf16)
 #endif
 
 namespace kvtools {
 
-enum class Isa { base, avx2, avx512 };
+enum class Isa { base, avx2, avx512, avx512bf16 };
 
 // The widest that this processor has, unless `use_isa` chose another.
 Isa isa();
@@ -45,16 +46,19 @@ const char* use_isa(const char* name);
 
 // Call `kernel` of the instruction set in use.
 #if KVTOOLS_X86
-#define KVTOOLS_RUN(kernel, ...)              \
-  switch (::kvtools::isa()) {                 \
-    case ::kvtools::Isa::avx512:              \
-      ::kvtools::avx512::kernel(__VA_ARGS__); \
-      break;                                  \
-    case ::kvtools::Isa::avx2:                \
-      ::kvtools::avx2::kernel(__VA_ARGS__);   \
-      break;                                  \
-    default:                                  \
-      ::kvtools::base::kernel(__VA_ARGS__);   \
+#define KVTOOLS_RUN(kernel, ...)                  \
+  switch (::kvtools::isa()) {                     \
+    case ::kvtools::Isa::avx512bf16:              \
+      ::kvtools::avx512bf16::kernel(__VA_ARGS__); \
+      break;                                      \
+    case ::kvtools::Isa::avx512:                  \
+      ::kvtools::avx512::kernel(__VA_ARGS__);     \
+      break;                                      \
+    case ::kvtools::Isa::avx2:                    \
+      ::kvtools::avx2::kernel(__VA_ARGS__);       \
+      break;                                      \
+    default:                                      \
+      ::kvtools::base::kernel(__VA_ARGS__);       \
   }
 #else
 #define KVTOOLS_RUN(kernel, ...) ::kvtools::base::kernel(__VA_ARGS__)

@@ -44,6 +44,14 @@ struct Problem {
   int64_t rows(int64_t i) const { return (item(i)[2] - item(i)[1]) * group; }
   int64_t token(int64_t i, int64_t row) const { return p.token[item(i)[1] + row / group]; }
   bool tracked(int64_t i) const { return tracks && p.own[item(i)[0]]; }
+  // Everything is in bf16, and queries are not scaled.
+  bool in_pairs() const {
+    auto is_bf16 = [](const Content& x) {
+      return x.format == Format::none && x.type == Type::bf16;
+    };
+    return p.q.type == Type::bf16 && is_bf16(p.pages.k) && is_bf16(p.pages.v) &&
+           d % (4 * kLanes) == 0 && unit == p.scale;
+  }
   // The last position that a token sees.
   int32_t last_seen(int64_t t) const {
     return p.before ? std::min(p.position[t], p.before[t] - 1) : p.position[t];
@@ -83,7 +91,11 @@ class Tile {
   // `logits` is where the scores of (item, head) go, [rows][slots], or null.
   template <class Logits>
   Tile(const Problem& problem, const Piece& piece, const Partial& partial, const Logits& logits)
-      : o_(problem), piece_(piece), partial_(partial), few_(piece.rows <= kFewRows) {
+      : o_(problem),
+        piece_(piece),
+        partial_(partial),
+        few_(piece.rows <= kFewRows),
+        pairs_(kDotsPairs && !few_ && problem.in_pairs()) {
     const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
     q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows);
     k_tile_ = q_ + whole_vectors(q_size), v_tile_ = k_tile_ + kChunk * o_.width;
@@ -131,13 +143,14 @@ class Tile {
   void attend(Slots& now, const Slots& next);
   void few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled);
   void many_weights(const Slots& now, bool clear);
+  void add_pairs_of(const Slots& now, float* sum);
 
   f32 capped(f32 x) const { return o_.p.softcap > 0 ? tanh(x / o_.p.softcap) * o_.p.softcap : x; }
 
   const Problem& o_;
   const Piece& piece_;
   const Partial& partial_;
-  const bool few_;
+  const bool few_, pairs_;        // many rows in bf16 go two elements, or slots, at a time
   float *q_, *k_tile_, *v_tile_;  // queries [heads][rows][width], or [d][kTileRows] for many rows
   float* x_;                      // scores, then weights: [rows][kChunk], or [kChunk][kTileRows]
   float* logits_ = nullptr;
@@ -163,12 +176,15 @@ inline void Tile::load_queries() {
         decode_row(ReadPlain<T>(o_.d), reinterpret_cast<const char*>(x), o_.d, p.scale / o_.unit,
                    one);
         if (p.pages.k.format != Format::none) rotate(one, o_.d);
-        if (!few_)
+        if (pairs_)
+          for (int64_t e = 0; e < o_.d / 2; ++e)
+            std::memcpy(q_ + e * kTileRows + r, x + 2 * e, sizeof *q_);
+        else if (!few_)
           for (int64_t e = 0; e < o_.d; ++e) q_[e * kTileRows + r] = one[e];
       }
   });
   if (!few_)
-    for (int64_t e = 0; e < o_.d; ++e)
+    for (int64_t e = 0; e < (pairs_ ? o_.d / 2 : o_.d); ++e)
       std::fill(q_ + e * kTileRows + piece_.rows, q_ + e * kTileRows + piece_.padded(), 0.0f);
 }
 
@@ -248,6 +264,12 @@ inline void Tile::attend(Slots& now, const Slots& next) {
       });
     };
     if (few_ && read.whole(d)) return few_rows(read);
+    if (pairs_)
+      return in_groups<kTileVectors>(vectors, [&](auto count, int v) {
+        constexpr int tokens = 4 * (kTileVectors / count.value > 1 ? 2 : 1);
+        many_scores_of_pairs<count.value, tokens>(reinterpret_cast<uint32_t*>(q_) + v * kLanes, d,
+                                                  now.k, n, x_ + v * kLanes);
+      });
     if (!plain(pages.k)) to_tile(read, now.k, now.k_scale, k_tile_, k_scaled), k_scaled = true;
     if (few_) return few_rows(ReadPlain<float>(d));
     in_groups<kTileVectors>(vectors, [&](auto count, int v) {
@@ -273,6 +295,7 @@ inline void Tile::attend(Slots& now, const Slots& next) {
     if (shrink_[r] != 1.0f)
       for (int64_t e = 0; e < width; e += kLanes)
         store(sum + r * width + e, load(sum + r * width + e) * shrink_[r]);
+  if (pairs_) return add_pairs_of(now, sum);
   with_reader(pages.v, d, [&](auto read) {
     if (v_direct)
       return in_groups<4>(rows, [&](auto count, int r) {
@@ -286,6 +309,31 @@ inline void Tile::attend(Slots& now, const Slots& next) {
                               slot_step, sum + r * width, width);
     });
   });
+}
+
+// Add the values of many rows, two slots at a time.
+inline void Tile::add_pairs_of(const Slots& now, float* sum) {
+  const int64_t width = o_.width;
+  const int pairs = (now.n + 1) / 2;
+  auto* v = reinterpret_cast<uint32_t*>(v_tile_);
+  auto* p = reinterpret_cast<uint32_t*>(x_);  // in place: a pair lies before what it is made of
+  for (int s = 0; s < pairs; ++s) {
+    const bool both = 2 * s + 1 < now.n;
+    const char *first = now.v[2 * s], *second = both ? now.v[2 * s + 1] : first;
+    for (int64_t e = 0; e < width; e += kLanes) {
+      const u32 pair = load_words(first + 2 * e) | load_words(second + 2 * e) << 16;
+      std::memcpy(v + s * width + e, &pair, sizeof pair);
+    }
+    for (int64_t r = 0; r < piece_.padded(); r += kLanes) {
+      const float* x = x_ + 2 * s * kTileRows + r;
+      const u32 pair = to_pairs(load(x), both ? load(x + kTileRows) : f32{});
+      std::memcpy(p + s * kTileRows + r, &pair, sizeof pair);
+    }
+  }
+  for (int64_t e = 0; e < width; e += 4 * kLanes)
+    in_groups<kValueRows>(piece_.rows, [&](auto count, int r) {
+      add_pairs<count.value, 4>(v + e, pairs, p + r, sum + r * width + e, width);
+    });
 }
 
 inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled) {

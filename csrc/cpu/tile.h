@@ -120,6 +120,43 @@ inline void add_values(const Read& read, const char* const* rows, const char* co
     add_values<R, 1>(read, rows, next, n, p, p_row, p_slot, out, width, e);
 }
 
+// many_scores of keys in bf16, two elements at a time: q holds pairs, [d / 2][rows].
+template <int V, int T>
+inline void many_scores_of_pairs(const uint32_t* q, int64_t d, const char* const* rows, int n,
+                                 float* x) {
+  for (int s = 0; s < n; s += T) {
+    f32 sum[T][V] = {};
+    for (int64_t e = 0; e < d / 2; ++e) {
+      u32 qe[V];
+      for (int v = 0; v < V; ++v) qe[v] = load_bits<u32>(q + e * kTileRows + v * kLanes);
+      for (int i = 0; i < T; ++i) {
+        uint32_t k;
+        std::memcpy(&k, rows[s + i] + e * sizeof k, sizeof k);
+        for (int v = 0; v < V; ++v) sum[i][v] = dot_pairs(sum[i][v], qe[v], u32{} + k);
+      }
+    }
+    for (int i = 0; i < T; ++i)
+      for (int v = 0; v < V; ++v) store(x + (s + i) * kTileRows + v * kLanes, sum[i][v]);
+  }
+}
+
+// out[r] += sum over pairs of slots; p is [pairs][kTileRows], v [pairs][width].
+template <int R, int V>
+inline void add_pairs(const uint32_t* v, int pairs, const uint32_t* p, float* out, int64_t width) {
+  f32 sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) sum[r][i] = load(out + r * width + i * kLanes);
+  for (int s = 0; s < pairs; ++s) {
+    u32 x[V];
+    for (int i = 0; i < V; ++i) x[i] = load_bits<u32>(v + s * width + i * kLanes);
+    for (int r = 0; r < R; ++r)
+      for (int i = 0; i < V; ++i)
+        sum[r][i] = dot_pairs(sum[r][i], x[i], u32{} + p[s * kTileRows + r]);
+  }
+  for (int r = 0; r < R; ++r)
+    for (int i = 0; i < V; ++i) store(out + r * width + i * kLanes, sum[r][i]);
+}
+
 // Call f(constant, first) for groups of at most Most rows that make up `rows`.
 template <int Most, class F>
 inline void in_groups(int rows, F f) {
