@@ -85,7 +85,8 @@ class KVPages:
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The seven tensors in the order of the fields."""
-        return tuple(getattr(self, field.name) for field in fields(self))
+        content = self.k, self.v, self.k_scale, self.v_scale
+        return *content, self.position, self.importance, self.history
 
     def grow(self, pages: int) -> None:
         """Enlarge every tensor to `pages` pages, keeping the content."""
