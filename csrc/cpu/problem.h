@@ -1,0 +1,86 @@
+// What the parts of attention share: the problem, how it is cut, and partial results.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "decode.h"
+
+namespace kvtools::KVTOOLS_ISA {
+
+// Memory that a thread keeps between calls; what it holds is not kept.
+template <class T, int Use>
+T* scratch(size_t count) {
+  constexpr std::align_val_t kLine{64};
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, kLine); }
+  };
+  thread_local std::unique_ptr<T, Free> memory;
+  thread_local size_t size = 0;
+  if (count > size) {
+    memory.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
+    size = count;
+  }
+  return memory.get();
+}
+
+// The arguments of `tree_attention`, and what follows from them.
+struct Problem {
+  const TreeAttention& p;
+  const int64_t group = p.heads_q / p.pages.heads, d = p.pages.d, width = whole_vectors(d);
+  // Scores are kept before scaling, so that queries are not rounded once more; unit makes them
+  // natural logarithms.
+  const float unit = p.softcap == 0 && p.scale > 0 ? p.scale : 1;
+  const bool tracks = p.pages.importance.data || p.pages.history.data;
+
+  const int32_t* item(int64_t i) const { return p.item + 5 * i; }
+  int64_t slots(int64_t i) const {
+    return std::max(0, std::min(item(i)[4], p.length[item(i)[0]]) - item(i)[3]);
+  }
+  int64_t rows(int64_t i) const { return (item(i)[2] - item(i)[1]) * group; }
+  int64_t token(int64_t i, int64_t row) const { return p.token[item(i)[1] + row / group]; }
+  bool tracked(int64_t i) const { return tracks && p.own[item(i)[0]]; }
+  // Everything is in bf16, and queries are not scaled.
+  bool in_pairs() const {
+    auto is_bf16 = [](const Content& x) {
+      return x.format == Format::none && x.type == Type::bf16;
+    };
+    return p.q.type == Type::bf16 && is_bf16(p.pages.k) && is_bf16(p.pages.v) &&
+           d % (4 * kLanes) == 0 && unit == p.scale;
+  }
+  // The last position that a token sees.
+  int32_t last_seen(int64_t t) const {
+    return p.before ? std::min(p.position[t], p.before[t] - 1) : p.position[t];
+  }
+
+  // Call f(page, offset, count, slot) for the runs of slots [begin, end) that lie in one page.
+  template <class F>
+  void walk(int64_t i, int64_t begin, int64_t end, F f) const {
+    const int64_t node = item(i)[0], size = p.pages.page_size;
+    const int32_t* page = p.page + p.page_indptr[node];
+    for (int64_t slot = begin; slot < end;) {
+      const int64_t at = p.first[node] + slot, offset = at % size;
+      const int64_t count = std::min(size - offset, end - slot);
+      f(page[at / size], offset, count, slot);
+      slot += count;
+    }
+  }
+};
+
+// Slots [begin, end) of a work item against rows [row, row + rows) of each of `heads` KV heads;
+// the results of the first of these rows are at `at` among the partial ones.
+struct Piece {
+  int64_t item, head, heads, row, rows, begin, end, at;
+
+  int64_t padded() const { return whole_vectors(rows); }
+  int64_t results() const { return heads * padded(); }
+};
+
+// Partial results of rows: the sum of weighted values, the greatest score and the sum of weights.
+struct Partial {
+  float *sum, *peak, *mass;
+  int32_t *seen, *next;  // slots that a row sees; another partial result of the same query head
+};
+
+}  // namespace kvtools::KVTOOLS_ISA
