@@ -152,6 +152,7 @@ inline void Tile::read(int64_t step, Slots& slots) const {
               slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
           });
   std::fill(slots.k + slots.n, slots.k + kChunk, slots.k[slots.n - 1]);
+  std::fill(slots.v + slots.n, slots.v + kChunk, slots.v[slots.n - 1]);
   for (int s = 0; s < slots.n; s += kLanes) {
     if (pages.k.scale.data) store(slots.k_scale + s, load(k_scale + s));
     if (pages.v.scale.data) store(slots.v_scale + s, load(v_scale + s));
@@ -181,6 +182,13 @@ inline void Tile::attend(Slots& now, const Slots& next) {
   auto plain = [&](const Content& x) {
     return x.format == Format::none && x.type == Type::f32 && d % kLanes == 0;
   };
+  auto bytes = [&](const Content& x) {
+    int64_t size = 0;
+    with_reader(x, d, [&](auto read) { size = read.bytes(d); });
+    return size;
+  };
+  // Once is enough, so for the first vectors alone.
+  const Ahead ahead[] = {{next.k, next.v, bytes(pages.k), bytes(pages.v)}, {next.k, next.v, 0, 0}};
   with_reader(pages.k, d, [&](auto read) {
     auto few_rows = [&](const auto& reader) {
       in_groups<4>(rows, [&](auto count, int r) {
@@ -193,13 +201,13 @@ inline void Tile::attend(Slots& now, const Slots& next) {
       return in_groups<kTileVectors>(vectors, [&](auto count, int v) {
         constexpr int tokens = 4 * (kTileVectors / count.value > 1 ? 2 : 1);
         many_scores_of_pairs<count.value, tokens>(reinterpret_cast<uint32_t*>(q_) + v * kLanes, d,
-                                                  now.k, n, x_ + v * kLanes);
+                                                  now.k, n, x_ + v * kLanes, ahead[v > 0]);
       });
     if (!plain(pages.k)) to_tile(read, now.k, now.k_scale, k_tile_, k_scaled), k_scaled = true;
     if (few_) return few_rows(ReadPlain<float>(d));
     in_groups<kTileVectors>(vectors, [&](auto count, int v) {
       constexpr int tokens = 4 * (kTileVectors / count.value > 1 ? 2 : 1);
-      many_scores<count.value, tokens>(q_ + v * kLanes, d, now.k, n, x_ + v * kLanes);
+      many_scores<count.value, tokens>(q_ + v * kLanes, d, now.k, n, x_ + v * kLanes, ahead[v > 0]);
     });
   });
 

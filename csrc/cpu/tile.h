@@ -66,10 +66,20 @@ inline void few_scores(const Read& read, const float* q, int64_t width, const ch
   }
 }
 
+// Keys and values of the chunk that follows, fetched while scores are computed.
+struct Ahead {
+  const char *const *k, *const *v;
+  int64_t k_bytes, v_bytes;  // of a row; 0 for nothing
+
+  void operator()(int s) const { fetch(k[s], k_bytes), fetch(v[s], v_bytes); }
+};
+
 // x[s][r] = q[r] · k[s], with q as [d][rows]; s < n rounded up to T.
 template <int V, int T>
-inline void many_scores(const float* q, int64_t d, const char* const* rows, int n, float* x) {
+inline void many_scores(const float* q, int64_t d, const char* const* rows, int n, float* x,
+                        const Ahead& ahead) {
   for (int s = 0; s < n; s += T) {
+    for (int i = 0; i < T; ++i) ahead(s + i);
     f32 sum[T][V] = {};
     const float* k[T];
     for (int i = 0; i < T; ++i) k[i] = reinterpret_cast<const float*>(rows[s + i]);
@@ -123,8 +133,9 @@ inline void add_values(const Read& read, const char* const* rows, const char* co
 // many_scores of keys in bf16, two elements at a time: q holds pairs, [d / 2][rows].
 template <int V, int T>
 inline void many_scores_of_pairs(const uint32_t* q, int64_t d, const char* const* rows, int n,
-                                 float* x) {
+                                 float* x, const Ahead& ahead) {
   for (int s = 0; s < n; s += T) {
+    for (int i = 0; i < T; ++i) ahead(s + i);
     f32 sum[T][V] = {};
     for (int64_t e = 0; e < d / 2; ++e) {
       u32 qe[V];
