@@ -120,7 +120,8 @@ def draw_cpu(result: dict, path: Path) -> None:
                       if "tokens_per_s" in rows[name]]  # fmt: skip
             label = "plain, prefilled once" if name == "plain" else name
             axis.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="rollouts", xticks=[int(n) for n in cells])
+        axis.set(xscale="log", yscale="log", xlabel="rollouts", xticks=[int(n) for n in cells],
+                 yticks=(20, 50, 100, 200, 400))  # fmt: skip
         axis.minorticks_off()
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.yaxis.set_major_formatter("{x:.0f}")
