@@ -30,9 +30,10 @@ if platform.machine() in ("x86_64", "AMD64"):
         *ISAS["avx2"],
     ]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
-FLAGS = ["-std=c++17", "-O3", "-g1", "-Wall"]
+FLAGS, SANITIZERS = ["-std=c++17", "-O3", "-g1", "-Wall"], []
 if os.environ.get("KVTOOLS_SANITIZE", "0") == "1":
-    FLAGS += ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    FLAGS += ["-O1", *SANITIZERS]
 HEADERS = [*map(str, sorted(Path("csrc").rglob("*.h"))), "setup.py"]
 
 
@@ -96,7 +97,7 @@ def extensions() -> dict:
         return built < max(newest, Path(source).stat().st_mtime)
 
     ParallelCompile("KVTOOLS_JOBS", needs_recompile=stale, default=os.cpu_count() or 1).install()
-    shared = dict(depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=FLAGS[4:])
+    shared = dict(depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=SANITIZERS)
     found = [Pybind11Extension("kvtools._host", sources("host"), **shared)]
     torch = importlib.util.find_spec("torch")
     if torch is None:

@@ -206,6 +206,11 @@ const int32_t* int32(const Tensor& x) {
   return static_cast<const int32_t*>(x.data_ptr());
 }
 
+Strided<2> log_sums(const Tensor& lse) {
+  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float, "log-sum-exps must be float32");
+  return strided<2>(lse);
+}
+
 std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k, Tensor v,
                                           Optional k_scale, Optional v_scale, Optional position,
                                           Optional importance, Optional history, Tensor page_indptr,
@@ -214,6 +219,8 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k,
                                           Optional state_out, Optional state_lse, Optional sink_h,
                                           double scale, double softcap, int64_t sliding,
                                           int64_t window, std::string group) {
+  q = with_unit_stride(q);
+  if (state_out) state_out = with_unit_stride(*state_out);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor lse = torch::stable::new_empty(q, q.sizes().slice(0, 2), ScalarType::Float);
   TreeAttention p{};
@@ -224,7 +231,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k,
   p.length = int32(length), p.base = int32(base), p.own = int32(own);
   p.token = int32(token), p.item = int32(item);
   p.items = item.size(0), p.tokens = q.size(0), p.heads_q = q.size(1);
-  if (state_out) p.state_out = floats<3>(*state_out), p.state_lse = strided<2>(*state_lse);
+  if (state_out) p.state_out = floats<3>(*state_out), p.state_lse = log_sums(*state_lse);
   if (sink_h) p.sink = floats<1>(*sink_h);
   p.scale = scale, p.softcap = softcap, p.sliding = sliding, p.window = window;
   p.whole_group = group == "all";
@@ -233,12 +240,13 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k,
 }
 
 std::tuple<Tensor, Tensor> merge_states(Tensor a, Tensor a_lse, Tensor b, Tensor b_lse) {
+  a = with_unit_stride(a), b = with_unit_stride(b);
   Tensor out = torch::stable::empty_like(a);
   Tensor lse = torch::stable::new_empty(a, a_lse.sizes(), ScalarType::Float);
   if (a.numel() || lse.numel())
     KVTOOLS_RUN(merge_states,
-                {strided<3>(a), strided<3>(b), strided<3>(out), strided<2>(a_lse),
-                 strided<2>(b_lse), strided<2>(lse), a.size(0), a.size(1), a.size(2)},
+                {floats<3>(a), floats<3>(b), strided<3>(out), log_sums(a_lse), log_sums(b_lse),
+                 strided<2>(lse), a.size(0), a.size(1), a.size(2)},
                 pool());
   return {out, lse};
 }

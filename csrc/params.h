@@ -1,6 +1,7 @@
 // What the kernels are told: pointers, sizes and strides. torch is not seen here.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -76,6 +77,13 @@ struct Pages {
 struct Pool {
   int threads = 1;
   void (*run)(int64_t tasks, const std::function<void(int64_t)>& body) = nullptr;
+
+  // body(begin, end) for parts of [0, n), each of at least `least` if n is: what is worth a thread.
+  template <class F>
+  void split(int64_t n, int64_t least, F body) const {
+    const int64_t tasks = std::clamp<int64_t>(n / std::max<int64_t>(least, 1), 1, threads);
+    run(tasks, [&](int64_t task) { body(n * task / tasks, n * (task + 1) / tasks); });
+  }
 };
 
 struct QuantizeKv {

@@ -34,8 +34,8 @@ class CacheConfig:
         recent_bits: 16, 8 or "fp8": those tokens are also held like this, if that is finer than
             `k_bits` or `v_bits`, and read from there; None to read them as they are stored.
         sinks: first tokens of a prompt, never evicted and always kept unquantised.
-        drop: m, victims chosen at a time; default an eighth of the budget. The
-            paper's half loses more where a third of the tokens stays, less where half of them do.
+        drop: m, victims chosen at a time; default an eighth of the budget. The paper's half loses
+            more where a third of the tokens stays, less where half of them do.
         group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
             their average does.
         layer_budget: "uniform"; "later" for half the budgets at the first layer up to one and a

@@ -36,7 +36,7 @@ IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
 
 @pytest.fixture(params=IMPLS)
 def impl(request):
-    """An implementation; one that a row lacks, or this machine cannot run, is skipped."""
+    """An implementation; one that this machine cannot run is skipped."""
     name, _, isa = request.param.partition("-")
     if not isa:
         yield name

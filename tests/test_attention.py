@@ -276,6 +276,29 @@ def test_tree_attention_state(impl):
         check(case, impl, exact, state=state, sink_h=sink_h)
 
 
+def test_strides_do_not_show(impl):
+    """Inputs of which no axis is contiguous."""
+
+    def spread(x):
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, dtype=x.dtype)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+
+    case = Case(7, dtype=native(impl))
+    state = attend(case, impl)
+    expected = attend(case, impl, state=state)
+    case.q = spread(case.q)
+    actual = attend(case, impl, state=(spread(state[0]), spread(state[1])))
+    for x, y in zip(actual, expected, strict=True):
+        assert torch.equal(x, y)
+    states = make_states(5, 4, 24, native(impl), "cpu")
+    states = [x.to(native(impl)) for x in states]
+    merged = kvtools.merge_states(*states, impl=impl)
+    apart = kvtools.merge_states(*map(spread, states), impl=impl)
+    for x, y in zip(apart, merged, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
 def test_tree_attention_sees_nothing(impl):
     case = Case(6, dtype=native(impl))
     nothing = Plan(**{**vars(case.plan), "item": case.plan.item[:0]})

@@ -11,35 +11,39 @@
 namespace kvtools::KVTOOLS_ISA {
 
 void merge_states(const MergeStates& p, const Pool& pool) {
-  const int64_t rows = p.b_size * p.h, share = (rows + pool.threads - 1) / pool.threads;
+  constexpr int64_t kElements = 1 << 14;  // at least, per thread
   with_type(p.out.type, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
-    pool.run(pool.threads, [&](int64_t task) {
-      for (int64_t row = task * share; row < std::min(rows, (task + 1) * share); ++row) {
-        const int64_t i = row / p.h, h = row % p.h;
-        auto at = [&](const auto& x) {
-          return reinterpret_cast<T*>(x.data) + i * x.stride[0] + h * x.stride[1];
-        };
-        auto lse_at = [&](const auto& x) -> float& {
-          return reinterpret_cast<float*>(x.data)[i * x.stride[0] + h * x.stride[1]];
-        };
-        const float a_lse = lse_at(p.a_lse), b_lse = lse_at(p.b_lse), peak = std::max(a_lse, b_lse);
-        const float a_mass = a_lse == -kInfinity ? 0 : std::exp(a_lse - peak);
-        const float b_mass = b_lse == -kInfinity ? 0 : std::exp(b_lse - peak);
-        const float lse = peak == -kInfinity ? peak : peak + std::log(a_mass + b_mass);
-        const float a = a_mass ? std::exp(a_lse - lse) : 0, b = b_mass ? std::exp(b_lse - lse) : 0;
-        lse_at(p.lse) = lse;
-        auto merged = [&](f32 x, f32 y) {
-          return (a > 0 ? a * x : f32{}) + (b > 0 ? b * y : f32{});
-        };
-        const T *x = at(p.a), *y = at(p.b);
-        T* out = at(p.out);
-        int64_t d = 0;
-        for (; d + kLanes <= p.d; d += kLanes) store(out + d, merged(load(x + d), load(y + d)));
-        const int left = p.d - d;
-        if (left) store_part(out + d, merged(load_part(x + d, left), load_part(y + d, left)), left);
-      }
-    });
+    pool.split(
+        p.b_size * p.h, kElements / std::max<int64_t>(p.d, 1), [&](int64_t begin, int64_t end) {
+          for (int64_t row = begin; row < end; ++row) {
+            const int64_t i = row / p.h, h = row % p.h;
+            auto at = [&](const auto& x) {
+              return reinterpret_cast<T*>(x.data) + i * x.stride[0] + h * x.stride[1];
+            };
+            auto lse_at = [&](const auto& x) -> float& {
+              return reinterpret_cast<float*>(x.data)[i * x.stride[0] + h * x.stride[1]];
+            };
+            const float a_lse = lse_at(p.a_lse), b_lse = lse_at(p.b_lse),
+                        peak = std::max(a_lse, b_lse);
+            const float a_mass = a_lse == -kInfinity ? 0 : std::exp(a_lse - peak);
+            const float b_mass = b_lse == -kInfinity ? 0 : std::exp(b_lse - peak);
+            const float lse = peak == -kInfinity ? peak : peak + std::log(a_mass + b_mass);
+            const float a = a_mass ? std::exp(a_lse - lse) : 0,
+                        b = b_mass ? std::exp(b_lse - lse) : 0;
+            lse_at(p.lse) = lse;
+            auto merged = [&](f32 x, f32 y) {
+              return (a > 0 ? a * x : f32{}) + (b > 0 ? b * y : f32{});
+            };
+            const T *x = at(p.a), *y = at(p.b);
+            T* out = at(p.out);
+            int64_t d = 0;
+            for (; d + kLanes <= p.d; d += kLanes) store(out + d, merged(load(x + d), load(y + d)));
+            const int left = p.d - d;
+            if (left)
+              store_part(out + d, merged(load_part(x + d, left), load_part(y + d, left)), left);
+          }
+        });
   });
 }
 
@@ -51,7 +55,7 @@ class Attention {
 
   void run() {
     cut();
-    const int64_t threads = cuts_.size() - 1, share = (p_.tokens + threads - 1) / threads;
+    const int64_t threads = cuts_.size() - 1;
     pool_.run(threads, [this](int64_t task) {
       for (int64_t i = cuts_[task]; i < cuts_[task + 1]; ++i)
         Tile(o_, pieces_[i], partial_, [this](int64_t item, int64_t head) {
@@ -59,8 +63,8 @@ class Attention {
         });
     });
     link();
-    pool_.run(threads, [&](int64_t task) {
-      for (int64_t t = task * share; t < std::min(p_.tokens, (task + 1) * share); ++t)
+    pool_.split(p_.tokens, (p_.tokens + threads - 1) / threads, [this](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
         for (int64_t h = 0; h < p_.heads_q; ++h) merge(t, h);
     });
     if (o_.tracks)
@@ -89,6 +93,7 @@ class Attention {
 void Attention::cut() {
   const int64_t heads = p_.pages.heads;
   auto cost = [&](int64_t rows) -> int64_t {  // of a slot, roughly in cycles
+    if (rows == 0) return 0;
     if (rows <= kFewRows) return (2 * rows + 4) * o_.width / kLanes + 4 * rows;
     return whole_vectors(rows) / kLanes * (o_.d + 8) + o_.d / 4;
   };
@@ -123,11 +128,9 @@ void Attention::cut() {
   };
   cuts_.push_back(0);
   for (int64_t i = 0; i < p_.items; ++i) {
-    if (o_.rows(i) <= kFewRows) {
-      add(i, 0, heads, 0, o_.rows(i));
-      continue;
-    }
-    for (int64_t h = 0; h < heads; ++h)
+    const bool few = o_.rows(i) <= kFewRows;
+    if (few && o_.rows(i) > 0) add(i, 0, heads, 0, o_.rows(i));
+    for (int64_t h = 0; !few && h < heads; ++h)
       for (int64_t row = 0; row < o_.rows(i); row += kTileRows)
         add(i, h, 1, row, std::min<int64_t>(kTileRows, o_.rows(i) - row));
   }
@@ -228,48 +231,55 @@ void Attention::track(int64_t i, int64_t head) {
   const int64_t all = o_.slots(i), tokens = o_.item(i)[2] - o_.item(i)[1];
   if (!o_.tracked(i) || all == 0) return;
   const float* logits = scores_ + logits_[i * p_.pages.heads + head];
-  float* gained = scratch<float, 5>(all);
-  std::fill_n(gained, all, 0.0f);
-  for (int64_t c = 0; c < tokens; ++c) {
+  const bool notes = p_.pages.history.data;
+  float* gained = scratch<float, 5>(whole_vectors(all));
+  int32_t* low = scratch<int32_t, 6>(whole_vectors(all));
+  std::fill_n(gained, whole_vectors(all), 0.0f);
+  auto each_slot = [&](auto f) {  // f(page, offset in it, index among the item's slots)
+    o_.walk(i, o_.item(i)[3], o_.item(i)[3] + all,
+            [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
+              for (int64_t j = 0; j < count; ++j) f(page, offset + j, slot + j - o_.item(i)[3]);
+            });
+  };
+  for (int64_t c = 0; c < tokens; ++c, logits += o_.group * all) {
     const int64_t t = o_.token(i, c * o_.group), h = head * o_.group;
     const float* lse =
         reinterpret_cast<float*>(p_.lse.data) + t * p_.lse.stride[0] + h * p_.lse.stride[1];
     const float* mean = mean_ + t * p_.heads_q + h;
+    float mean_sum = 0;
+    for (int64_t g = 0; g < o_.group; ++g) mean_sum += mean[g];
+    for (int64_t s = 0; s < all; s += kLanes) {
+      f32 received{};
+      i32 below = ~i32{};
+      for (int64_t g = 0; g < o_.group; ++g) {
+        const float* x = logits + g * all + s;
+        const f32 logit = s + kLanes <= all ? load(x) : load_part(x, all - s);
+        const f32 weight = exp2((logit * o_.unit - lse[g * p_.lse.stride[1]]) * kLog2e);
+        received += weight;
+        below &= weight < mean[g];
+      }
+      if (!p_.whole_group) below = received < splat(mean_sum);
+      store(gained + s, load(gained + s) + received / static_cast<float>(o_.group));
+      std::memcpy(low + s, &below, sizeof below);
+    }
+    if (!notes) continue;
     const int32_t past = o_.last_seen(t);
-    const int64_t bit = p_.window ? p_.position[t] % p_.window : 0;
-    o_.walk(i, o_.item(i)[3], o_.item(i)[3] + all,
-            [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
-              for (int64_t j = 0; j < count; ++j) {
-                const int64_t s = slot + j - o_.item(i)[3];
-                bool low = true;
-                float received = 0, mean_sum = 0;
-                for (int64_t g = 0; g < o_.group; ++g) {
-                  const float weight = std::exp(logits[(c * o_.group + g) * all + s] * o_.unit -
-                                                lse[g * p_.lse.stride[1]]);
-                  received += weight, mean_sum += mean[g];
-                  low = low && weight < mean[g];
-                }
-                gained[s] += received / o_.group;
-                if (!p_.pages.history.data) continue;
-                if (!p_.whole_group) low = received / o_.group < mean_sum / o_.group;
-                if (p_.pages.position.data)
-                  low = low && *reinterpret_cast<int32_t*>(
-                                   p_.pages.position.at(page, head, offset + j)) <= past;
-                else
-                  low = low && p_.base[o_.item(i)[0]] + slot + j <= past;
-                uint32_t& word = reinterpret_cast<uint32_t*>(
-                    p_.pages.history.at(page, head, offset + j))[bit / 32];
-                word = (word & ~(1u << bit % 32)) | static_cast<uint32_t>(low) << bit % 32;
-              }
-            });
+    const int64_t bit = p_.position[t] % p_.window;
+    each_slot([&](int64_t page, int64_t offset, int64_t s) {
+      const int64_t key =
+          p_.pages.position.data
+              ? *reinterpret_cast<int32_t*>(p_.pages.position.at(page, head, offset))
+              : p_.base[o_.item(i)[0]] + o_.item(i)[3] + s;
+      uint32_t& word =
+          reinterpret_cast<uint32_t*>(p_.pages.history.at(page, head, offset))[bit / 32];
+      const uint32_t noted = low[s] && key <= past;
+      word = (word & ~(1u << bit % 32)) | noted << bit % 32;
+    });
   }
   if (p_.pages.importance.data)
-    o_.walk(i, o_.item(i)[3], o_.item(i)[3] + all,
-            [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
-              for (int64_t j = 0; j < count; ++j)
-                *reinterpret_cast<float*>(p_.pages.importance.at(page, head, offset + j)) +=
-                    gained[slot + j - o_.item(i)[3]];
-            });
+    each_slot([&](int64_t page, int64_t offset, int64_t s) {
+      *reinterpret_cast<float*>(p_.pages.importance.at(page, head, offset)) += gained[s];
+    });
 }
 
 }  // namespace

@@ -215,11 +215,9 @@ void select_victims(const SelectVictims& p, const Pool& pool) {
   constexpr int64_t kCandidates = 4096;  // at least, per thread
   constexpr int32_t kEmpty = INT32_MAX;  // position of a slot that holds no token
   using Key = std::tuple<int, int64_t, int64_t, int32_t, int32_t>;
-  const int64_t heads = p.n * p.h;
-  const int64_t tasks = std::clamp<int64_t>(heads * p.s / kCandidates, 1, pool.threads);
-  pool.run(tasks, [&](int64_t task) {
+  pool.split(p.n * p.h, kCandidates / p.s, [&](int64_t begin, int64_t end_head) {
     std::vector<Key> keys(p.s);
-    for (int64_t head = heads * task / tasks; head < heads * (task + 1) / tasks; ++head) {
+    for (int64_t head = begin; head < end_head; ++head) {
       const int64_t n = head / p.h, h = head % p.h;
       const int64_t below = integer_at(p.below, n), from = integer_at(p.from, n);
       for (int64_t s = 0; s < p.s; ++s) {
@@ -242,10 +240,9 @@ void compact_kv(const CompactKv& p, const Pool& pool) {
   constexpr int64_t kBytes = 1 << 16;  // at least, per thread
   int64_t bytes = 0;
   for (const CompactKv::Moved& moved : p.moved) bytes += moved.bytes;
-  const int64_t tasks = std::clamp<int64_t>(p.n * p.heads * bytes / kBytes, 1, pool.threads);
-  pool.run(tasks, [&](int64_t task) {
+  pool.split(p.heads, kBytes / (p.n * bytes), [&](int64_t begin, int64_t end) {
     std::vector<char> staged;  // sources may be targets, too
-    for (int64_t h = p.heads * task / tasks; h < p.heads * (task + 1) / tasks; ++h)
+    for (int64_t h = begin; h < end; ++h)
       for (const auto& [x, size] : p.moved) {
         if (!x.data) continue;
         staged.resize(p.n * size);

@@ -2,7 +2,6 @@
 // decode.h reads them.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
 #include "simd.h"

@@ -97,14 +97,16 @@ inline void Tile::load_queries() {
         const int64_t head = (piece_.head + h) * o_.group + row % o_.group;
         const T* x = reinterpret_cast<const T*>(p.q.data) +
                      o_.token(piece_.item, row) * p.q.stride[0] + head * p.q.stride[1];
+        if (pairs_) {
+          for (int64_t e = 0; e < o_.d / 2; ++e)
+            std::memcpy(q_ + e * kTileRows + r, x + 2 * e, sizeof *q_);
+          continue;
+        }
         if (few_) one = q_ + (h * piece_.rows + r) * o_.width;
         decode_row(ReadPlain<T>(o_.d), reinterpret_cast<const char*>(x), o_.d, p.scale / o_.unit,
                    one);
         if (p.pages.k.format != Format::none) rotate(one, o_.d);
-        if (pairs_)
-          for (int64_t e = 0; e < o_.d / 2; ++e)
-            std::memcpy(q_ + e * kTileRows + r, x + 2 * e, sizeof *q_);
-        else if (!few_)
+        if (!few_)
           for (int64_t e = 0; e < o_.d; ++e) q_[e * kTileRows + r] = one[e];
       }
   });

@@ -160,10 +160,9 @@ int64_t share_of(Format format) {
 // body(begin, end, scratch) over `rows` heads of size d, in threads of at least `share` elements.
 template <class F>
 void split(int64_t rows, int64_t d, int64_t share, const Pool& pool, F body) {
-  const int64_t tasks = std::clamp<int64_t>(rows * d / share, 1, pool.threads);
-  pool.run(tasks, [&](int64_t task) {
+  pool.split(rows, share / d, [&](int64_t begin, int64_t end) {
     Scratch scratch(d);
-    body(rows * task / tasks, rows * (task + 1) / tasks, scratch);
+    body(begin, end, scratch);
   });
 }
 

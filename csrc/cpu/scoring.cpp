@@ -257,11 +257,9 @@ void step_scores(const StepScores& p, const Pool& pool) {
   const float* head[3];
   for (int64_t k = 0; k < p.k; ++k) head[k] = floats(p.weight, k, p.m, &widened[k * p.m]);
   // A thread is worth waking for some ten microseconds of work.
-  const int64_t tasks = std::clamp<int64_t>(p.s * p.m >> 17, 1, pool.threads);
-  const int64_t share = (p.s + tasks - 1) / tasks;
-  pool.run(tasks, [&](int64_t task) {
+  pool.split(p.s, (1 << 17) / std::max<int64_t>(p.m, 1), [&](int64_t begin, int64_t end) {
     std::vector<float> buffer(p.m);
-    for (int64_t s = task * share; s < std::min(p.s, (task + 1) * share); ++s) {
+    for (int64_t s = begin; s < end; ++s) {
       const float* row = floats(p.hidden, p.step[s], p.m, buffer.data());
       float logits[3] = {};
       for (int64_t k = 0; k < p.k; ++k) logits[k] = dot(row, head[k], p.m) + bias_of(p.bias, k);

@@ -115,10 +115,14 @@ inline f32 load(const f16* p) {
 
 inline void store(float* p, f32 x) { std::memcpy(p, &x, sizeof x); }
 
+// The high halves are x in bf16, rounded half to even, unless x is NaN.
+inline u32 round_to_bf16(f32 x) {
+  const u32 bits = bit_cast<u32>(x);
+  return bits + 0x7fff + ((bits >> 16) & 1);
+}
+
 inline void store(bf16* p, f32 x) {
-  u32 bits = bit_cast<u32>(x);
-  u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  u32 quiet = (bits >> 16) | 0x40;
+  u32 rounded = round_to_bf16(x) >> 16, quiet = (bit_cast<u32>(x) >> 16) | 0x40;
   u32 nan = bit_cast<u32>(x != x);
   store_words(p, (rounded & ~nan) | (quiet & nan));
 }
@@ -205,29 +209,6 @@ inline u32 lane_index(std::integer_sequence<int, I...>) {
   return u32{I...};
 }
 
-// sum + a.low * b.low + a.high * b.high, of pairs of bf16.
-#if defined(__AVX512BF16__)
-constexpr bool kDotsPairs = true;
-inline f32 dot_pairs(f32 sum, u32 a, u32 b) {
-  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
-}
-#else
-constexpr bool kDotsPairs = false;
-inline f32 dot_pairs(f32 sum, u32 a, u32 b) {
-  sum += bit_cast<f32>(a << 16) * bit_cast<f32>(b << 16);
-  return sum + bit_cast<f32>(a & 0xffff0000) * bit_cast<f32>(b & 0xffff0000);
-}
-#endif
-
-// x and y as pairs of bf16, rounded half to even. Both are finite.
-inline u32 to_pairs(f32 x, f32 y) {
-  auto rounded = [](f32 z) {
-    const u32 bits = bit_cast<u32>(z);
-    return bits + 0x7fff + (bits >> 16 & 1);
-  };
-  return rounded(x) >> 16 | (rounded(y) & 0xffff0000);
-}
-
 // 0, 1, 2, ...
 inline u32 lane_index() { return lane_index(std::make_integer_sequence<int, kLanes>{}); }
 
@@ -249,6 +230,25 @@ inline f32 exchange(f32 x, std::integer_sequence<int, I...>) {
 template <int Distance>
 inline f32 exchange(f32 x) {
   return exchange<Distance>(x, std::make_integer_sequence<int, kLanes>{});
+}
+
+// sum + a.low * b.low + a.high * b.high, of pairs of bf16.
+#if defined(__AVX512BF16__)
+constexpr bool kDotsPairs = true;
+inline f32 dot_pairs(f32 sum, u32 a, u32 b) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+#else
+constexpr bool kDotsPairs = false;
+inline f32 dot_pairs(f32 sum, u32 a, u32 b) {
+  sum += bit_cast<f32>(a << 16) * bit_cast<f32>(b << 16);
+  return sum + bit_cast<f32>(a & 0xffff0000) * bit_cast<f32>(b & 0xffff0000);
+}
+#endif
+
+// x and y, which are finite, as pairs of bf16.
+inline u32 to_pairs(f32 x, f32 y) {
+  return round_to_bf16(x) >> 16 | (round_to_bf16(y) & 0xffff0000);
 }
 
 // The sum in every lane.
