@@ -211,14 +211,12 @@ Strided<2> log_sums(const Tensor& lse) {
   return strided<2>(lse);
 }
 
-std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k, Tensor v,
-                                          Optional k_scale, Optional v_scale, Optional position,
-                                          Optional importance, Optional history, Tensor page_indptr,
-                                          Tensor page, Tensor first, Tensor length, Tensor base,
-                                          Tensor own, Tensor token, Tensor item, Optional before_t,
-                                          Optional state_out, Optional state_lse, Optional sink_h,
-                                          double scale, double softcap, int64_t sliding,
-                                          int64_t window, std::string group) {
+std::tuple<Tensor, Tensor> tree_attention(
+    Tensor q, Tensor position_t, Tensor k, Tensor v, Optional k_scale, Optional v_scale,
+    Optional position, Optional importance, Optional history, Tensor page_indptr, Tensor page,
+    Tensor first, Tensor length, Tensor base, Tensor own, Tensor, Tensor token, Tensor item, Tensor,
+    Tensor, Optional before_t, Optional state_out, Optional state_lse, Optional sink_h,
+    double scale, double softcap, int64_t sliding, int64_t window, std::string group) {
   q = with_unit_stride(q);
   if (state_out) state_out = with_unit_stride(*state_out);
   Tensor out = torch::stable::new_empty(q, q.sizes());

@@ -112,7 +112,7 @@ struct MergeStates {
   int64_t b_size, h, d;
 };
 
-// See tree_attention and Plan in kvtools/ops/attention.py; I items of five numbers.
+// See tree_attention and Plan in kvtools/ops/attention.py; I items of six numbers.
 struct TreeAttention {
   Strided<3> q, out;  // [t, hq, d]
   Strided<2> lse;

@@ -46,11 +46,14 @@ class Plan(TypedDict):
     """[M + 1]: node i is attended by `token[token_indptr[i] : token_indptr[i + 1]]`, ascending."""
     token: Int32
     item: Int32
-    """[I, 5]: node, token begin and end (into `token`), slot begin and end (from the node's first
-    slot).
+    """[I, 6]: node, token begin and end (into `token`), slot begin and end (from the node's first
+    slot), and the number of its first partial result, of which it has one per token.
 
     Slots reach up to the node's capacity, which exceeds its length where it can still grow inside
     its last page."""
+    part_indptr: Int32
+    """[T + 1]: token t has the partial results `part[part_indptr[t] : part_indptr[t + 1]]`."""
+    part: Int32
     leaf: Int32
     """[rows]: the node that the row's next slots go to in place, or -1 where `append` would make a
     new one."""

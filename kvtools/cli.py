@@ -230,10 +230,10 @@ def environment() -> dict:
 
 def obstacle(op: Any, impl: str) -> str | None:
     """Why `impl` of `op` cannot run here, or None."""
+    if impl == "triton" and not kvtools.ops.TRITON:
+        return "pip install triton"
     if impl not in op.impls:
         return "not written"
-    if impl == "triton" and importlib.util.find_spec("triton") is None:
-        return "pip install triton"
     if impl in ("triton", "cuda") and not torch.cuda.is_available():
         return "no CUDA device"
     return None

@@ -165,11 +165,13 @@ def to_plan(
     """A plan in which row i alone reads node i."""
     rows, end = len(counts), np.cumsum(counts)
     live = np.flatnonzero(counts)
-    item = np.stack([live, (end - counts)[live], end[live], 0 * live, length[live]], 1)
+    begin = (end - counts)[live]
+    item = np.stack([live, begin, end[live], 0 * live, length[live], begin], 1)
+    token = np.arange(counts.sum())
     none = np.zeros(rows)
     arrays = dict(
         page_indptr=page_indptr, page=page, first=none, length=length, base=none, own=none,
-        token_indptr=np.append(0, end), token=np.arange(counts.sum()), item=item,
-        leaf=np.full(rows, -1),
+        token_indptr=np.append(0, end), token=token, item=item,
+        part_indptr=np.append(token, len(token)), part=token, leaf=np.full(rows, -1),
     )  # fmt: skip
     return Plan.from_host({name: x.astype(np.int32) for name, x in arrays.items()}, device)

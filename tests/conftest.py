@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 torch.set_num_threads(1)  # tests are small and run side by side
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
-from kvtools.ops import COMPILED  # noqa: E402
+from kvtools.ops import COMPILED, TRITON, Op  # noqa: E402
 
 
 def pytest_configure(config):
@@ -25,19 +26,22 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # The C++ kernels run once per instruction set that this processor has.
-IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16"]
+IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton"]
 
 
 @pytest.fixture(params=IMPLS)
-def impl(request):
-    """An implementation; one that this machine cannot run is skipped."""
+def impl(request, monkeypatch):
+    """An implementation; one that this machine cannot run is skipped.
+
+    Triton's kernels are interpreted where there is no GPU, else every call is taken to the GPU.
+    """
     name, _, isa = request.param.partition("-")
+    if name == "triton":
+        if not TRITON:
+            pytest.skip("triton is not installed")
+        if torch.cuda.is_available():
+            monkeypatch.setattr(Op, "__call__", on_gpu(Op.__call__))
     if not isa:
         yield name
         return
@@ -49,6 +53,36 @@ def impl(request):
         pytest.skip(f"this processor has no {isa}")
     yield name
     torch.ops.kvtools.cpu_isa(before)
+
+
+def on_gpu(call):
+    """`call` with its tensors on the GPU: strides, overlaps and what it writes are kept."""
+
+    def wrapper(op, impl, *args):
+        if impl != "triton":
+            return call(op, impl, *args)
+        moved = {}
+
+        def to_gpu(x):
+            if not isinstance(x, Tensor) or x.is_cuda:
+                return x
+            storage = x.untyped_storage()
+            there = moved.setdefault(storage.data_ptr(), (storage, storage.cuda()))[1]
+            whole = torch.empty(0, dtype=x.dtype, device="cuda")
+            return whole.set_(there, x.storage_offset(), x.shape, x.stride())
+
+        out = call(op, impl, *map(to_gpu, args))
+        for storage, there in moved.values():
+            storage.copy_(there)
+        out = [x.cpu() for x in (out if isinstance(out, tuple) else [out]) if x is not None]
+        return out[0] if len(out) == 1 else tuple(out) or None
+
+    return wrapper
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)

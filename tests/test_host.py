@@ -20,8 +20,8 @@ def state(forest):
 
 def attended(plan, page_size, tile=0, chunk=0):
     """For each query token the (position, slot) pairs that the work items read, in node order."""
-    read = defaultdict(list)
-    for node, token_begin, token_end, begin, end in plan["item"]:
+    read, parts = defaultdict(list), defaultdict(list)
+    for node, token_begin, token_end, begin, end, part in plan["item"]:
         first, length = plan["first"][node], plan["length"][node]
         page = plan["page"][plan["page_indptr"][node] : plan["page_indptr"][node + 1]]
         lowest, highest = plan["token_indptr"][node : node + 2]
@@ -37,6 +37,10 @@ def attended(plan, page_size, tile=0, chunk=0):
         pairs = list(zip((plan["base"][node] + offset).tolist(), slot.tolist(), strict=True))
         for t in plan["token"][token_begin:token_end].tolist():
             read[t].append((node, pairs))
+            parts[t].append(part)
+            part += 1
+    listed = np.split(plan["part"], plan["part_indptr"][1:-1])
+    assert {t: x.tolist() for t, x in enumerate(listed) if len(x)} == parts
     # Parents come before children, so a stable sort by node is path order.
     return {
         t: [pair for _, pairs in sorted(parts, key=lambda part: part[0]) for pair in pairs]
@@ -157,7 +161,7 @@ def test_crop_splits_a_shared_node():
     assert plan["length"].tolist() == [3, 3, 4]
     assert plan["base"].tolist() == [5, 8, 11]
     item = forest.plan([1, 1, 1], chunk=4)["item"]
-    assert item[:, 3:].tolist() == [[0, 3], [0, 1], [1, 3], [0, 2], [2, 4]]
+    assert item[:, 3:5].tolist() == [[0, 3], [0, 1], [1, 3], [0, 2], [2, 4]]
     forest.gather([1])
     assert forest.free_pages == 7
 
@@ -217,13 +221,15 @@ def test_plan():
     assert plan["token"].tolist() == [0, 1, 2, 0, 1, 2]
     assert plan["leaf"].tolist() == [1, 2, -1]
     assert plan["item"].tolist() == [
-        [0, 0, 2, 0, 4], [0, 2, 3, 0, 4], [0, 0, 2, 4, 6], [0, 2, 3, 4, 6],
-        [1, 3, 5, 0, 4],
-        [2, 5, 6, 0, 4], [2, 5, 6, 4, 8],
+        [0, 0, 2, 0, 4, 0], [0, 2, 3, 0, 4, 2], [0, 0, 2, 4, 6, 3], [0, 2, 3, 4, 6, 5],
+        [1, 3, 5, 0, 4, 6],
+        [2, 5, 6, 0, 4, 8], [2, 5, 6, 4, 8, 9],
     ]  # fmt: skip
+    assert plan["part_indptr"].tolist() == [0, 3, 6, 10]
+    assert plan["part"].tolist() == [0, 3, 6, 1, 4, 7, 2, 5, 8, 9]
     # A row without tokens still shares its nodes.
     assert forest.plan([1, 0, 0])["own"].tolist() == [0, 1]
-    assert forest.plan([0, 0, 0])["item"].shape == (0, 5)
+    assert forest.plan([0, 0, 0])["item"].shape == (0, 6)
 
 
 def test_plan_stays_valid_while_a_length_grows():

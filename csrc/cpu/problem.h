@@ -34,7 +34,7 @@ struct Problem {
   const float unit = p.softcap == 0 && p.scale > 0 ? p.scale : 1;
   const bool tracks = p.pages.importance.data || p.pages.history.data;
 
-  const int32_t* item(int64_t i) const { return p.item + 5 * i; }
+  const int32_t* item(int64_t i) const { return p.item + 6 * i; }
   int64_t slots(int64_t i) const {
     return std::max(0, std::min(item(i)[4], p.length[item(i)[0]]) - item(i)[3]);
   }

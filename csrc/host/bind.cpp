@@ -49,7 +49,9 @@ py::dict to_dict(const Plan& plan) {
   out["own"] = to_numpy(plan.own);
   out["token_indptr"] = to_numpy(plan.token_indptr);
   out["token"] = to_numpy(plan.token);
-  out["item"] = to_numpy(plan.item).reshape({-1, 5});
+  out["item"] = to_numpy(plan.item).reshape({-1, 6});
+  out["part_indptr"] = to_numpy(plan.part_indptr);
+  out["part"] = to_numpy(plan.part);
   out["leaf"] = to_numpy(plan.leaf);
   return out;
 }

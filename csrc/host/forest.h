@@ -41,7 +41,8 @@ struct Plan {
   Ints page_indptr, page;         // [M + 1], [.]
   Ints first, length, base, own;  // [M]
   Ints token_indptr, token;       // [M + 1], [.]
-  Ints item;                      // [I * 5]
+  Ints item;                      // [I * 6]
+  Ints part_indptr, part;         // [T + 1], [.]
   Ints leaf;                      // [rows]
 };
 

@@ -35,7 +35,8 @@ void require_tokens(View counts) {
 }
 
 // Chunks outside, tiles inside: neighbouring items read the same slots.
-void add_items(Plan& plan, int32_t node, const Run& run, int32_t tokens, Limits limits) {
+void add_items(Plan& plan, int64_t& parts, int32_t node, const Run& run, int32_t tokens,
+               Limits limits) {
   const int32_t base = plan.token_indptr.back();
   const int64_t chunk = limits.chunk > 0 ? limits.chunk : kMaxInt32;
   const int32_t tile = limits.tile > 0 ? limits.tile : tokens;
@@ -44,11 +45,32 @@ void add_items(Plan& plan, int32_t node, const Run& run, int32_t tokens, Limits 
     const auto slot_end = static_cast<int32_t>(std::min<int64_t>(run.capacity, border));
     for (int32_t token = 0; token < tokens;) {
       const int32_t token_end = tokens - token > tile ? token + tile : tokens;
-      plan.item.insert(plan.item.end(), {node, base + token, base + token_end, slot, slot_end});
+      const auto part = static_cast<int32_t>(parts);
+      plan.item.insert(plan.item.end(),
+                       {node, base + token, base + token_end, slot, slot_end, part});
+      parts += token_end - token;
+      if (parts > kMaxInt32) throw Invalid("chunk: the plan's partial results pass 2**31 - 1");
       token = token_end;
     }
     slot = slot_end;
   }
+}
+
+// Which partial results each token has: a counting sort of the items' tokens.
+void add_parts(Plan& plan, int32_t tokens, int64_t parts) {
+  constexpr size_t kFields = 6;
+  const auto each = [&plan](auto f) {
+    for (size_t i = 0; i < plan.item.size(); i += kFields) {
+      const int32_t* item = plan.item.data() + i;
+      for (int32_t c = item[1]; c < item[2]; ++c) f(plan.token[c], item[5] + c - item[1]);
+    }
+  };
+  plan.part_indptr.assign(tokens + 1, 0);
+  each([&plan](int32_t token, int32_t) { ++plan.part_indptr[token + 1]; });
+  std::partial_sum(plan.part_indptr.begin(), plan.part_indptr.end(), plan.part_indptr.begin());
+  Ints cursor(plan.part_indptr);
+  plan.part.resize(parts);
+  each([&](int32_t token, int32_t part) { plan.part[cursor[token]++] = part; });
 }
 
 // `leaf` is the last run of each row, -1 for a row that holds nothing.
@@ -71,7 +93,7 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   Plan plan;
   plan.page_indptr = plan.token_indptr = {0};
   Ints number(runs.size(), -1);
-  int64_t attended = 0;
+  int64_t attended = 0, parts = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     const Run& run = runs[i];
     if (tokens[i] == 0 || run.length == 0) continue;
@@ -85,7 +107,7 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     plan.length.push_back(run.length);
     plan.base.push_back(run.base);
     plan.own.push_back(rows[i] == 1 && !run.sealed);
-    add_items(plan, number[i], run, static_cast<int32_t>(tokens[i]), limits);
+    add_items(plan, parts, number[i], run, static_cast<int32_t>(tokens[i]), limits);
     plan.token_indptr.push_back(static_cast<int32_t>(attended));
   }
 
@@ -102,6 +124,7 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     token += counts[row];
     plan.leaf.push_back(leaf[row] >= 0 && runs[leaf[row]].grows ? number[leaf[row]] : -1);
   }
+  add_parts(plan, token, parts);
   return plan;
 }
 

@@ -4,6 +4,9 @@
 it, with the same schema and fake. The functions in `ops/<row>.py` check, choose and call.
 """
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, get_args
 
@@ -19,16 +22,20 @@ else:
 
 Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
+TRITON = importlib.util.find_spec("triton") is not None
+
 _LIBRARY = torch.library.Library("kvtools", "DEF")
 _LIBRARY.define("cpu_isa(str isa) -> str")  # the instruction set that `cpu` uses; for tests
+NATIVE = {"cpu": "cpu", "cuda": "triton"}  # device to implementation
 OPS: dict[str, "Op"] = {}
 
 
 class Op:
     """An operator: a schema without its name, a fake, and one implementation per `impl`.
 
-    `impl="auto"` is the C++ kernel ("cpu") where there is one, on a CPU and without float64; the
-    reference elsewhere.
+    The Triton kernel has the name and the module's name of the reference, and is imported when it
+    first runs. `impl="auto"` is "triton" on a CUDA device and "cpu" on a CPU, where there is one
+    and no tensor is float64; the reference elsewhere.
     """
 
     def __init__(self, name: str, schema: str, fake: Callable, *, reference: Callable) -> None:
@@ -39,6 +46,10 @@ class Op:
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         if COMPILED:
             self._add("cpu", schema, fake)
+        if TRITON:
+            row = reference.__module__.rpartition(".")[2]
+            self._add("triton", schema, fake)
+            _LIBRARY.impl(f"{name}.triton", _lazy(row, name), "CompositeExplicitAutograd")
 
     def _add(self, impl: str, schema: str, fake: Callable) -> None:
         overload = "" if impl == "reference" else f".{impl}"
@@ -64,16 +75,18 @@ class Op:
                     )
             elif arg is torch.float64:
                 double = True
-        fits = "cpu" in self._overloads and args[0].device.type == "cpu" and not double
+        place = args[0].device.type
+        best = NATIVE.get(place)
         if impl == "auto":
-            impl = "cpu" if fits else "reference"
+            impl = best if best in self._overloads and not double else "reference"
         overload = self._overloads.get(impl)
         if overload is None:
             self._lacks(impl)
-        if impl == "cpu" and not fits:
+        if impl != "reference" and (double or (impl != best and not _interpreted(impl, place))):
             raise RuntimeError(
-                f"impl='cpu' of {self.name} takes float32, float16 and bfloat16 on a CPU: use "
-                "impl='auto'"
+                f"impl={impl!r} of {self.name} takes float32, float16 and bfloat16 on "
+                f"{'a CPU' if impl == 'cpu' else 'a CUDA device'}, got "
+                f"{'float64' if double else f'tensors on {place}'}: use impl='auto'"
             )
         return overload(*args)
 
@@ -81,7 +94,9 @@ class Op:
         if impl not in get_args(Impl):
             raise ValueError(f"impl={impl!r}: expected one of {', '.join(get_args(Impl))}")
         remedy = ""
-        if impl == "cpu" and not COMPILED:
+        if impl == "triton":
+            remedy = ": pip install triton"
+        elif impl == "cpu" and not COMPILED:
             remedy = (
                 ". kvtools was installed without its C++ kernels: with torch, setuptools and "
                 "pybind11 installed, reinstall it with pip install --no-build-isolation"
@@ -90,6 +105,18 @@ class Op:
             f"impl={impl!r} does not exist for {self.name}; available: auto, "
             f"{', '.join(self.impls)}{remedy}"
         )
+
+
+def _lazy(row: str, name: str) -> Callable:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"kvtools.kernels.{row}"), name)(*args)
+
+    return run
+
+
+def _interpreted(impl: str, place: str) -> bool:
+    """Whether Triton's interpreter runs `impl` on a CPU, for tests: TRITON_INTERPRET=1."""
+    return (impl, place, os.environ.get("TRITON_INTERPRET")) == ("triton", "cpu", "1")
 
 
 def check(condition: bool, message: str | Callable[[], str]) -> None:

@@ -27,8 +27,11 @@ class Plan:
         own: [M] 1 where one row alone reads the node and may evict from it.
         token_indptr: [M + 1] into `token`.
         token: query tokens that read each node, ascending.
-        item: [I, 5] work items (node, token begin, token end, slot begin, slot end): a tile of
-            `token` against a chunk of the node's slots, cut to `length` when it runs.
+        item: [I, 6] work items (node, token begin, token end, slot begin, slot end, part): a tile
+            of `token` against a chunk of the node's slots, cut to `length` when it runs. Its
+            partial results, one per token, are numbered from `part` on.
+        part_indptr: [T + 1] into `part`.
+        part: the partial results of each token.
         leaf: [rows] node in which a row grows, -1 where there is none.
     """
 
@@ -41,6 +44,8 @@ class Plan:
     token_indptr: Tensor
     token: Tensor
     item: Tensor
+    part_indptr: Tensor
+    part: Tensor
     leaf: Tensor
 
     @classmethod
@@ -101,9 +106,10 @@ def plan_from_block_table(
 _TREE_SCHEMA = (
     "(Tensor q_thd, Tensor position_t, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, "
     "Tensor? position, Tensor(a!)? importance, Tensor(b!)? history, Tensor page_indptr, "
-    "Tensor page, Tensor first, Tensor length, Tensor base, Tensor own, Tensor token, Tensor "
-    "item, Tensor? before_t, Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, "
-    "float softcap, int sliding, int window, str group) -> (Tensor, Tensor)"
+    "Tensor page, Tensor first, Tensor length, Tensor base, Tensor own, Tensor token_indptr, "
+    "Tensor token, Tensor item, Tensor part_indptr, Tensor part, Tensor? before_t, "
+    "Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, float softcap, "
+    "int sliding, int window, str group) -> (Tensor, Tensor)"
 )
 
 
@@ -168,7 +174,8 @@ def tree_attention(
             history.
         group: "all" notes a token as low if every query head of its KV head finds it low, "mean" if
             their average does.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere and for fp64.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         out_thd in the dtype of `q_thd`, and lse_th (natural log, fp32; fp64 for fp64). A token that
@@ -229,8 +236,9 @@ def tree_attention(
     state_out, state_lse = (None, None) if state is None else state
     return _tree_attention(
         impl, q_thd, position_t, *pages.tensors(), plan.page_indptr, plan.page, plan.first,
-        plan.length, plan.base, plan.own, plan.token, plan.item, before_t, state_out, state_lse,
-        sink_h, d**-0.5 if scale is None else scale, softcap, sliding, window, group,
+        plan.length, plan.base, plan.own, plan.token_indptr, plan.token, plan.item,
+        plan.part_indptr, plan.part, before_t, state_out, state_lse, sink_h, d**-0.5 if scale is None else scale,
+        softcap, sliding, window, group,
     )  # fmt: skip
 
 
@@ -248,7 +256,8 @@ def merge_states(
         a_lse_bh: log-sum-exp of the scaled scores over A. fp32, natural log; -inf where A is empty.
         b_bhd: output over B, dtype of `a_bhd`.
         b_lse_bh: as `a_lse_bh`, over B.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere and for fp64.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         out_bhd in the dtype of `a_bhd`, and lse_bh in fp32. Empty A and B give out 0, lse -inf;

@@ -64,7 +64,8 @@ def key_scores(
         scale, softcap, sliding: as for `tree_attention`.
         group: "all" counts a token as low for a KV head if every query head of it does, "mean" if
             their average does.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         mass_bhs in fp32 (fp64 for fp64), and low_bhs in int32.
@@ -115,7 +116,8 @@ def select_victims(
         tie_nhs: decides among equal scores, lowest first; default none, so the oldest goes.
         protect_below_n: tokens at positions below are protected, int32.
         protect_from_n: tokens at positions from there on are protected, int32.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         index_nhm, int32, in the order in which they should go. Protected tokens appear only where
@@ -154,7 +156,8 @@ def compact_kv(
         source_nh: flat slots, int32 or int64.
         target_nh: as `source_nh`; distinct within a head. May overlap the sources.
         pages: changed in place, nothing is re-quantised.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Numerics: exact.
     """

@@ -154,7 +154,8 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
     Args:
         x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8. Must be finite.
         format: "fp8", "int8", "int6", "int4", "int3" or "int2".
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         codes [..., D · bits / 8]: float8_e4m3fn, or uint8 with one run of bytes per bit plane: of 4
@@ -190,7 +191,8 @@ def dequantize_kv(
         scale: [...] fp16.
         d: head size of the result.
         dtype: of the result.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         x [..., d].
@@ -234,7 +236,8 @@ def append_kv(
             first slot is negative is skipped.
         pages: where to; changed in place. `importance` and `history` of the slots become zero.
         position_t: true positions, int32; required where `pages.position` exists.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Numerics: as `quantize_kv`; unquantised pages take a cast.
     """

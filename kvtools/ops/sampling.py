@@ -64,7 +64,8 @@ def sample(
         top_k: >= 0; 0 and whatever is not below V keep all.
         top_p: in (0, 1]; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         token_b in int64; logprob_b in fp32, log softmax(z) of the token before any filter (at

@@ -74,7 +74,8 @@ def step_scores(
             (sum of margins, whatever the link) or "softmin" (sum of softmax(-prob / temperature) *
             prob). "prod" and "gmean" need link="sigmoid".
         temperature: of "softmin". > 0.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         margin_s, prob_s and score_r, all fp32. A rollout without steps has the score NaN.
@@ -147,7 +148,8 @@ def token_logprobs(
         ref_hidden_tm: hidden states of a reference model, of any width, for the same targets.
         ref_weight_vm: its LM head; given if and only if `ref_hidden_tm` is.
         ref_bias_v: bias of its LM head, or None.
-        impl: "auto" takes the C++ kernel on a CPU, the reference elsewhere.
+        impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
+            and for fp64.
 
     Returns:
         logprob_t and sum_x, fp32; sum_x is empty without `cu_seqlens`, and 0 for an empty segment.

@@ -1,0 +1,199 @@
+"""What the rows share: page tensors as kernels see them, packed codes, the rotation.
+
+Along the head dimension a tile has BLOCK_D columns, a power of two of at least 16. A format packs
+`8 / bits` elements per byte of each plane, so the head is cut into `parts(FORMAT)` runs of W
+elements that are padded to a power of two each: `column_element` tells which element a column is.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# How a page tensor is stored; integers of n bits are n.
+FLOAT, FP8 = 0, 1
+FORMATS = {"none": FLOAT, "fp8": FP8, "int8": 8, "int6": 6, "int4": 4, "int3": 3, "int2": 2}
+
+
+class Paged(NamedTuple):
+    """A tensor [pages, heads, slots, ...], its last axis contiguous."""
+
+    ptr: Any
+    stride_p: int
+    stride_h: int
+    stride_s: int
+
+
+class Content(NamedTuple):
+    """Keys or values: codes or floats, and scales [pages, heads, slots] unless they are floats."""
+
+    x: Paged
+    scale: Paged | None
+
+
+def paged(x: Tensor | None) -> Paged | None:
+    return None if x is None else Paged(x, *x.stride()[:3])
+
+
+def content(x: Tensor, scale: Tensor | None) -> Content:
+    if x.dtype == torch.float8_e4m3fn:  # sm_80 cannot read it
+        x = x.view(torch.uint8)
+    return Content(paged(x), paged(scale))
+
+
+def format_of(x: Tensor, d: int) -> int:
+    """The format of a page tensor for head size `d`, read off its dtype and last axis."""
+    if x.dtype == torch.uint8:
+        return x.shape[-1] * 8 // d
+    return FP8 if x.dtype == torch.float8_e4m3fn else FLOAT
+
+
+def block_d(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+@triton.constexpr_function
+def parts(FORMAT):
+    """Runs of elements that share bytes, or neighbour in them."""
+    return {0: 1, 1: 1, 8: 1, 6: 4, 4: 2, 3: 8, 2: 4}[FORMAT]
+
+
+@triton.constexpr_function
+def planes(FORMAT):
+    """Bits of the low plane, and of the high one or 0: PLANES of the reference."""
+    return {6: (4, 2), 3: (2, 1)}.get(FORMAT, (FORMAT, 0))
+
+
+@triton.constexpr_function
+def bend(FORMAT):
+    """BEND of the reference."""
+    return {6: 0.5, 4: 0.5, 3: 0.4}.get(FORMAT, 0.0)
+
+
+@triton.constexpr_function
+def log2(n):
+    return n.bit_length() - 1
+
+
+@triton.constexpr_function
+def rsqrt(n):
+    return n**-0.5
+
+
+@triton.constexpr_function
+def lowest_bit(n):
+    return n & -n
+
+
+@triton.jit
+def column_element(D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
+    """Element of each column, D where there is none."""
+    W: tl.constexpr = D // PARTS
+    BLOCK_W: tl.constexpr = BLOCK_D // PARTS
+    column = tl.arange(0, BLOCK_D)
+    within = column % BLOCK_W
+    return tl.where(within < W, column // BLOCK_W * W + within, D)
+
+
+@triton.jit
+def _load_plane(
+    x: Paged, start, live, BYTE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Codes of one bit plane, which begins at BYTE of a slot. uint16 [N, BLOCK_D]."""
+    W: tl.constexpr = D // PARTS
+    BLOCK_W: tl.constexpr = BLOCK_D // PARTS
+    N: tl.constexpr = start.shape[0]
+    column = tl.arange(0, BITS * PARTS // 8 * BLOCK_W)
+    within = column % BLOCK_W
+    byte = BYTE + column // BLOCK_W * W + within
+    mask = live[:, None] & (within < W)[None, :]
+    packed = tl.load(x.ptr + start[:, None] + byte[None, :], mask=mask, other=0).to(tl.uint16)
+    shift = (tl.arange(0, 8 // BITS) * BITS).to(tl.uint16)
+    codes = (packed[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [N, BLOCK_D])
+
+
+@triton.jit
+def level(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """What uint16 codes stand for in units of the scale."""
+    TOP: tl.constexpr = (2**FORMAT - 1) / 2
+    # 512 + code is exact in fp16, to halves: no slow integer conversion.
+    c = (((codes << 1) | 0x6000).to(tl.float16, bitcast=True) - (512 + TOP)).to(DTYPE)
+    if bend(FORMAT) != 0:
+        c = c * (c * c * (bend(FORMAT) / TOP / TOP) + 1)
+    return c
+
+
+@triton.jit
+def load_tile(
+    x: Paged, page, head, offset, live, FORMAT: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Slots [N] of a head as DTYPE [N, BLOCK_D], scales left out; 0 where not `live`.
+
+    Columns are those of `column_element`. `page` is int64.
+    """
+    PARTS: tl.constexpr = parts(FORMAT)
+    start = page * x.stride_p + head.to(tl.int64) * x.stride_h + offset * x.stride_s
+    if FORMAT <= 1:
+        column = tl.arange(0, BLOCK_D)
+        mask = live[:, None] & (column < D)[None, :]
+        tile = tl.load(x.ptr + start[:, None] + column[None, :], mask=mask, other=0)
+        if FORMAT == 1:
+            # e4m3 has fp16's layout with an exponent less by 8.
+            bits = tile.to(tl.uint16)
+            half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+            tile = half.to(tl.float16, bitcast=True) * 256
+            tile = tl.where((bits & 0x7F) == 0x7F, float("nan"), tile)
+        return tile.to(DTYPE)
+    else:
+        LOW: tl.constexpr = planes(FORMAT)[0]
+        HIGH: tl.constexpr = planes(FORMAT)[1]
+        codes = _load_plane(x, start, live, 0, LOW, PARTS, D, BLOCK_D)
+        if HIGH > 0:
+            high = _load_plane(x, start, live, D * LOW // 8, HIGH, PARTS, D, BLOCK_D)
+            codes = codes | (high << LOW)
+        return level(codes, FORMAT, DTYPE)
+
+
+@triton.jit
+def load_scale(x: Paged, page, head, offset, live):
+    """Scales of slots [N] in fp32, 0 where not `live`."""
+    start = page * x.stride_p + head.to(tl.int64) * x.stride_h + offset * x.stride_s
+    return tl.load(x.ptr + start, mask=live, other=0).to(tl.float32)
+
+
+@triton.jit
+def _hadamard(x, D: tl.constexpr):
+    """Walsh-Hadamard transform of the rows of x [M, BLOCK_D], in blocks of a power of two."""
+    BLOCK: tl.constexpr = lowest_bit(D)
+    M: tl.constexpr = x.shape[0]
+    BLOCK_D: tl.constexpr = x.shape[1]
+    ROWS: tl.constexpr = M * BLOCK_D // BLOCK
+    x = tl.reshape(x, [ROWS, BLOCK])
+    # Each stage is the same: it transforms the lowest bit of the index and moves it to the top.
+    for _ in tl.static_range(log2(BLOCK)):
+        a, b = tl.split(tl.reshape(x, [ROWS, BLOCK // 2, 2]))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [ROWS, BLOCK])
+    return tl.reshape(x, [M, BLOCK_D]) * rsqrt(BLOCK)
+
+
+@triton.jit
+def _sign(BLOCK_D: tl.constexpr):
+    column = tl.arange(0, BLOCK_D).to(tl.uint32)
+    return 1.0 - 2.0 * (((column * 0x9E3779B1) >> 16) & 1).to(tl.float32)
+
+
+@triton.jit
+def rotate(x, D: tl.constexpr):
+    """x @ rotation, of fp32 x [M, BLOCK_D] in order, with zeros in columns from D on."""
+    return _hadamard(x * _sign(x.shape[1])[None, :], D)
+
+
+@triton.jit
+def rotate_back(x, D: tl.constexpr):
+    """x @ rotation.T"""
+    return _hadamard(x, D) * _sign(x.shape[1])[None, :]
