@@ -237,8 +237,8 @@ def tree_attention(
     return _tree_attention(
         impl, q_thd, position_t, *pages.tensors(), plan.page_indptr, plan.page, plan.first,
         plan.length, plan.base, plan.own, plan.token_indptr, plan.token, plan.item,
-        plan.part_indptr, plan.part, before_t, state_out, state_lse, sink_h, d**-0.5 if scale is None else scale,
-        softcap, sliding, window, group,
+        plan.part_indptr, plan.part, before_t, state_out, state_lse, sink_h,
+        d**-0.5 if scale is None else scale, softcap, sliding, window, group,
     )  # fmt: skip
 
 
