@@ -1,4 +1,4 @@
-"""What the rows share: page tensors as kernels see them, packed codes, the rotation.
+"""What the rows share: page tensors as kernels see them, packed codes, the rotation, tanh.
 
 Along the head dimension a tile has BLOCK_D columns, a power of two of at least 16. A format packs
 `8 / bits` elements per byte of each plane, so the head is cut into `parts(FORMAT)` runs of W
@@ -197,3 +197,17 @@ def rotate(x, D: tl.constexpr):
 def rotate_back(x, D: tl.constexpr):
     """x @ rotation.T"""
     return _hadamard(x, D) * _sign(x.shape[1])[None, :]
+
+
+@triton.jit
+def tanh(x):
+    """To a few ulp in fp32: odd, so that small x keep their relative precision."""
+    square = x * x
+    small = -5.70498872745e-3 * square + 2.06390887954e-2
+    small = small * square - 5.37397155531e-2
+    small = small * square + 1.33314422036e-1
+    small = small * square - 3.33332819422e-1
+    small = small * square * x + x
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    large = 1.0 - 2.0 * shrunk / (1.0 + shrunk)
+    return tl.where(square < 0.390625, small, tl.where(x < 0, -large, large))
