@@ -13,11 +13,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .format import (
-    FLOAT, Content, Paged, block_d, column_element, content, format_of, load_scale, load_tile,
-    paged, parts, rotate, rotate_back, tanh,
+    FLOAT,
+    Content,
+    Paged,
+    block_d,
+    column_element,
+    content,
+    dot,
+    format_of,
+    load_scale,
+    load_tile,
+    paged,
+    parts,
+    rotate,
+    rotate_back,
+    tanh,
 )  # fmt: skip
 
-LOG2E = tl.constexpr(1.4426950408889634)
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
 
 
@@ -28,6 +40,15 @@ class Rows(NamedTuple):
     stride_t: int
     stride_h: int
     stride_d: int
+
+
+class State(NamedTuple):
+    """An attention result: out, and lse [tokens, heads]."""
+
+    out: Rows
+    lse_ptr: Any
+    stride_t: int
+    stride_h: int
 
 
 class Work(NamedTuple):
@@ -98,15 +119,16 @@ def tree_attention(
             **reads, V_FORMAT=v_format, V_DTYPE=v_dtype, **_blocks(t * hq // heads, d, k_dtype),
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
-    state = None if state_out is None else Rows(state_out, *state_out.stride())
+    state = None
+    if state_out is not None:
+        state = State(Rows(state_out, *state_out.stride()), state_lse, *state_lse.stride())
     _merge_parts_kernel[(t, heads)](
-        out_phd, lse_ph, seen_ph, part_indptr, part, state, state_lse,
-        *(state_lse.stride() if state else (0, 0)), sink_h, 0 if sink_h is None else sink_h.stride(0),
-        Rows(out_thd, *out_thd.stride()), lse_th, mean_th, **shape, V_FORMAT=v_format,
+        out_phd, lse_ph, seen_ph, part_indptr, part, state,
+        None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()),
+        lse_th, mean_th, **shape, V_FORMAT=v_format,
         BLOCK_P=max(1, 8192 // (triton.next_power_of_2(hq // heads) * block_d(d))),
     )  # fmt: skip
     if tracks and len(item):
-        words = None if history is None else (history, *history.stride()[:3])
         _track_kernel[(len(item), heads)](
             q, mask, work, keys, paged(importance), paged(history), lse_th, mean_th, scale, softcap,
             window, **reads, ALL=group == "all", BLOCK_N=64,
@@ -149,16 +171,16 @@ def _rotate_kernel(
     start = row // heads * q.stride_t + row % heads * q.stride_h
     x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
     x = rotate(x.to(tl.float32), D)
-    tl.store(out_ptr + row[:, None] * D + column[None, :], x.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row[:, None] * D + column[None, :], x.to(out_ptr.dtype.element_ty), mask=mask
+    )
 
 
 @triton.jit
-def _find(work: Work, node, slot, live, PAGE_SIZE: tl.constexpr):
-    """Page, and offset in it, of slots of a node."""
-    at = tl.load(work.first + node) + slot
-    pages = work.page + tl.load(work.page_indptr + node)
-    page = tl.load(pages + at // PAGE_SIZE, mask=live, other=0)
-    return page.to(tl.int64), at % PAGE_SIZE
+def _find(pages_ptr, at, live, PAGE_SIZE: tl.constexpr):
+    """Page, and offset in it, of slots counted from the first page's start."""
+    page = tl.load(pages_ptr + at // PAGE_SIZE, mask=live, other=0)
+    return page.to(tl.int64), (at % PAGE_SIZE).to(tl.int64)
 
 
 @triton.jit
@@ -176,28 +198,33 @@ def _load_queries(
 
 @triton.jit
 def _logits(q, k, k_scale, scale, softcap):
-    """Scores of a tile in units of log 2."""
-    x = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
+    """Scores of a tile [M, N]."""
+    x = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * scale
     if k_scale is not None:
         x *= k_scale[None, :]
     if softcap is not None:
         x = tanh(x / softcap) * softcap
-    return x * LOG2E
+    return x
 
 
 @triton.jit
-def _past(mask: Mask, token, base, slot, page, head, offset, live):
-    """Whether a key is not after the query, nor kept elsewhere; and the key's age. [M, N]"""
-    if mask.key is None:
-        key = base + slot
-    else:
+def _last(mask: Mask, token):
+    """Positions of queries, and of the last key that they may see."""
+    query = tl.load(mask.query + token)
+    last = query
+    if mask.before is not None:
+        last = tl.minimum(query, tl.load(mask.before + token) - 1)
+    return query, last
+
+
+@triton.jit
+def _key(mask: Mask, in_order, page, head, offset, live):
+    """True positions of keys; after every query where not `live`."""
+    key = in_order
+    if mask.key is not None:
         start = page * mask.key.stride_p + head * mask.key.stride_h + offset * mask.key.stride_s
         key = tl.load(mask.key.ptr + start, mask=live, other=0)
-    age = tl.load(mask.query + token)[:, None] - key[None, :]
-    past = (age >= 0) & live[None, :]
-    if mask.before is not None:
-        past &= key[None, :] < tl.load(mask.before + token)[:, None]
-    return past, age
+    return tl.where(live, key, 2**31 - 1)
 
 
 @triton.jit
@@ -214,31 +241,34 @@ def _attend_tile(
     token = tl.load(work.token + token_begin + row // G, mask=real, other=0)
     head_m = head * G + row % G
     x_q = _load_queries(q, token, head_m, real, D, BLOCK_D, parts(K_FORMAT), K_DTYPE)
+    query, last = _last(mask, token)
     base = tl.load(work.base + node)
+    first = tl.load(work.first + node)
+    pages_ptr = work.page + tl.load(work.page_indptr + node)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     seen = tl.zeros([BLOCK_M], tl.int32)
-    unit = 0.0  # of acc: the greatest scale of values so far, so that fp16 holds p times the others
+    unit = 2.0**-24  # of acc: the greatest scale of values so far, so that fp16 can hold the others
     for start in range(begin, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         live = slot < end
-        page, offset = _find(work, node, slot, live, PAGE_SIZE)
+        page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
         x_k = load_tile(k.x, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
         k_scale = None
         if K_FORMAT != 0:
             k_scale = load_scale(k.scale, page, head, offset, live)
         x = _logits(x_q, x_k, k_scale, scale, softcap)
-        past, age = _past(mask, token, base, slot, page, head, offset, live)
-        visible = past & (age < mask.sliding)
+        key = _key(mask, base + slot, page, head, offset, live)[None, :]
+        visible = (key <= last[:, None]) & (query[:, None] - key < mask.sliding)
         x = tl.where(visible, x, float("-inf"))
         if seen_ptr is not None:
             seen += tl.sum(visible.to(tl.int32), 1)
 
         peak = tl.maximum(m_i, tl.max(x, 1))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        p = tl.exp2(x - safe[:, None])
-        alpha = tl.exp2(m_i - safe)
+        p = tl.exp(x - safe[:, None])
+        alpha = tl.exp(m_i - safe)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = peak
         if V_FORMAT != 0:
@@ -248,7 +278,7 @@ def _attend_tile(
             unit = greatest
             p *= (v_scale / greatest)[None, :]
         x_v = load_tile(v.x, page, head, offset, live, V_FORMAT, D, BLOCK_D, V_DTYPE)
-        acc = tl.dot(p.to(V_DTYPE), x_v, acc * alpha[:, None], input_precision="tf32x3")
+        acc = dot(p.to(V_DTYPE), x_v, acc * alpha[:, None])
 
     total = tl.where(l_i == 0, 1.0, l_i)
     if V_FORMAT != 0:
@@ -260,7 +290,8 @@ def _attend_tile(
         out_ptr + at[:, None] * D + element[None, :], acc / total[:, None],
         mask=real[:, None] & (element < D)[None, :],
     )  # fmt: skip
-    tl.store(lse_ptr + at, (m_i + tl.log2(l_i)) / LOG2E, mask=real)
+    lse = tl.where(l_i == 0, float("-inf"), m_i + tl.log(total))
+    tl.store(lse_ptr + at, lse, mask=real)
     if seen_ptr is not None:
         tl.store(seen_ptr + result * heads + head, seen, mask=real & (row % G == 0))
 
@@ -274,7 +305,7 @@ def _attend_kernel(
 ):  # fmt: skip
     """A work item and a KV head: output, lse and number of visible slots of each of its tokens."""
     item = work.item + tl.program_id(0).to(tl.int64) * 6
-    head, heads = tl.program_id(1), tl.num_programs(1)
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     node, token_begin, part = tl.load(item), tl.load(item + 1), tl.load(item + 5)
     rows = (tl.load(item + 2) - token_begin) * G
     begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
@@ -297,9 +328,8 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_parts_kernel(
-    part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: Rows, state_lse_ptr,
-    stride_slt, stride_slh, sink_ptr, stride_sink, out: Rows, lse_ptr, mean_ptr,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_FORMAT: tl.constexpr,
+    part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: State, sink_ptr, out: Rows,
+    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_FORMAT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A token and a KV head: its partial results, what is kept elsewhere and the sink in one."""
@@ -340,19 +370,14 @@ def _merge_parts_kernel(
     if V_FORMAT != 0:
         acc = rotate_back(acc, D)
     if state is not None:
-        other = tl.load(
-            state_lse_ptr + token * stride_slt + head_g * stride_slh, mask=g < G,
-            other=float("-inf"),
-        )  # fmt: skip
-        lse, weight, other_weight = merge_weights(lse, other)
-        start = token * state.stride_t + head_g * state.stride_h
-        x = tl.load(
-            state.ptr + start[:, None] + column[None, :] * state.stride_d,
-            mask=mask & (other_weight > 0)[:, None], other=0,
-        ).to(tl.float32)  # fmt: skip
-        acc = acc * weight[:, None] + x * other_weight[:, None]
+        ptr = state.lse_ptr + token * state.stride_t + head_g * state.stride_h
+        lse, weight, other = merge_weights(lse, tl.load(ptr, mask=g < G, other=float("-inf")))
+        start = token * state.out.stride_t + head_g * state.out.stride_h
+        ptr = state.out.ptr + start[:, None] + column[None, :] * state.out.stride_d
+        x = tl.load(ptr, mask=mask & (other > 0)[:, None], other=0).to(tl.float32)
+        acc = acc * weight[:, None] + x * other[:, None]
     if sink_ptr is not None:
-        sink = tl.load(sink_ptr + head_g * stride_sink, mask=g < G, other=0).to(tl.float32)
+        sink = tl.load(sink_ptr + head_g, mask=g < G, other=0).to(tl.float32)
         lse, weight, _ = merge_weights(lse, sink)
         acc = acc * weight[:, None]
     start = token * out.stride_t + head_g * out.stride_h
@@ -376,7 +401,7 @@ def _track_kernel(
 ):  # fmt: skip
     """An item of a row's own node, and a KV head: what its slots got from all the node's tokens."""
     item = work.item + tl.program_id(0).to(tl.int64) * 6
-    head, heads = tl.program_id(1), tl.num_programs(1)
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     node = tl.load(item)
     begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
     token_begin = tl.load(work.token_indptr + node)
@@ -387,31 +412,38 @@ def _track_kernel(
     BLOCK_G: tl.constexpr = max(16, triton.next_power_of_2(G))
     g = tl.arange(0, BLOCK_G)
     base = tl.load(work.base + node)
+    first = tl.load(work.first + node)
+    pages_ptr = work.page + tl.load(work.page_indptr + node)
     for start in range(begin, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
         live = slot < end
-        page, offset = _find(work, node, slot, live, PAGE_SIZE)
+        page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
         x_k = load_tile(k.x, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
         k_scale = None
         if K_FORMAT != 0:
             k_scale = load_scale(k.scale, page, head, offset, live)
+        key = _key(mask, base + slot, page, head, offset, live)[None, :]
         received = tl.zeros([BLOCK_N], tl.float32)
         for c in range(token_begin, token_end):
             token = tl.load(work.token + c)
             at = token * heads * G + head * G + g
             token_g = tl.zeros([BLOCK_G], tl.int32) + token
-            x_q = _load_queries(q, token_g, head * G + g, g < G, D, BLOCK_D, parts(K_FORMAT), K_DTYPE)
-            past, age = _past(mask, token_g, base, slot, page, head, offset, live)
+            x_q = _load_queries(
+                q, token_g, head * G + g, g < G, D, BLOCK_D, parts(K_FORMAT), K_DTYPE
+            )
+            query, last = _last(mask, token_g)
+            past = key <= last[:, None]
             lse = tl.load(lse_ptr + at, mask=g < G, other=0)
             x = _logits(x_q, x_k, k_scale, scale, softcap)
-            p = tl.exp2(x - (lse * LOG2E)[:, None])
-            p = tl.where(past & (age < mask.sliding) & (g < G)[:, None], p, 0.0)
+            p = tl.exp(x - lse[:, None])
+            visible = past & (query[:, None] - key < mask.sliding) & (g < G)[:, None]
+            p = tl.where(visible, p, 0.0)
             if importance is not None:
                 received += tl.sum(p, 0) / G
             if history is not None:
                 mean = tl.load(mean_ptr + at, mask=g < G, other=0)
                 if ALL:
-                    low = tl.sum(((p >= mean[:, None]) & (g < G)[:, None]).to(tl.int32), 0) == 0
+                    low = tl.sum((~(p < mean[:, None]) & (g < G)[:, None]).to(tl.int32), 0) == 0
                 else:
                     low = tl.sum(p, 0) / G < tl.sum(mean, 0) / G
                 low &= tl.max(past.to(tl.int32), 0) > 0
