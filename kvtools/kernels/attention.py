@@ -131,7 +131,7 @@ def tree_attention(
     if tracks and len(item):
         _track_kernel[(len(item), heads)](
             q, mask, work, keys, paged(importance), paged(history), lse_th, mean_th, scale, softcap,
-            window, **reads, ALL=group == "all", BLOCK_N=64,
+            window, **reads, ALL=group == "all", BLOCK_N=32,
         )  # fmt: skip
     return out_thd, lse_th
 
@@ -165,14 +165,16 @@ def _rotate_kernel(
     q: Rows, out_ptr, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """BLOCK_T rows of (token, head), rotated, contiguous."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (column < D)[None, :]
-    start = row // heads * q.stride_t + row % heads * q.stride_h
+    start = (row // heads).to(tl.int64) * q.stride_t + row % heads * q.stride_h
     x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
     x = rotate(x.to(tl.float32), D)
     tl.store(
-        out_ptr + row[:, None] * D + column[None, :], x.to(out_ptr.dtype.element_ty), mask=mask
+        out_ptr + row.to(tl.int64)[:, None] * D + column[None, :],
+        x.to(out_ptr.dtype.element_ty),
+        mask=mask,
     )
 
 
@@ -329,8 +331,8 @@ def _attend_kernel(
 @triton.jit
 def _merge_parts_kernel(
     part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: State, sink_ptr, out: Rows,
-    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_FORMAT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_FORMAT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A token and a KV head: its partial results, what is kept elsewhere and the sink in one."""
     token, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -482,9 +484,9 @@ def _merge_states_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_B rows of (b, h): both outputs weighted, and their lse."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = row < rows
-    i, h = row // heads, row % heads
+    i, h = (row // heads).to(tl.int64), row % heads
     a_lse = tl.load(a_lse_ptr + i * stride_alb + h * stride_alh, mask=live, other=float("-inf"))
     b_lse = tl.load(b_lse_ptr + i * stride_blb + h * stride_blh, mask=live, other=float("-inf"))
     lse, a_weight, b_weight = merge_weights(a_lse, b_lse)
