@@ -17,6 +17,7 @@ from .format import (
     Content,
     Paged,
     block_d,
+    capability,
     column_element,
     content,
     dot,
@@ -31,6 +32,11 @@ from .format import (
 )  # fmt: skip
 
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
+
+
+# Tile sizes found by `python -m bench.tune`, by architecture, kind of product and columns; empty
+# unless its table is loaded.
+TUNED: dict[str, dict[str, int]] = {}
 
 
 class Rows(NamedTuple):
@@ -92,6 +98,7 @@ def tree_attention(
     tracks = importance is not None or history is not None
     k_format, v_format = format_of(k, d), format_of(v, d)
     k_dtype, v_dtype = _dot_dtype(q_thd, k, k_format), _dot_dtype(q_thd, v, v_format)
+    codes = k_format != FLOAT or v_format != FLOAT
     shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,7 +123,8 @@ def tree_attention(
     if len(item):
         _attend_kernel[(len(item), heads)](
             q, mask, work, keys, content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
-            **reads, V_FORMAT=v_format, V_DTYPE=v_dtype, **_blocks(t * hq // heads, d, k_dtype),
+            **reads, V_FORMAT=v_format, V_DTYPE=v_dtype,
+            **_blocks(t * hq // heads, d, tl.float32 in (k_dtype, v_dtype), codes),
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
     state = None
@@ -149,15 +157,20 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     ]
 
 
-def _blocks(rows: int, d: int, dtype: tl.dtype) -> dict[str, int]:
-    """Tile sizes: a tile of keys takes at most 16 KiB of shared memory."""
-    row_bytes = block_d(d) * dtype.primitive_bitwidth // 8
-    return dict(
-        BLOCK_M=16 if rows <= 16 else 64,
-        BLOCK_N=max(16, min(64, 16384 // row_bytes)),
-        num_warps=4,
-        num_stages=3,
-    )
+def _blocks(rows: int, d: int, wide: bool, coded: bool) -> dict[str, int]:
+    """Tile sizes for products in fp32 (`wide`) or 16 bits, with codes to unpack or without."""
+    arch, kind = capability(), "wide" if wide else "coded" if coded else "plain"
+    sizes = TUNED.get(f"sm_{arch} {kind} {block_d(d)}")
+    if sizes is None:  # what leaves no register short: see `make resources`
+        m, n, warps = 64, 32 if coded else 64, 8
+        if wide:
+            m, n, warps = 16, 16, 4
+        elif d > 128:
+            m, n, warps = 32, 16, 4
+        elif arch < 90:
+            m, n, warps = 32, 32, 4
+        sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
+    return {**sizes, "BLOCK_M": 16} if rows <= 16 else sizes
 
 
 @triton.jit

@@ -52,6 +52,13 @@ def format_of(x: Tensor, d: int) -> int:
     return FP8 if x.dtype == torch.float8_e4m3fn else FLOAT
 
 
+def capability() -> int:
+    """Compute capability of the current device, 90 for Hopper, as which the interpreter counts."""
+    if INTERPRETED.value:
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
+
+
 def block_d(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
