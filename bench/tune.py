@@ -21,7 +21,8 @@ KINDS = {
 }
 CANDIDATES = [
     dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
-    for m, n, warps, stages in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 5))
+    for m, n in itertools.product((16, 32, 64, 128), repeat=2)
+    for warps, stages in itertools.product((4, 8), (2, 3, 5))
     if m * n <= 64 * 128
 ]  # fmt: skip
 
@@ -69,12 +70,12 @@ def main() -> None:
         best = None
         for sizes in track(CANDIDATES, f"{kind} {d}"):
             attention.TUNED[key] = sizes
-            try:  # geometric mean of much shared and nothing shared
+            try:  # the geometric mean counts
                 ms = np.prod([
                     triton.testing.do_bench(
                         lambda x=x: kvtools.tree_attention(*x), return_mode="median"
                     )
-                    for x in (shared, own)
+                    for x in cases
                 ]) ** 0.5  # fmt: skip
             except triton.runtime.errors.OutOfResources:
                 continue
