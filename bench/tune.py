@@ -64,9 +64,8 @@ def main() -> None:
     device, table = torch.device("cuda"), {}
     for kind, d in itertools.product(KINDS, (64, 128, 256)):
         key = f"sm_{format.capability()} {kind} {d}"
-        shared, own = (
-            problem(kind, d, *size, device) for size in ((8192, 256, 64), (64, 4096, 64))
-        )
+        shapes = (8192, 256, 64), (64, 4096, 64)  # much shared, and next to nothing
+        cases = [problem(kind, d, *shape, device) for shape in shapes]
         best = None
         for sizes in track(CANDIDATES, f"{kind} {d}"):
             attention.TUNED[key] = sizes

@@ -166,7 +166,7 @@ def _blocks(rows: int, d: int, wide: bool, coded: bool) -> dict[str, int]:
         if wide:
             m, n, warps = 16, 16, 4
         elif d > 128:
-            m, n, warps = 32, 16, 4
+            m, n, warps = (32, 16, 4) if coded else (32, 32, 8)
         elif arch < 90:
             m, n, warps = 32, 32, 4
         sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
