@@ -75,6 +75,18 @@ def test_levels(format):
     assert (widths.diff() >= 0).all() and (format in ("int8", "int2")) == (widths.diff() == 0).all()
 
 
+@pytest.mark.parametrize("format", list(reference.PLANES))
+def test_constants_of_the_kernels(format):
+    pytest.importorskip("triton")
+    from kvtools.kernels.format import FORMATS, bend, planes
+    from kvtools.kernels.quant import tries
+
+    bits = FORMATS[format]
+    assert tuple(filter(None, planes(bits))) == reference.PLANES[format]
+    assert bend(bits) == reference.BEND[format]
+    assert [(17 - i) / 16 for i in range(*tries(bits))] == reference.RANGES[format]
+
+
 @pytest.mark.parametrize("d", [8, 24, 40, 64, 256])
 @pytest.mark.parametrize("format", QUANTISED)
 def test_quantize_kv_gives_the_codes_of_the_reference(format, d, device, impl):

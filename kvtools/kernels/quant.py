@@ -140,8 +140,7 @@ def _encode(x, FORMAT: tl.constexpr, D: tl.constexpr):
     BEGIN: tl.constexpr = tries(FORMAT)[0]
     END: tl.constexpr = tries(FORMAT)[1]
     peak = tl.max(tl.abs(x), 1)
-    least = tl.full(peak.shape, float("inf"), tl.float32)
-    best_inverse, best_scale = peak, peak
+    least, best_inverse, best_scale = peak, peak, peak
     for i in range(BEGIN, END):
         inverse = tl.div_rn(1.0, peak * ((17 - i) / 16 / greatest(FORMAT)) + TINY)
         y, _ = _nearest(x * inverse[:, None], FORMAT)
@@ -151,7 +150,7 @@ def _encode(x, FORMAT: tl.constexpr, D: tl.constexpr):
         scale = _to_scale(tl.div_rn(_sum(x * y), _sum(y * y))).to(tl.float32)
         difference = y * scale[:, None] - x
         error = _sum(difference * difference)
-        better = error < least
+        better = (error < least) | (i == BEGIN)
         least = tl.where(better, error, least)
         best_inverse = tl.where(better, inverse, best_inverse)
         best_scale = tl.where(better, scale, best_scale)
