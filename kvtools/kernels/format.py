@@ -16,6 +16,8 @@ from torch import Tensor
 FLOAT, FP8 = 0, 1
 FORMATS = {"none": FLOAT, "fp8": FP8, "int8": 8, "int6": 6, "int4": 4, "int3": 3, "int2": 2}
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 class Paged(NamedTuple):
     """A tensor [pages, heads, slots, ...], its last axis contiguous."""
@@ -197,6 +199,14 @@ def rotate(x, D: tl.constexpr):
 def rotate_back(x, D: tl.constexpr):
     """x @ rotation.T"""
     return _hadamard(x, D) * _sign(x.shape[1])[None, :]
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a @ b + acc in fp32, of operands in one dtype."""
+    if INTERPRETED:  # the interpreter multiplies the bits of bf16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit
