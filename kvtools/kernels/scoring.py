@@ -10,9 +10,9 @@ from torch import Tensor
 from .format import dot, tanh
 
 IGNORED = tl.constexpr(-100)
-# Ids to a program, whatever the batch: what a token gets depends on it alone. Tokens are cut into
-# tiles, as many as share a reading of the weights run side by side.
-SPLIT_V, TILE_T, GROUP = 1024, 128, 16
+# A program takes TILE_T tokens by SPLIT_V ids, whatever the batch, so that a token's bits depend on
+# it alone. GROUP tiles of tokens run side by side: their hidden states stay in L2.
+TILE_T, SPLIT_V, GROUP = 128, 512, 16
 
 
 def step_scores(
@@ -30,8 +30,7 @@ def step_scores(
         torch.empty(size, dtype=torch.float32, device=hidden_tm.device) for size in (s, s, r)
     )
     if r:
-        # A tile of 16 KB: with the stages that are in flight, one rollout keeps one SM's share of
-        # the memory's bandwidth busy.
+        # 16 KB a tile: with the stages in flight, enough to keep one SM's share of bandwidth busy.
         block_m = min(triton.next_power_of_2(max(m, 1)), 1024 // hidden_tm.itemsize)
         _step_scores_kernel[(r,)](
             hidden_tm, *hidden_tm.stride(), step_s, step_s.stride(0), cu_steps, cu_steps.stride(0),
@@ -97,7 +96,8 @@ def _partial(
             target_t, target_t.stride(0), bias_v, 0 if bias_v is None else bias_v.stride(0),
             partial, t, m, v, softcap or None,
             DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), SPLIT_V=SPLIT_V, GROUP=GROUP,
-            BLOCK_T=TILE_T, BLOCK_V=128, BLOCK_M=128 // dtype.itemsize, num_warps=8, num_stages=3,
+            BLOCK_T=TILE_T, BLOCK_V=256 // dtype.itemsize, BLOCK_M=128 // dtype.itemsize,
+            num_warps=8, num_stages=3,
         )  # fmt: skip
     return partial
 
@@ -225,7 +225,7 @@ def _log1p(x):
     return tl.log(y) + (x - (y - 1.0)) / y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _token_logprobs_kernel(
     hidden_ptr, stride_ht, stride_hm, weight_ptr, stride_wv, stride_wm,
     target_ptr, stride_t, bias_ptr, stride_b, partial: Partial, T, M, V, softcap,
@@ -284,7 +284,7 @@ def _token_logprobs_kernel(
     tl.store(partial.chosen + offs_t, chosen, mask=live & here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _merge_logprobs_kernel(
     policy: Partial, reference: Partial | None, target_ptr, stride_t, cu_seqlens_ptr, stride_c,
     logprob_ptr, sum_ptr, T, BLOCK_T: tl.constexpr, BLOCK_X: tl.constexpr,
