@@ -31,12 +31,12 @@ def step_scores(
     )
     if r:
         # 16 KB a tile: with the stages in flight, enough to keep one SM's share of bandwidth busy.
-        block_m = min(triton.next_power_of_2(max(m, 1)), 1024 // hidden_tm.itemsize)
+        block_m = min(triton.next_power_of_2(max(m, 1)), 2048 // hidden_tm.itemsize)
         _step_scores_kernel[(r,)](
             hidden_tm, *hidden_tm.stride(), step_s, step_s.stride(0), cu_steps, cu_steps.stride(0),
             weight_km, *weight_km.stride(), bias_k, 0 if bias_k is None else bias_k.stride(0),
             margin_s, prob_s, score_r, m, temperature,
-            K=len(weight_km), LINK=link, REDUCE=reduce, BLOCK_S=16, BLOCK_M=block_m, num_warps=8,
+            K=len(weight_km), LINK=link, REDUCE=reduce, BLOCK_S=8, BLOCK_M=block_m, num_warps=8,
         )  # fmt: skip
     return margin_s, prob_s, score_r
 
