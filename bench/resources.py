@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
@@ -47,6 +47,7 @@ ARCHS = {80: 163, 90: 227, 100: 227}
 FORMATS = ["none", "fp8", "int8", "int6", "int4", "int3", "int2"]
 SIZES = [64, 128, 256]
 BF16, FP32 = torch.bfloat16, torch.float32
+FIGURES = ["registers", "spilled", "shared", "products"]
 PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.\S+")
 
 Case = tuple[str, Callable]  # what it is, and a call that lacks its `impl`
@@ -292,10 +293,10 @@ def judge(found: Found, multiply: set[str]) -> Targets:
 
 def table(found: Found) -> Table:
     """Registers per architecture; of the others the worst."""
-    result = Table(box=box.SIMPLE_HEAD)
-    for name in ("kernel", "case"):
-        result.add_column(name)
-    for name in ("registers, sm_" + " ".join(map(str, ARCHS)), "spilled", "shared KiB", "products"):
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("kernel", no_wrap=True)
+    result.add_column("case")
+    for name in ("registers " + "/".join(map(str, ARCHS)), "spilled", "KiB", "products"):
         result.add_column(name, justify="right")
     order = list(dict.fromkeys(kernel for kernel, _ in found))
     before = None
@@ -328,7 +329,11 @@ def main(argv: list[str] | None = None) -> int:
     targets.show(console)
     if args.json:
         kernels = [
-            {"kernel": kernel, "case": case} | {f"sm_{a}": asdict(b) for a, b in each.items()}
+            {"kernel": kernel, "case": case}
+            | {
+                f"sm_{arch}": {name: getattr(b, name) for name in FIGURES}
+                for arch, b in each.items()
+            }
             for (kernel, case), each in found.items()
         ]
         result = {"triton": triton.__version__, "kernels": kernels, "targets": targets}
