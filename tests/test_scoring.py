@@ -250,15 +250,26 @@ def test_token_logprobs_where_most_are_ignored(device, impl):
 
 
 def test_token_logprobs_with_padded_vocabulary(device, impl):
-    """A bias of -inf takes ids out, 60 of them side by side."""
-    hidden_tm, weight_vm, target_t, bias_v = make_tokens(9, 40, 160, torch.float32, device)
-    bias_v[:60] = -torch.inf
-    target_t = target_t.clamp(min=60)
+    """A bias of -inf takes ids out, more of them side by side than are taken together."""
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(9, 8, 1700, torch.float32, device)
+    bias_v[:600] = -torch.inf
+    target_t = target_t.clamp(min=600)
     actual_t, _ = token_logprobs(hidden_tm, weight_vm, target_t, bias_v, impl=impl)
     expected_t, _ = token_logprobs(
-        hidden_tm, weight_vm[60:], target_t - 60, bias_v[60:], impl="reference"
+        hidden_tm, weight_vm[600:], target_t - 600, bias_v[600:], impl="reference"
     )
     torch.testing.assert_close(actual_t, expected_t)
+
+
+def test_token_logprobs_of_rising_logits(device, impl, monkeypatch):
+    """The peak is met last, in the last of more splits than are merged at once."""
+    if impl == "triton":
+        monkeypatch.setattr("kvtools.kernels.scoring.SPLIT_V", 64)
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(9, 8, 4500, torch.float32, device)
+    args = hidden_tm, weight_vm, target_t, 9 * bias_v.sort().values
+    actual_t, _ = token_logprobs(*args, impl=impl)
+    exact_t, eager_t = (plain_token_logprobs(*args, 0.0, d) for d in (torch.float64, torch.float32))
+    assert_within_budget("logprob", actual_t, exact_t, eager_t)
 
 
 def test_token_logprobs_of_a_row_depend_on_neither_batch_nor_threads(device, impl):
