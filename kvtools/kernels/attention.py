@@ -16,6 +16,7 @@ from .format import (
     FLOAT,
     Content,
     Paged,
+    Rows,
     block_d,
     capability,
     column_element,
@@ -28,6 +29,7 @@ from .format import (
     parts,
     rotate,
     rotate_back,
+    slot_start,
     tanh,
 )  # fmt: skip
 
@@ -37,15 +39,6 @@ SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores tak
 # Tile sizes found by `python -m bench.tune`, by architecture, kind of product and columns; empty
 # unless its table is loaded.
 TUNED: dict[str, dict[str, int]] = {}
-
-
-class Rows(NamedTuple):
-    """A tensor [tokens, heads, d] with any strides."""
-
-    ptr: Any
-    stride_t: int
-    stride_h: int
-    stride_d: int
 
 
 class State(NamedTuple):
@@ -237,8 +230,7 @@ def _key(mask: Mask, in_order, page, head, offset, live):
     """True positions of keys; after every query where not `live`."""
     key = in_order
     if mask.key is not None:
-        start = page * mask.key.stride_p + head * mask.key.stride_h + offset * mask.key.stride_s
-        key = tl.load(mask.key.ptr + start, mask=live, other=0)
+        key = tl.load(mask.key.ptr + slot_start(mask.key, page, head, offset), mask=live, other=0)
     return tl.where(live, key, 2**31 - 1)
 
 
@@ -463,14 +455,12 @@ def _track_kernel(
                     low = tl.sum(p, 0) / G < tl.sum(mean, 0) / G
                 low &= tl.max(past.to(tl.int32), 0) > 0
                 step = tl.load(mask.query + token) % window
-                ptr = history.ptr + page * history.stride_p + head * history.stride_h
-                ptr += offset * history.stride_s + step // 32
+                ptr = history.ptr + slot_start(history, page, head, offset) + step // 32
                 bit = (1 << (step % 32)).to(tl.int32)
                 old = tl.load(ptr, mask=live)
                 tl.store(ptr, tl.where(low, old | bit, old & ~bit), mask=live)
         if importance is not None:
-            ptr = importance.ptr + page * importance.stride_p + head * importance.stride_h
-            ptr += offset * importance.stride_s
+            ptr = importance.ptr + slot_start(importance, page, head, offset)
             tl.store(ptr, tl.load(ptr, mask=live) + received, mask=live)
 
 
