@@ -4,7 +4,9 @@ import torch
 from torch import Tensor
 
 
-def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor) -> None:
+def assert_within_budget(
+    name: str, actual: Tensor, exact: Tensor, eager: Tensor, dtype: torch.dtype | None = None
+) -> None:
     """Assert that `actual` errs at most twice as much as `eager`, both measured against `exact`.
 
     Args:
@@ -12,6 +14,7 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
         actual: result under test.
         exact: the same function in float64 on the same rounded inputs.
         eager: the same function in plain PyTorch in the dtype of `actual`.
+        dtype: of the arithmetic, where that is coarser than `actual` shows.
 
     Raises:
         AssertionError: non-finite entries do not coincide, or
@@ -35,7 +38,7 @@ def assert_within_budget(name: str, actual: Tensor, exact: Tensor, eager: Tensor
     error = (actual[finite].double() - exact[finite]).abs()
     allowed = 2 * (
         (eager[finite].double() - exact[finite]).abs().max()
-        + torch.finfo(actual.dtype).eps * exact[finite].abs().max()
+        + torch.finfo(dtype or actual.dtype).eps * exact[finite].abs().max()
     )
     worst = int(error.argmax())
     assert error.max() <= allowed, (

@@ -1,11 +1,462 @@
-"""Attention over a forest of nodes."""
+"""Attention over a forest of nodes.
+
+A program takes a work item and a KV head: its query rows are (token, query head) pairs, so that
+grouped heads share every load of keys. Partial results go to scratch, one per item and token, and a
+second kernel merges each token's.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .format import block_d
+from .format import (
+    FLOAT,
+    Content,
+    Paged,
+    block_d,
+    column_element,
+    content,
+    dot,
+    format_of,
+    load_scale,
+    load_tile,
+    paged,
+    parts,
+    rotate,
+    rotate_back,
+    tanh,
+)  # fmt: skip
+
+SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
+
+
+class Rows(NamedTuple):
+    """A tensor [tokens, heads, d] with any strides."""
+
+    ptr: Any
+    stride_t: int
+    stride_h: int
+    stride_d: int
+
+
+class State(NamedTuple):
+    """An attention result: out, and lse [tokens, heads]."""
+
+    out: Rows
+    lse_ptr: Any
+    stride_t: int
+    stride_h: int
+
+
+class Work(NamedTuple):
+    """The tensors of a plan: see Plan."""
+
+    page_indptr: Any
+    page: Any
+    first: Any
+    length: Any
+    base: Any
+    own: Any
+    token_indptr: Any
+    token: Any
+    item: Any
+
+
+class Mask(NamedTuple):
+    """What a query sees: positions [t] of queries and of what is kept elsewhere, and of keys."""
+
+    query: Any
+    before: Any
+    key: Paged | None
+    sliding: int
+
+
+def tree_attention(
+    q_thd: Tensor, position_t: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None,
+    v_scale: Tensor | None, position: Tensor | None, importance: Tensor | None,
+    history: Tensor | None, page_indptr: Tensor, page: Tensor, first: Tensor, length: Tensor,
+    base: Tensor, own: Tensor, token_indptr: Tensor, token: Tensor, item: Tensor,
+    part_indptr: Tensor, part: Tensor, before_t: Tensor | None, state_out: Tensor | None,
+    state_lse: Tensor | None, sink_h: Tensor | None, scale: float, softcap: float, sliding: int,
+    window: int, group: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    t, hq, d = q_thd.shape
+    heads, page_size = k.shape[1:3]
+    out_thd = torch.empty_like(q_thd)
+    lse_th = torch.empty(t, hq, dtype=torch.float32, device=q_thd.device)
+    if q_thd.numel() == 0:
+        return out_thd, lse_th
+    tracks = importance is not None or history is not None
+    k_format, v_format = format_of(k, d), format_of(v, d)
+    k_dtype, v_dtype = _dot_dtype(q_thd, k, k_format), _dot_dtype(q_thd, v, v_format)
+    shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
+
+    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=q_thd.device)
+
+    if k_format != FLOAT:
+        rotated = scratch(t, hq, d, dtype=k_dtype)
+        _rotate_kernel[(triton.cdiv(t * hq, 16),)](
+            Rows(q_thd, *q_thd.stride()), rotated, t * hq, hq, D=d, BLOCK_D=block_d(d), BLOCK_T=16
+        )
+        q_thd = rotated
+    q = Rows(q_thd, *q_thd.stride())
+    work = Work(page_indptr, page, first, length, base, own, token_indptr, token, item)
+    mask = Mask(position_t, before_t, paged(position), sliding or 2**31 - 1)
+    softcap = softcap or None
+    k_dtype, v_dtype = _triton_dtype(k_dtype), _triton_dtype(v_dtype)
+    reads = dict(shape, K_FORMAT=k_format, K_DTYPE=k_dtype, PAGE_SIZE=page_size)
+    keys = content(k, k_scale)
+
+    out_phd, lse_ph = scratch(len(part), hq, d), scratch(len(part), hq)
+    seen_ph = scratch(len(part), heads, dtype=torch.int32) if tracks else None
+    if len(item):
+        _attend_kernel[(len(item), heads)](
+            q, mask, work, keys, content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
+            **reads, V_FORMAT=v_format, V_DTYPE=v_dtype, **_blocks(t * hq // heads, d, k_dtype),
+        )  # fmt: skip
+    mean_th = scratch(t, hq) if tracks else None
+    state = None
+    if state_out is not None:
+        state = State(Rows(state_out, *state_out.stride()), state_lse, *state_lse.stride())
+    _merge_parts_kernel[(t, heads)](
+        out_phd, lse_ph, seen_ph, part_indptr, part, state,
+        None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()),
+        lse_th, mean_th, **shape, V_FORMAT=v_format,
+        BLOCK_P=max(1, 8192 // (triton.next_power_of_2(hq // heads) * block_d(d))),
+    )  # fmt: skip
+    if tracks and len(item):
+        _track_kernel[(len(item), heads)](
+            q, mask, work, keys, paged(importance), paged(history), lse_th, mean_th, scale, softcap,
+            window, **reads, ALL=group == "all", BLOCK_N=64,
+        )  # fmt: skip
+    return out_thd, lse_th
+
+
+def _dot_dtype(q_thd: Tensor, x: Tensor, format: int) -> torch.dtype:
+    """Operands of the products. Codes are exact in fp16, or nearly, and so is what p becomes."""
+    if format == FLOAT:
+        return torch.promote_types(q_thd.dtype, x.dtype)
+    return torch.float32 if q_thd.dtype == torch.float32 else torch.float16
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
+        dtype
+    ]
+
+
+def _blocks(rows: int, d: int, dtype: tl.dtype) -> dict[str, int]:
+    """Tile sizes: a tile of keys takes at most 16 KiB of shared memory."""
+    row_bytes = block_d(d) * dtype.primitive_bitwidth // 8
+    return dict(
+        BLOCK_M=16 if rows <= 16 else 64,
+        BLOCK_N=max(16, min(64, 16384 // row_bytes)),
+        num_warps=4,
+        num_stages=3,
+    )
+
+
+@triton.jit
+def _rotate_kernel(
+    q: Rows, out_ptr, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """BLOCK_T rows of (token, head), rotated, contiguous."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column = tl.arange(0, BLOCK_D)
+    mask = (row < rows)[:, None] & (column < D)[None, :]
+    start = row // heads * q.stride_t + row % heads * q.stride_h
+    x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
+    x = rotate(x.to(tl.float32), D)
+    tl.store(
+        out_ptr + row[:, None] * D + column[None, :], x.to(out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def _find(pages_ptr, at, live, PAGE_SIZE: tl.constexpr):
+    """Page, and offset in it, of slots counted from the first page's start."""
+    page = tl.load(pages_ptr + at // PAGE_SIZE, mask=live, other=0)
+    return page.to(tl.int64), (at % PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit
+def _load_queries(
+    q: Rows, token, head, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Rows (token, head) in the columns of the keys."""
+    element = column_element(D, BLOCK_D, PARTS)
+    start = token.to(tl.int64) * q.stride_t + head * q.stride_h
+    mask = mask[:, None] & (element < D)[None, :]
+    x = tl.load(q.ptr + start[:, None] + element[None, :] * q.stride_d, mask=mask, other=0)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def _logits(q, k, k_scale, scale, softcap):
+    """Scores of a tile [M, N]."""
+    x = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * scale
+    if k_scale is not None:
+        x *= k_scale[None, :]
+    if softcap is not None:
+        x = tanh(x / softcap) * softcap
+    return x
+
+
+@triton.jit
+def _last(mask: Mask, token):
+    """Positions of queries, and of the last key that they may see."""
+    query = tl.load(mask.query + token)
+    last = query
+    if mask.before is not None:
+        last = tl.minimum(query, tl.load(mask.before + token) - 1)
+    return query, last
+
+
+@triton.jit
+def _key(mask: Mask, in_order, page, head, offset, live):
+    """True positions of keys; after every query where not `live`."""
+    key = in_order
+    if mask.key is not None:
+        start = page * mask.key.stride_p + head * mask.key.stride_h + offset * mask.key.stride_s
+        key = tl.load(mask.key.ptr + start, mask=live, other=0)
+    return tl.where(live, key, 2**31 - 1)
+
+
+@triton.jit
+def _attend_tile(
+    row0, rows, head, node, token_begin, part, begin, end, q: Rows, mask: Mask, work: Work,
+    k: Content, v: Content, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
+    K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, V_FORMAT: tl.constexpr, V_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M rows from `row0` on of a work item against all its slots."""
+    row = row0 + tl.arange(0, BLOCK_M)
+    real = row < rows
+    token = tl.load(work.token + token_begin + row // G, mask=real, other=0)
+    head_m = head * G + row % G
+    x_q = _load_queries(q, token, head_m, real, D, BLOCK_D, parts(K_FORMAT), K_DTYPE)
+    query, last = _last(mask, token)
+    base = tl.load(work.base + node)
+    first = tl.load(work.first + node)
+    pages_ptr = work.page + tl.load(work.page_indptr + node)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    seen = tl.zeros([BLOCK_M], tl.int32)
+    unit = 2.0**-24  # of acc: the greatest scale of values so far, so that fp16 can hold the others
+    for start in range(begin, end, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        live = slot < end
+        page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
+        x_k = load_tile(k.x, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
+        k_scale = None
+        if K_FORMAT != 0:
+            k_scale = load_scale(k.scale, page, head, offset, live)
+        x = _logits(x_q, x_k, k_scale, scale, softcap)
+        key = _key(mask, base + slot, page, head, offset, live)[None, :]
+        visible = (key <= last[:, None]) & (query[:, None] - key < mask.sliding)
+        x = tl.where(visible, x, float("-inf"))
+        if seen_ptr is not None:
+            seen += tl.sum(visible.to(tl.int32), 1)
+
+        peak = tl.maximum(m_i, tl.max(x, 1))
+        safe = tl.where(peak == float("-inf"), 0.0, peak)
+        p = tl.exp(x - safe[:, None])
+        alpha = tl.exp(m_i - safe)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        m_i = peak
+        if V_FORMAT != 0:
+            v_scale = load_scale(v.scale, page, head, offset, live)
+            greatest = tl.maximum(unit, tl.max(v_scale, 0))
+            alpha *= unit / greatest
+            unit = greatest
+            p *= (v_scale / greatest)[None, :]
+        x_v = load_tile(v.x, page, head, offset, live, V_FORMAT, D, BLOCK_D, V_DTYPE)
+        acc = dot(p.to(V_DTYPE), x_v, acc * alpha[:, None])
+
+    total = tl.where(l_i == 0, 1.0, l_i)
+    if V_FORMAT != 0:
+        acc *= unit
+    result = (part + row // G).to(tl.int64)
+    at = result * heads * G + head_m
+    element = column_element(D, BLOCK_D, parts(V_FORMAT))
+    tl.store(
+        out_ptr + at[:, None] * D + element[None, :], acc / total[:, None],
+        mask=real[:, None] & (element < D)[None, :],
+    )  # fmt: skip
+    lse = tl.where(l_i == 0, float("-inf"), m_i + tl.log(total))
+    tl.store(lse_ptr + at, lse, mask=real)
+    if seen_ptr is not None:
+        tl.store(seen_ptr + result * heads + head, seen, mask=real & (row % G == 0))
+
+
+@triton.jit
+def _attend_kernel(
+    q: Rows, mask: Mask, work: Work, k: Content, v: Content, out_ptr, lse_ptr, seen_ptr, scale,
+    softcap, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
+    K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, V_FORMAT: tl.constexpr, V_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A work item and a KV head: output, lse and number of visible slots of each of its tokens."""
+    item = work.item + tl.program_id(0).to(tl.int64) * 6
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    node, token_begin, part = tl.load(item), tl.load(item + 1), tl.load(item + 5)
+    rows = (tl.load(item + 2) - token_begin) * G
+    begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
+    # Rollouts' own nodes have few rows: a tile of their size keeps the others' products away.
+    if rows <= SMALL_M:
+        if rows > 0:
+            _attend_tile(
+                0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, v, out_ptr,
+                lse_ptr, seen_ptr, scale, softcap, heads, G, D, BLOCK_D, K_FORMAT, K_DTYPE,
+                PAGE_SIZE, V_FORMAT, V_DTYPE, SMALL_M, BLOCK_N,
+            )  # fmt: skip
+    else:
+        for row0 in range(0, rows, BLOCK_M):
+            _attend_tile(
+                row0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, v, out_ptr,
+                lse_ptr, seen_ptr, scale, softcap, heads, G, D, BLOCK_D, K_FORMAT, K_DTYPE,
+                PAGE_SIZE, V_FORMAT, V_DTYPE, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_parts_kernel(
+    part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: State, sink_ptr, out: Rows,
+    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_FORMAT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """A token and a KV head: its partial results, what is kept elsewhere and the sink in one."""
+    token, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    BLOCK_G: tl.constexpr = triton.next_power_of_2(G)
+    g, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    head_g = head * G + g
+    mask = (g < G)[:, None] & (column < D)[None, :]
+    begin, end = tl.load(part_indptr + token), tl.load(part_indptr + token + 1)
+    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    mass = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    seen = 0
+    for start in range(begin, end, BLOCK_P):
+        index = start + tl.arange(0, BLOCK_P)
+        part = tl.load(part_ptr + index, mask=index < end, other=0).to(tl.int64)
+        real = (index < end)[:, None] & (g < G)[None, :]
+        at = part[:, None] * heads * G + head_g[None, :]
+        lse = tl.load(part_lse_ptr + at, mask=real, other=float("-inf"))
+        x = tl.load(
+            part_out_ptr + at[:, :, None] * D + column[None, None, :],
+            mask=(lse > float("-inf"))[:, :, None] & (column < D)[None, None, :], other=0,
+        )  # fmt: skip
+        if seen_ptr is not None:
+            counts = tl.load(seen_ptr + part * heads + head, mask=index < end, other=0)
+            seen += tl.sum(counts, 0)
+        greatest = tl.maximum(peak, tl.max(lse, 0))
+        safe = tl.where(greatest == float("-inf"), 0.0, greatest)
+        weight = tl.exp(lse - safe[None, :])
+        old = tl.exp(peak - safe)
+        acc = acc * old[:, None] + tl.sum(weight[:, :, None] * x, 0)
+        mass = mass * old + tl.sum(weight, 0)
+        peak = greatest
+
+    acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
+    lse = tl.where(mass == 0, float("-inf"), peak + tl.log(tl.where(mass == 0, 1.0, mass)))
+    of_pages = lse
+    if V_FORMAT != 0:
+        acc = rotate_back(acc, D)
+    if state is not None:
+        ptr = state.lse_ptr + token * state.stride_t + head_g * state.stride_h
+        lse, weight, other = merge_weights(lse, tl.load(ptr, mask=g < G, other=float("-inf")))
+        start = token * state.out.stride_t + head_g * state.out.stride_h
+        ptr = state.out.ptr + start[:, None] + column[None, :] * state.out.stride_d
+        x = tl.load(ptr, mask=mask & (other > 0)[:, None], other=0).to(tl.float32)
+        acc = acc * weight[:, None] + x * other[:, None]
+    if sink_ptr is not None:
+        sink = tl.load(sink_ptr + head_g, mask=g < G, other=0).to(tl.float32)
+        lse, weight, _ = merge_weights(lse, sink)
+        acc = acc * weight[:, None]
+    start = token * out.stride_t + head_g * out.stride_h
+    tl.store(
+        out.ptr + start[:, None] + column[None, :] * out.stride_d,
+        acc.to(out.ptr.dtype.element_ty), mask=mask,
+    )  # fmt: skip
+    at = token * heads * G + head_g
+    tl.store(lse_ptr + at, lse, mask=g < G)
+    if mean_ptr is not None:
+        # What a slot of these pages gets on average: their share of the mass over their number.
+        tl.store(mean_ptr + at, tl.exp(of_pages - lse) / seen, mask=g < G)
+
+
+@triton.jit
+def _track_kernel(
+    q: Rows, mask: Mask, work: Work, k: Content, importance: Paged, history: Paged, lse_ptr,
+    mean_ptr, scale, softcap, window, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    K_FORMAT: tl.constexpr, K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, ALL: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """An item of a row's own node, and a KV head: what its slots got from all the node's tokens."""
+    item = work.item + tl.program_id(0).to(tl.int64) * 6
+    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    node = tl.load(item)
+    begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
+    token_begin = tl.load(work.token_indptr + node)
+    token_end = tl.load(work.token_indptr + node + 1)
+    # Items with the same slots and other tokens leave it to the first of them.
+    if (tl.load(work.own + node) == 0) | (tl.load(item + 1) != token_begin):
+        end = begin
+    BLOCK_G: tl.constexpr = max(16, triton.next_power_of_2(G))
+    g = tl.arange(0, BLOCK_G)
+    base = tl.load(work.base + node)
+    first = tl.load(work.first + node)
+    pages_ptr = work.page + tl.load(work.page_indptr + node)
+    for start in range(begin, end, BLOCK_N):
+        slot = start + tl.arange(0, BLOCK_N)
+        live = slot < end
+        page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
+        x_k = load_tile(k.x, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
+        k_scale = None
+        if K_FORMAT != 0:
+            k_scale = load_scale(k.scale, page, head, offset, live)
+        key = _key(mask, base + slot, page, head, offset, live)[None, :]
+        received = tl.zeros([BLOCK_N], tl.float32)
+        for c in range(token_begin, token_end):
+            token = tl.load(work.token + c)
+            at = token * heads * G + head * G + g
+            token_g = tl.zeros([BLOCK_G], tl.int32) + token
+            x_q = _load_queries(
+                q, token_g, head * G + g, g < G, D, BLOCK_D, parts(K_FORMAT), K_DTYPE
+            )
+            query, last = _last(mask, token_g)
+            past = key <= last[:, None]
+            lse = tl.load(lse_ptr + at, mask=g < G, other=0)
+            x = _logits(x_q, x_k, k_scale, scale, softcap)
+            p = tl.exp(x - lse[:, None])
+            visible = past & (query[:, None] - key < mask.sliding) & (g < G)[:, None]
+            p = tl.where(visible, p, 0.0)
+            if importance is not None:
+                received += tl.sum(p, 0) / G
+            if history is not None:
+                mean = tl.load(mean_ptr + at, mask=g < G, other=0)
+                if ALL:
+                    low = tl.sum((~(p < mean[:, None]) & (g < G)[:, None]).to(tl.int32), 0) == 0
+                else:
+                    low = tl.sum(p, 0) / G < tl.sum(mean, 0) / G
+                low &= tl.max(past.to(tl.int32), 0) > 0
+                step = tl.load(mask.query + token) % window
+                ptr = history.ptr + page * history.stride_p + head * history.stride_h
+                ptr += offset * history.stride_s + step // 32
+                bit = (1 << (step % 32)).to(tl.int32)
+                old = tl.load(ptr, mask=live)
+                tl.store(ptr, tl.where(low, old | bit, old & ~bit), mask=live)
+        if importance is not None:
+            ptr = importance.ptr + page * importance.stride_p + head * importance.stride_h
+            ptr += offset * importance.stride_s
+            tl.store(ptr, tl.load(ptr, mask=live) + received, mask=live)
 
 
 def merge_states(
@@ -16,9 +467,9 @@ def merge_states(
     lse_bh = torch.empty_like(a_lse_bh, dtype=torch.float32)
     if b * h:
         _merge_states_kernel[(triton.cdiv(b * h, 16),)](
-            a_bhd, *a_bhd.stride(), a_lse_bh, *a_lse_bh.stride(),
-            b_bhd, *b_bhd.stride(), b_lse_bh, *b_lse_bh.stride(),
-            out_bhd, *out_bhd.stride(), lse_bh, *lse_bh.stride(), b * h, h,
+            Rows(a_bhd, *a_bhd.stride()), a_lse_bh, *a_lse_bh.stride(),
+            Rows(b_bhd, *b_bhd.stride()), b_lse_bh, *b_lse_bh.stride(),
+            Rows(out_bhd, *out_bhd.stride()), lse_bh, *lse_bh.stride(), b * h, h,
             D=d, BLOCK_D=block_d(d), BLOCK_B=16,
         )  # fmt: skip
     return out_bhd, lse_bh
@@ -26,29 +477,28 @@ def merge_states(
 
 @triton.jit
 def _merge_states_kernel(
-    a_ptr, stride_ab, stride_ah, stride_ad, a_lse_ptr, stride_alb, stride_alh,
-    b_ptr, stride_bb, stride_bh, stride_bd, b_lse_ptr, stride_blb, stride_blh,
-    out_ptr, stride_ob, stride_oh, stride_od, lse_ptr, stride_lb, stride_lh, rows, heads,
+    a: Rows, a_lse_ptr, stride_alb, stride_alh, b: Rows, b_lse_ptr, stride_blb, stride_blh,
+    out: Rows, lse_ptr, stride_lb, stride_lh, rows, heads,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_B rows of (b, h): both outputs weighted, and their lse."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = row < rows
-    b, h = row // heads, row % heads
-    a_lse = tl.load(a_lse_ptr + b * stride_alb + h * stride_alh, mask=live, other=float("-inf"))
-    b_lse = tl.load(b_lse_ptr + b * stride_blb + h * stride_blh, mask=live, other=float("-inf"))
+    i, h = row // heads, row % heads
+    a_lse = tl.load(a_lse_ptr + i * stride_alb + h * stride_alh, mask=live, other=float("-inf"))
+    b_lse = tl.load(b_lse_ptr + i * stride_blb + h * stride_blh, mask=live, other=float("-inf"))
     lse, a_weight, b_weight = merge_weights(a_lse, b_lse)
     column = tl.arange(0, BLOCK_D)
     mask = live[:, None] & (column < D)[None, :]
-    a_start = (b * stride_ab + h * stride_ah)[:, None] + column[None, :] * stride_ad
-    b_start = (b * stride_bb + h * stride_bh)[:, None] + column[None, :] * stride_bd
+    a_at = (i * a.stride_t + h * a.stride_h)[:, None] + column[None, :] * a.stride_d
+    b_at = (i * b.stride_t + h * b.stride_h)[:, None] + column[None, :] * b.stride_d
     # What an empty state holds must not show, be it NaN.
-    x = tl.load(a_ptr + a_start, mask=mask & (a_weight > 0)[:, None], other=0).to(tl.float32)
-    y = tl.load(b_ptr + b_start, mask=mask & (b_weight > 0)[:, None], other=0).to(tl.float32)
-    out = a_weight[:, None] * x + b_weight[:, None] * y
-    out_start = (b * stride_ob + h * stride_oh)[:, None] + column[None, :] * stride_od
-    tl.store(out_ptr + out_start, out.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + b * stride_lb + h * stride_lh, lse, mask=live)
+    x = tl.load(a.ptr + a_at, mask=mask & (a_weight > 0)[:, None], other=0).to(tl.float32)
+    y = tl.load(b.ptr + b_at, mask=mask & (b_weight > 0)[:, None], other=0).to(tl.float32)
+    result = a_weight[:, None] * x + b_weight[:, None] * y
+    out_at = (i * out.stride_t + h * out.stride_h)[:, None] + column[None, :] * out.stride_d
+    tl.store(out.ptr + out_at, result.to(out.ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + i * stride_lb + h * stride_lh, lse, mask=live)
 
 
 @triton.jit
@@ -58,6 +508,6 @@ def merge_weights(a_lse, b_lse):
     safe = tl.where(peak == float("-inf"), 0.0, peak)
     a, b = tl.exp(a_lse - safe), tl.exp(b_lse - safe)
     total = a + b
-    lse = safe + tl.log(total)
-    total = tl.where(total == 0, 1.0, total)
-    return lse, a / total, b / total
+    none = total == 0
+    total = tl.where(none, 1.0, total)
+    return tl.where(none, float("-inf"), safe + tl.log(total)), a / total, b / total

@@ -1,4 +1,4 @@
-"""What the rows share: page tensors as kernels see them, packed codes, the rotation.
+"""What the rows share: page tensors as kernels see them, packed codes, the rotation, tanh.
 
 Along the head dimension a tile has BLOCK_D columns, a power of two of at least 16. A format packs
 `8 / bits` elements per byte of each plane, so the head is cut into `parts(FORMAT)` runs of W
@@ -15,6 +15,8 @@ from torch import Tensor
 # How a page tensor is stored; integers of n bits are n.
 FLOAT, FP8 = 0, 1
 FORMATS = {"none": FLOAT, "fp8": FP8, "int8": 8, "int6": 6, "int4": 4, "int3": 3, "int2": 2}
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Paged(NamedTuple):
@@ -197,3 +199,25 @@ def rotate(x, D: tl.constexpr):
 def rotate_back(x, D: tl.constexpr):
     """x @ rotation.T"""
     return _hadamard(x, D) * _sign(x.shape[1])[None, :]
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a @ b + acc in fp32, of operands in one dtype."""
+    if INTERPRETED:  # the interpreter multiplies the bits of bf16
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3")
+
+
+@triton.jit
+def tanh(x):
+    """To a few ulp in fp32: odd, so that small x keep their relative precision."""
+    square = x * x
+    small = -5.70498872745e-3 * square + 2.06390887954e-2
+    small = small * square - 5.37397155531e-2
+    small = small * square + 1.33314422036e-1
+    small = small * square - 3.33332819422e-1
+    small = small * square * x + x
+    shrunk = tl.exp(-2.0 * tl.abs(x))
+    large = 1.0 - 2.0 * shrunk / (1.0 + shrunk)
+    return tl.where(square < 0.390625, small, tl.where(x < 0, -large, large))
