@@ -1,11 +1,13 @@
 """New tokens rotated, quantised and written into pages; and read back."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
 from kvtools import KVPages
+from kvtools.ops import NATIVE
 from kvtools.ops.quant import append_kv, dequantize_kv, quantize_kv
 from kvtools.reference.quant import width
 
@@ -46,14 +48,6 @@ def nbytes(shape, format, dtype):
     return shape.t * shape.h * (2 * (shape.d * dtype.itemsize + codes + scale) + 4)
 
 
-def cpu(*args):
-    append_kv(*args, impl="cpu")
-
-
-def reference(*args):
-    append_kv(*args, impl="reference")
-
-
 def index_put(k_thd, v_thd, slot_t, pages, position_t):
     """What a paged cache without compression does."""
     where = (slot_t // PAGE_SIZE, slice(None), slot_t % PAGE_SIZE)
@@ -61,7 +55,8 @@ def index_put(k_thd, v_thd, slot_t, pages, position_t):
     pages.v[where] = v_thd
 
 
-RIVALS = {"cpu": cpu, "reference": reference, "index_put": index_put}
+RIVALS = {impl: partial(append_kv, impl=impl) for impl in (NATIVE[DEVICE], "reference")}
+RIVALS["index_put"] = index_put
 
 
 def measure(benchmark, run, shape, format, **info):
@@ -87,8 +82,6 @@ def measure(benchmark, run, shape, format, **info):
 @pytest.mark.parametrize("rival", RIVALS)
 @torch.inference_mode()
 def test_append_kv(benchmark, rival, format, shape):
-    if rival == "cpu" and DEVICE != "cpu":
-        pytest.skip("impl='cpu' takes tensors on a CPU")
     if rival == "index_put" and format != "none":
         pytest.skip("index_put only stores unquantised heads")
     args = inputs(shape, format, DTYPE, DEVICE)

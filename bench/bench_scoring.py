@@ -1,10 +1,12 @@
 """Scores of reasoning steps, and log-probabilities of given tokens, from hidden states."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
+from kvtools.ops import NATIVE
 from kvtools.ops.scoring import step_scores, token_logprobs
 
 
@@ -48,38 +50,26 @@ def gather_matmul(hidden_tm, weight_vm, step_s, cu_steps, target_t):
     return prob_s[cu_steps[1:] - 1]
 
 
-def step_scores_reference(hidden_tm, weight_vm, step_s, cu_steps, target_t):
-    return step_scores(hidden_tm, step_s, cu_steps, weight_vm[[10, 12]], impl="reference")
-
-
 def log_softmax(hidden_tm, weight_vm, step_s, cu_steps, target_t):
     logits_tv = (hidden_tm @ weight_vm.T).float()
     return logits_tv.log_softmax(-1).gather(1, target_t.unsqueeze(1))
 
 
-def token_logprobs_reference(hidden_tm, weight_vm, step_s, cu_steps, target_t):
-    return token_logprobs(hidden_tm, weight_vm, target_t, impl="reference")
+def scores(hidden_tm, weight_vm, step_s, cu_steps, target_t, impl):
+    return step_scores(hidden_tm, step_s, cu_steps, weight_vm[[10, 12]], impl=impl)
 
 
-def step_scores_cpu(hidden_tm, weight_vm, step_s, cu_steps, target_t):
-    return step_scores(hidden_tm, step_s, cu_steps, weight_vm[[10, 12]], impl="cpu")
-
-
-def token_logprobs_cpu(hidden_tm, weight_vm, step_s, cu_steps, target_t):
-    return token_logprobs(hidden_tm, weight_vm, target_t, impl="cpu")
+def logprobs(hidden_tm, weight_vm, step_s, cu_steps, target_t, impl):
+    return token_logprobs(hidden_tm, weight_vm, target_t, impl=impl)
 
 
 RIVALS = {
-    "step_scores": {
-        "full_logits": full_logits,
-        "gather_matmul": gather_matmul,
-        "reference": step_scores_reference,
-    },
-    "token_logprobs": {"log_softmax": log_softmax, "reference": token_logprobs_reference},
+    "step_scores": {"full_logits": full_logits, "gather_matmul": gather_matmul},
+    "token_logprobs": {"log_softmax": log_softmax},
 }
-if DEVICE == "cpu":
-    RIVALS["step_scores"]["cpu"] = step_scores_cpu
-    RIVALS["token_logprobs"]["cpu"] = token_logprobs_cpu
+for impl in ("reference", NATIVE[DEVICE]):
+    RIVALS["step_scores"][impl] = partial(scores, impl=impl)
+    RIVALS["token_logprobs"][impl] = partial(logprobs, impl=impl)
 
 
 def nbytes(op, shape, dtype):

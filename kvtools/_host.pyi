@@ -155,7 +155,7 @@ class Forest:
     def prefix_pages(self) -> int:
         """Distinct pages held by sealed nodes."""
 
-    def plan(self, counts: Ints, tile: int = 0, chunk: int = 0) -> Plan:
+    def plan(self, counts: Ints, tile: int = 0, chunk: int = 0, items: int = 0) -> Plan:
         """Plan the attention of `counts[row]` query tokens of each row over the slots of its path.
 
         Args:
@@ -163,6 +163,8 @@ class Forest:
             tile: most query tokens of one work item; 0 is no limit.
             chunk: most slots of one work item, a multiple of `page_size`; 0 is no limit. Cuts lie
                 on page borders.
+            items: without a `chunk`, cut into about so many work items of equal size, of at least
+                128 slots; 0 leaves nodes whole.
         """
 
     def check(self) -> None:
@@ -175,6 +177,7 @@ def plan_from_block_table(
     counts: Ints | None = None,
     tile: int = 0,
     chunk: int = 0,
+    items: int = 0,
 ) -> Plan:
     """Plan attention over a server's block table: rows that share leading full blocks share nodes.
 
@@ -186,7 +189,7 @@ def plan_from_block_table(
         seq_lens: slots that each row holds, [rows].
         page_size: slots per block.
         counts: query tokens of each row; 1 each by default.
-        tile, chunk: as in `Forest.plan`.
+        tile, chunk, items: as in `Forest.plan`.
 
     Returns:
         The plan. `own` marks nodes of one row; `leaf` is the node with a row's last slot if only

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .config import CacheConfig
-from .ops.attention import tree_attention
+from .ops.attention import limits, tree_attention
 from .ops.evict import key_scores, select_victims
 from .ops.quant import KVPages, append_kv
 from .policy import Candidates, policy_of
@@ -135,6 +135,8 @@ class KVCache:
                 f"k_hld has {length} tokens, the prompt was announced with {prompt.length}"
             )
         pages = store.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
+        for each in filter(None, (store, self._sinks)):
+            each.limits = limits(self.device, heads, q_hld.shape[0] // heads)
         k_raw = k_hld
         if config.k_format != "none":
             center, gain = self._frame_of(layer, q_hld, k_hld, softcap, sink_h)

@@ -118,10 +118,10 @@ class CacheConfig:
         Measured on SmolLM2-135M-Instruct by bench.quality (README): bits per element held, KL from
         the 16-bit cache on text, same most likely token.
 
-        - "lossless": 8.6 bits, 0.00002 nats, 0.997.
+        - "lossless": 8.5 bits, 0.00002 nats, 0.998.
         - "balanced": 4.5 bits, 0.0034 nats, 0.970; answers as the 16-bit cache in retrieval, 0.69
           for 0.81 among four needles.
-        - "max": 20 times less than 16 bits at 2,000 tokens of prompt, 0.15 nats, 0.845; finds 16 of
+        - "max": 22 times less than 16 bits at 2,000 tokens of prompt, 0.15 nats, 0.845; finds 16 of
           16 needles where the prompt ends with the question, 14 for 13 among four, none where the
           question comes later; solves no word problem shown in 250 tokens. Use it only on long
           prompts that end with the question.

@@ -48,6 +48,7 @@ class Store:
         self.left = np.zeros(0, np.int32)  # victims not yet overwritten, by row
         self.scrambled = np.zeros(0, bool)  # rows whose slots are no longer in order
         self.table: Tensor | None = None  # [rows, budget] flat slots of full rows
+        self.limits: dict[str, int] = {}  # how plans cut work
         self._plan: Plan | None = None
         self._plan_key: tuple | None = None
 
@@ -105,7 +106,8 @@ class Store:
         """The plan for `counts` query tokens per row. Lengths are up to date when it is new."""
         key = (self.forest.version, counts.tobytes())
         if key != self._plan_key:
-            self._plan, self._plan_key = Plan.from_host(self.forest.plan(counts), device), key
+            plan = self.forest.plan(counts, **self.limits)
+            self._plan, self._plan_key = Plan.from_host(plan, device), key
         return self._plan
 
     def passes(self, counts: np.ndarray, position_t: Tensor) -> list[Pass]:

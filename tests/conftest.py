@@ -80,6 +80,23 @@ def on_gpu(call):
     return wrapper
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rounding_interpreter():
+    """Triton's interpreter truncates to bfloat16; a GPU rounds to the nearest."""
+    if TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+        from triton.runtime import interpreter
+
+        cast = interpreter.InterpreterBuilder.cast_impl
+
+        def rounded(self, src, dtype):
+            if (str(src.dtype.scalar), str(dtype.scalar)) == ("fp32", "bf16"):
+                bits = torch.tensor(src.data).bfloat16().view(torch.uint16).numpy()
+                return interpreter.TensorHandle(bits, dtype.scalar)
+            return cast(self, src, dtype)
+
+        interpreter.InterpreterBuilder.cast_impl = rounded
+
+
 @pytest.fixture
 def device():
     return torch.device("cpu")

@@ -1,6 +1,6 @@
 """Row `attention`: attention over a forest, merging states, importance."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -183,10 +183,11 @@ def check(case, impl, exact, **how):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
         return
     eager = attend(case, "reference", **how)
-    # Triton's products of 16-bit queries with codes are taken in fp16.
-    halves = impl == "triton" and case.pages.k_scale is not None and case.dtype.itemsize == 2
     for name, *triple in zip(("out", "lse"), actual, exact, eager, strict=True):
-        assert_within_budget(name, *triple, torch.float16 if halves else None)
+        # Triton takes products of 16-bit queries with codes in fp16.
+        halves = impl == "triton" and case.pages.k_scale is not None and case.dtype.itemsize == 2
+        dtype = torch.float16 if halves and name == "lse" else None
+        assert_within_budget(name, *triple, dtype)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64])
@@ -321,6 +322,68 @@ def test_tree_attention_sees_nothing(impl):
     assert (out == 0).all() and (lse == -torch.inf).all()
     out, lse = kvtools.tree_attention(case.q[:0], case.position[:0], case.pages, nothing, impl=impl)
     assert out.shape == (0, 6, 16) and lse.shape == (0, 6)
+
+
+def test_plans_take_turns_in_reserved_tensors(impl):
+    """What is captured once serves other plans of as many query tokens."""
+    dtype = native(impl)
+    small, large = (Case(seed, dtype=dtype, tile=2, chunk=16) for seed in (8, 7))
+    sizes = {f.name: getattr(large.plan, f.name).shape[0] + 3 for f in fields(Plan)}
+    del sizes["part_indptr"]
+    tokens = max(len(small.q), len(large.q))
+    held = small.plan.reserve(**sizes, part_indptr=tokens + 1)
+    for case in (small, large, small):
+        expected = attend(case, impl)
+        blank = tokens - len(case.q)
+        q = torch.cat([case.q, case.q.new_ones(blank, *case.q.shape[1:])])
+        position = torch.cat([case.position, case.position.new_zeros(blank)])
+        held.copy_(case.plan)
+        actual = kvtools.tree_attention(q, position, case.pages, held, impl=impl)
+        for x, y, nothing in zip(actual, expected, (0, -torch.inf), strict=True):
+            assert torch.equal(x[: len(y)], y) and (x[len(y) :] == nothing).all()
+    with pytest.raises(ValueError, match=r"reserve\(page="):
+        small.plan.copy_(large.plan)
+    with pytest.raises(ValueError, match="no pages"):
+        small.plan.reserve(pages=3)
+
+
+@pytest.mark.gpu
+def test_tree_attention_in_a_graph():
+    """Captured once, replayed while rows grow, are gathered and finish."""
+    H, G, D, rows = 2, 4, 64, 6
+    forest = _host.Forest(200, 16)
+    forest.insert(300, 0, rows)
+    ones = np.ones(rows, np.int32)
+    forest.append(ones)
+    limits = dict(tile=16, chunk=64)
+    pages = KVPages.empty(200, H, 16, D, k_format="int4", v_format="int4", device="cuda")
+    every = torch.arange(200 * 16, device="cuda")
+    kvtools.append_kv(*torch.randn(2, len(every), H, D, device="cuda"), every, pages)
+    q = torch.randn(rows, H * G, D, device="cuda")
+    position = torch.zeros(rows, dtype=torch.int32, device="cuda")
+    plan = Plan.from_host(forest.plan(ones, **limits), "cuda")
+    plan = plan.reserve(**{f.name: 4 * getattr(plan, f.name).shape[0] for f in fields(Plan)
+                           if f.name != "part_indptr"})  # fmt: skip
+    kvtools.tree_attention(q, position, pages, plan)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = kvtools.tree_attention(q, position, pages, plan)
+    for step in range(40):
+        index = np.roll(np.arange(rows), step)
+        if step % 7 == 3:
+            index[1] = index[0]
+        forest.gather(index.astype(np.int32))
+        counts = np.where(np.arange(rows) < rows - step // 10, 1, 0).astype(np.int32)
+        forest.append(counts)
+        position.copy_(torch.from_numpy(forest.lengths() - 1))
+        fresh = Plan.from_host(forest.plan(counts, **limits), "cuda")
+        active = counts.sum()
+        plan.copy_(fresh.reserve(part_indptr=rows + 1))
+        graph.replay()
+        expected = kvtools.tree_attention(q[:active], position[:active], pages, fresh)
+        for x, y in zip(captured, expected, strict=True):
+            assert torch.equal(x[:active], y)
+        assert (captured[0][active:] == 0).all()
 
 
 @pytest.mark.parametrize("layout", ["vllm", "vllm_nhd", "sglang"])

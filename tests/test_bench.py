@@ -1,6 +1,8 @@
-"""The CPU benchmark on tiny shapes and a tiny model: it must not rot."""
+"""The CPU benchmark on tiny shapes and a tiny model: it must not rot. What the gate on compiled
+kernels sees."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,3 +104,35 @@ def test_a_rival_that_computes_something_else_is_not_timed():
     bench_attention.check(step, bench_attention.sdpa)
     with pytest.raises(AssertionError, match="differs from eager attention"):
         bench_attention.check(step, lambda step: 1.1 * bench_attention.sdpa(step))
+
+
+def test_resources(monkeypatch):
+    """A kernel whose numbers fit into registers, and one whose do not."""
+    jit, tl = pytest.importorskip("triton.runtime.jit"), pytest.importorskip("triton.language")
+    from bench import resources
+
+    def copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
+        offs = tl.arange(0, BLOCK)
+        tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+    x = torch.zeros(1)
+    with resources.compiling(80) as binaries:
+        for block in (128, 16384):
+            jit.JITFunction(copy)[(1,)](x, x, block, num_warps=1)
+    good, spills = binaries.values()
+    assert [kernel for kernel, _ in binaries] == ["copy", "copy"]
+    assert 0 < good.registers < 32 < spills.registers
+    assert good.spilled == good.shared == good.products == 0 < spills.spilled
+
+    def missed(binary, multiply=frozenset()):
+        found = {("copy", ""): dict.fromkeys(resources.ARCHS, binary)}
+        return {x["name"].split(": ")[1] for x in resources.judge(found, multiply) if not x["ok"]}
+
+    assert missed(good) == set()
+    assert missed(spills) == {"bytes spilled"}
+    assert missed(replace(good, shared=228 * 1024)) == {"KiB shared"}
+    assert missed(good, {"copy"}) == missed(good, {"absent"}) == {"kernels off tensor cores"}
+    for binary, status in ((good, 0), (spills, 1)):
+        found = {("copy", ""): dict.fromkeys(resources.ARCHS, binary)}
+        monkeypatch.setattr(resources, "build_all", lambda *args, found=found: found)
+        assert resources.main(["--rows", "quant"]) == status

@@ -232,6 +232,21 @@ def test_plan():
     assert forest.plan([0, 0, 0])["item"].shape == (0, 6)
 
 
+def test_plan_is_cut_into_items():
+    forest = Forest(600, 4)
+    forest.insert(1000, copies=8)
+    forest.append([100] * 8)
+    ones = [1] * 8
+    item = forest.plan(ones, tile=4, items=9)["item"]  # 2 * 1000 + 8 * 100 slots in 9
+    assert (item[:, 4] - item[:, 3]).max() == 312
+    # Cuts lie on page borders, and no item is shorter than 128 slots but a node's last.
+    item = forest.plan(ones, tile=4, items=10**6)["item"]
+    assert (item[:, 4] - item[:, 3]).max() == 128 and len(item) == 2 * 8 + 8
+    assert forest.plan(ones, tile=4, chunk=8, items=9)["item"].tolist() == (
+        forest.plan(ones, tile=4, chunk=8)["item"].tolist()
+    )
+
+
 def test_plan_stays_valid_while_a_length_grows():
     forest = Forest(8, 4)
     forest.insert(4)
@@ -289,6 +304,7 @@ def test_pool_exhausted():
         (lambda f: f.crop([6, 5]), ValueError, "row 1 cannot be cropped to 5 slots, it holds 4"),
         (lambda f: f.crop([-1, 4]), ValueError, "row 0 cannot be cropped to -1 slots"),
         (lambda f: f.plan([1, 1], chunk=6), ValueError, "chunk must be a multiple of page_size 4"),
+        (lambda f: f.plan([1, 1], items=-1), ValueError, "items is negative: -1"),
         (lambda f: f.plan([1, 1], tile=-1), ValueError, "tile is negative: -1"),
         (lambda f: f.plan([2**31 - 1] * 2), ValueError, "tokens are more than"),
     ],
@@ -333,7 +349,7 @@ def test_block_table():
 def test_block_table_row_alone_is_one_node():
     plan = plan_from_block_table(np.array([[4, 2, 6, 0]], np.int64), [11], 4, counts=[2], chunk=8)
     assert plan["page"].tolist() == [4, 2, 6]
-    assert plan["item"].tolist() == [[0, 0, 2, 0, 8], [0, 0, 2, 8, 12]]
+    assert plan["item"].tolist() == [[0, 0, 2, 0, 8, 0], [0, 0, 2, 8, 12, 2]]
     assert plan["leaf"].tolist() == [0]
 
 

@@ -62,6 +62,17 @@ def test_greedy_is_generate(name):
     assert not r.finished.any() and r.rows == 5
 
 
+@pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
+def test_tokens_do_not_depend_on_the_implementation(config):
+    texts, found = prompts(9, 7), {}
+    for impl in ("reference", "cpu", "triton"):
+        if impl not in kvtools.ops.OPS["sample"].impls:
+            pytest.skip(f"{impl} is not installed")
+        r = run(texts, 2, 5, replace(config, impl=impl, layer_budget="uniform"), seed=3, top_p=0.9)
+        found[impl] = r.tokens
+    assert found["cpu"] == found["reference"] == found["triton"]
+
+
 def test_logprobs():
     model, (text,) = tiny_model(), prompts(PROMPT)
     r = run([text], n=2, top_k=20, temperature=0.8)

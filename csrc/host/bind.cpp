@@ -57,15 +57,15 @@ py::dict to_dict(const Plan& plan) {
 }
 
 py::dict block_table_plan(const py::object& block_table, const py::object& seq_lens,
-                          int32_t page_size, const py::object& counts, int32_t tile,
-                          int32_t chunk) {
+                          int32_t page_size, const py::object& counts, int32_t tile, int32_t chunk,
+                          int32_t items) {
   const Array table = to_int32(block_table, "block_table", 2, /*garbage=*/true);
   const Array lens = to_int32(seq_lens, "seq_lens", 1);
   require_per_row(view(lens), table.shape(0), "seq_lens");
   const Ints ones(lens.size(), 1);
   const Array given = counts.is_none() ? Array(to_numpy(ones)) : to_int32(counts, "counts", 1);
   return to_dict(plan_from_block_table(table.data(), table.shape(1), view(lens), page_size,
-                                       view(given), {tile, chunk}));
+                                       view(given), {tile, chunk, items}));
 }
 
 PYBIND11_MODULE(_host, m) {
@@ -139,15 +139,16 @@ PYBIND11_MODULE(_host, m) {
       .def("prefix_pages", &Forest::prefix_pages)
       .def(
           "plan",
-          [](const Forest& forest, const py::object& counts, int32_t tile, int32_t chunk) {
-            return to_dict(forest.plan(view(to_int32(counts, "counts", 1)), {tile, chunk}));
+          [](const Forest& forest, const py::object& counts, int32_t tile, int32_t chunk,
+             int32_t items) {
+            return to_dict(forest.plan(view(to_int32(counts, "counts", 1)), {tile, chunk, items}));
           },
-          py::arg("counts"), py::arg("tile") = 0, py::arg("chunk") = 0)
+          py::arg("counts"), py::arg("tile") = 0, py::arg("chunk") = 0, py::arg("items") = 0)
       .def("check", &Forest::check);
 
   m.def("plan_from_block_table", &block_table_plan, py::arg("block_table"), py::arg("seq_lens"),
         py::arg("page_size"), py::arg("counts") = py::none(), py::arg("tile") = 0,
-        py::arg("chunk") = 0);
+        py::arg("chunk") = 0, py::arg("items") = 0);
 }
 
 }  // namespace

@@ -46,9 +46,10 @@ struct Plan {
   Ints leaf;                      // [rows]
 };
 
-// Most query tokens and most slots of one work item; 0 is no limit.
+// Most query tokens and most slots of one work item; 0 is no limit. Without a `chunk`, work is cut
+// into about `items` of equal size.
 struct Limits {
-  int32_t tile, chunk;
+  int32_t tile, chunk, items;
 };
 
 class Forest {

@@ -17,7 +17,11 @@ struct Run {
   bool sealed, grows;
 };
 
+// Shorter items would cost more in partial results than they spread.
+constexpr int64_t kLeastChunk = 128;
+
 void require_limits(Limits limits, int32_t page_size) {
+  if (limits.items < 0) throw Invalid(text("items is negative: ", limits.items));
   if (limits.tile < 0) throw Invalid(text("tile is negative: ", limits.tile));
   if (limits.chunk < 0 || limits.chunk % page_size != 0) {
     throw Invalid(
@@ -90,6 +94,17 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     tokens[runs[i].parent] += tokens[i];
   }
 
+  if (limits.items > 0 && limits.chunk == 0) {
+    int64_t work = 0;
+    for (size_t i = 0; i < runs.size(); ++i) {
+      const int64_t tile = limits.tile > 0 ? limits.tile : std::max<int64_t>(tokens[i], 1);
+      work += (tokens[i] + tile - 1) / tile * runs[i].capacity;
+    }
+    const int64_t chunk = std::max(kLeastChunk, (work + limits.items - 1) / limits.items);
+    const int64_t whole = (chunk + page_size - 1) / page_size * page_size;
+    limits.chunk =
+        static_cast<int32_t>(std::min<int64_t>(whole, kMaxInt32 / page_size * page_size));
+  }
   Plan plan;
   plan.page_indptr = plan.token_indptr = {0};
   Ints number(runs.size(), -1);

@@ -16,7 +16,9 @@ from .format import (
     FLOAT,
     Content,
     Paged,
+    Rows,
     block_d,
+    capability,
     column_element,
     content,
     dot,
@@ -27,19 +29,16 @@ from .format import (
     parts,
     rotate,
     rotate_back,
+    slot_start,
     tanh,
 )  # fmt: skip
 
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
 
 
-class Rows(NamedTuple):
-    """A tensor [tokens, heads, d] with any strides."""
-
-    ptr: Any
-    stride_t: int
-    stride_h: int
-    stride_d: int
+# Tile sizes found by `python -m bench.tune`, by architecture, kind of product and columns; empty
+# unless its table is loaded.
+TUNED: dict[str, dict[str, int]] = {}
 
 
 class State(NamedTuple):
@@ -92,6 +91,7 @@ def tree_attention(
     tracks = importance is not None or history is not None
     k_format, v_format = format_of(k, d), format_of(v, d)
     k_dtype, v_dtype = _dot_dtype(q_thd, k, k_format), _dot_dtype(q_thd, v, v_format)
+    codes = k_format != FLOAT or v_format != FLOAT
     shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,7 +116,8 @@ def tree_attention(
     if len(item):
         _attend_kernel[(len(item), heads)](
             q, mask, work, keys, content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
-            **reads, V_FORMAT=v_format, V_DTYPE=v_dtype, **_blocks(t * hq // heads, d, k_dtype),
+            **reads, V_FORMAT=v_format, V_DTYPE=v_dtype,
+            **_blocks(t * hq // heads, d, tl.float32 in (k_dtype, v_dtype), codes),
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
     state = None
@@ -131,7 +132,7 @@ def tree_attention(
     if tracks and len(item):
         _track_kernel[(len(item), heads)](
             q, mask, work, keys, paged(importance), paged(history), lse_th, mean_th, scale, softcap,
-            window, **reads, ALL=group == "all", BLOCK_N=64,
+            window, **reads, ALL=group == "all", BLOCK_N=32,
         )  # fmt: skip
     return out_thd, lse_th
 
@@ -149,15 +150,20 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     ]
 
 
-def _blocks(rows: int, d: int, dtype: tl.dtype) -> dict[str, int]:
-    """Tile sizes: a tile of keys takes at most 16 KiB of shared memory."""
-    row_bytes = block_d(d) * dtype.primitive_bitwidth // 8
-    return dict(
-        BLOCK_M=16 if rows <= 16 else 64,
-        BLOCK_N=max(16, min(64, 16384 // row_bytes)),
-        num_warps=4,
-        num_stages=3,
-    )
+def _blocks(rows: int, d: int, wide: bool, coded: bool) -> dict[str, int]:
+    """Tile sizes for products in fp32 (`wide`) or 16 bits, with codes to unpack or without."""
+    arch, kind = capability(), "wide" if wide else "coded" if coded else "plain"
+    sizes = TUNED.get(f"sm_{arch} {kind} {block_d(d)}")
+    if sizes is None:  # what leaves no register short: see `make resources`
+        m, n, warps = 64, 32 if coded else 64, 8
+        if wide:
+            m, n, warps = 16, 16, 4
+        elif d > 128:
+            m, n, warps = (32, 16, 4) if coded else (32, 32, 8)
+        elif arch < 90:
+            m, n, warps = 32, 32, 4
+        sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
+    return {**sizes, "BLOCK_M": 16} if rows <= 16 else sizes
 
 
 @triton.jit
@@ -165,14 +171,16 @@ def _rotate_kernel(
     q: Rows, out_ptr, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
     """BLOCK_T rows of (token, head), rotated, contiguous."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     column = tl.arange(0, BLOCK_D)
     mask = (row < rows)[:, None] & (column < D)[None, :]
-    start = row // heads * q.stride_t + row % heads * q.stride_h
+    start = (row // heads).to(tl.int64) * q.stride_t + row % heads * q.stride_h
     x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
     x = rotate(x.to(tl.float32), D)
     tl.store(
-        out_ptr + row[:, None] * D + column[None, :], x.to(out_ptr.dtype.element_ty), mask=mask
+        out_ptr + row.to(tl.int64)[:, None] * D + column[None, :],
+        x.to(out_ptr.dtype.element_ty),
+        mask=mask,
     )
 
 
@@ -222,8 +230,7 @@ def _key(mask: Mask, in_order, page, head, offset, live):
     """True positions of keys; after every query where not `live`."""
     key = in_order
     if mask.key is not None:
-        start = page * mask.key.stride_p + head * mask.key.stride_h + offset * mask.key.stride_s
-        key = tl.load(mask.key.ptr + start, mask=live, other=0)
+        key = tl.load(mask.key.ptr + slot_start(mask.key, page, head, offset), mask=live, other=0)
     return tl.where(live, key, 2**31 - 1)
 
 
@@ -329,8 +336,8 @@ def _attend_kernel(
 @triton.jit
 def _merge_parts_kernel(
     part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: State, sink_ptr, out: Rows,
-    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, V_FORMAT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    V_FORMAT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A token and a KV head: its partial results, what is kept elsewhere and the sink in one."""
     token, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
@@ -448,14 +455,12 @@ def _track_kernel(
                     low = tl.sum(p, 0) / G < tl.sum(mean, 0) / G
                 low &= tl.max(past.to(tl.int32), 0) > 0
                 step = tl.load(mask.query + token) % window
-                ptr = history.ptr + page * history.stride_p + head * history.stride_h
-                ptr += offset * history.stride_s + step // 32
+                ptr = history.ptr + slot_start(history, page, head, offset) + step // 32
                 bit = (1 << (step % 32)).to(tl.int32)
                 old = tl.load(ptr, mask=live)
                 tl.store(ptr, tl.where(low, old | bit, old & ~bit), mask=live)
         if importance is not None:
-            ptr = importance.ptr + page * importance.stride_p + head * importance.stride_h
-            ptr += offset * importance.stride_s
+            ptr = importance.ptr + slot_start(importance, page, head, offset)
             tl.store(ptr, tl.load(ptr, mask=live) + received, mask=live)
 
 
@@ -482,9 +487,9 @@ def _merge_states_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_B rows of (b, h): both outputs weighted, and their lse."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     live = row < rows
-    i, h = row // heads, row % heads
+    i, h = (row // heads).to(tl.int64), row % heads
     a_lse = tl.load(a_lse_ptr + i * stride_alb + h * stride_alh, mask=live, other=float("-inf"))
     b_lse = tl.load(b_lse_ptr + i * stride_blb + h * stride_blh, mask=live, other=float("-inf"))
     lse, a_weight, b_weight = merge_weights(a_lse, b_lse)

@@ -28,6 +28,15 @@ class Paged(NamedTuple):
     stride_s: int
 
 
+class Rows(NamedTuple):
+    """A tensor [tokens, heads, d] with any strides."""
+
+    ptr: Any
+    stride_t: int
+    stride_h: int
+    stride_d: int
+
+
 class Content(NamedTuple):
     """Keys or values: codes or floats, and scales [pages, heads, slots] unless they are floats."""
 
@@ -50,6 +59,13 @@ def format_of(x: Tensor, d: int) -> int:
     if x.dtype == torch.uint8:
         return x.shape[-1] * 8 // d
     return FP8 if x.dtype == torch.float8_e4m3fn else FLOAT
+
+
+def capability() -> int:
+    """Compute capability of the current device, 90 for Hopper, as which the interpreter counts."""
+    if INTERPRETED.value:
+        return 90
+    return triton.runtime.driver.active.get_current_target().arch
 
 
 def block_d(d: int) -> int:
@@ -75,6 +91,12 @@ def bend(FORMAT):
 
 
 @triton.constexpr_function
+def top(FORMAT):
+    """Distance of the last code from the middle."""
+    return (2**FORMAT - 1) / 2
+
+
+@triton.constexpr_function
 def log2(n):
     return n.bit_length() - 1
 
@@ -90,6 +112,12 @@ def lowest_bit(n):
 
 
 @triton.jit
+def slot_start(x: Paged, page, head, offset):
+    """Where slots begin in x. `page` is int64."""
+    return page * x.stride_p + head.to(tl.int64) * x.stride_h + offset * x.stride_s
+
+
+@triton.jit
 def column_element(D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
     """Element of each column, D where there is none."""
     W: tl.constexpr = D // PARTS
@@ -97,6 +125,26 @@ def column_element(D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
     column = tl.arange(0, BLOCK_D)
     within = column % BLOCK_W
     return tl.where(within < W, column // BLOCK_W * W + within, D)
+
+
+@triton.jit
+def to_columns(x, D: tl.constexpr, PARTS: tl.constexpr):
+    """Elements in order, [N, BLOCK_D], in the columns of `column_element`."""
+    if PARTS > 1 and x.shape[1] != D:
+        element = column_element(D, x.shape[1], PARTS)
+        x = tl.gather(x, tl.broadcast_to(element[None, :], x.shape), 1)
+    return x
+
+
+@triton.jit
+def from_columns(x, D: tl.constexpr, PARTS: tl.constexpr):
+    """The columns [N, BLOCK_D] of `column_element` as elements in order."""
+    if PARTS > 1 and x.shape[1] != D:
+        W: tl.constexpr = D // PARTS
+        element = tl.arange(0, x.shape[1]) % D
+        column = element // W * (x.shape[1] // PARTS) + element % W
+        x = tl.gather(x, tl.broadcast_to(column[None, :], x.shape), 1)
+    return x
 
 
 @triton.jit
@@ -119,14 +167,19 @@ def _load_plane(
 
 
 @triton.jit
-def level(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
-    """What uint16 codes stand for in units of the scale."""
-    TOP: tl.constexpr = (2**FORMAT - 1) / 2
-    # 512 + code is exact in fp16, to halves: no slow integer conversion.
-    c = (((codes << 1) | 0x6000).to(tl.float16, bitcast=True) - (512 + TOP)).to(DTYPE)
+def level(c, FORMAT: tl.constexpr):
+    """What codes stand for in units of the scale, given their distance from the middle code."""
     if bend(FORMAT) != 0:
-        c = c * (c * c * (bend(FORMAT) / TOP / TOP) + 1)
+        c = c * (c * c * (bend(FORMAT) / top(FORMAT) / top(FORMAT)) + 1)
     return c
+
+
+@triton.jit
+def decode(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """Levels of uint16 codes."""
+    # 512 + code is exact in fp16, to halves: no slow integer conversion.
+    c = ((codes << 1) | 0x6000).to(tl.float16, bitcast=True) - (512 + top(FORMAT))
+    return level(c.to(DTYPE), FORMAT)
 
 
 @triton.jit
@@ -139,7 +192,7 @@ def load_tile(
     Columns are those of `column_element`. `page` is int64.
     """
     PARTS: tl.constexpr = parts(FORMAT)
-    start = page * x.stride_p + head.to(tl.int64) * x.stride_h + offset * x.stride_s
+    start = slot_start(x, page, head, offset)
     if FORMAT <= 1:
         column = tl.arange(0, BLOCK_D)
         mask = live[:, None] & (column < D)[None, :]
@@ -158,14 +211,13 @@ def load_tile(
         if HIGH > 0:
             high = _load_plane(x, start, live, D * LOW // 8, HIGH, PARTS, D, BLOCK_D)
             codes = codes | (high << LOW)
-        return level(codes, FORMAT, DTYPE)
+        return decode(codes, FORMAT, DTYPE)
 
 
 @triton.jit
 def load_scale(x: Paged, page, head, offset, live):
     """Scales of slots [N] in fp32, 0 where not `live`."""
-    start = page * x.stride_p + head.to(tl.int64) * x.stride_h + offset * x.stride_s
-    return tl.load(x.ptr + start, mask=live, other=0).to(tl.float32)
+    return tl.load(x.ptr + slot_start(x, page, head, offset), mask=live, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -174,13 +226,14 @@ def _hadamard(x, D: tl.constexpr):
     BLOCK: tl.constexpr = lowest_bit(D)
     M: tl.constexpr = x.shape[0]
     BLOCK_D: tl.constexpr = x.shape[1]
-    ROWS: tl.constexpr = M * BLOCK_D // BLOCK
-    x = tl.reshape(x, [ROWS, BLOCK])
-    # Each stage is the same: it transforms the lowest bit of the index and moves it to the top.
-    for _ in tl.static_range(log2(BLOCK)):
-        a, b = tl.split(tl.reshape(x, [ROWS, BLOCK // 2, 2]))
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), [ROWS, BLOCK])
-    return tl.reshape(x, [M, BLOCK_D]) * rsqrt(BLOCK)
+    second = tl.arange(0, 2)[None, :, None] == 1
+    for stage in tl.static_range(log2(BLOCK)):
+        # Sums, unlike exchanges, leave a tile in the layout that it has.
+        pairs = tl.reshape(x, [M * BLOCK_D >> (stage + 1), 2, 1 << stage])
+        total, difference = tl.sum(pairs, 1), tl.sum(tl.where(second, -pairs, pairs), 1)
+        pairs = tl.where(second, difference[:, None, :], total[:, None, :])
+        x = tl.reshape(pairs, [M, BLOCK_D])
+    return x * rsqrt(BLOCK)
 
 
 @triton.jit

@@ -109,7 +109,8 @@ class Op:
 
 def _lazy(row: str, name: str) -> Callable:
     def run(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"kvtools.kernels.{row}"), name)(*args)
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            return getattr(importlib.import_module(f"kvtools.kernels.{row}"), name)(*args)
 
     return run
 

@@ -9,6 +9,8 @@ from ..reference import attention as reference
 from . import Impl, Op, check
 from .quant import KVPages, check_pages
 
+TILE_ROWS = 64  # query rows of a work item on a GPU
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,6 +58,60 @@ class Plan:
     def to(self, device: torch.device | str) -> "Plan":
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
+    def reserve(self, **sizes: int) -> "Plan":
+        """The same plan in new tensors with room for others: what a CUDA graph is captured with.
+
+        Args:
+            **sizes: for the name of a field, its least length. The number of query tokens, the
+                length of `part_indptr` less one, is that of the captured call.
+        """
+        room = {}
+        for f in fields(self):
+            x = getattr(self, f.name)
+            size = max(sizes.pop(f.name, 0), x.shape[0])
+            room[f.name] = x.new_zeros(size, *x.shape[1:])
+        check(not sizes, lambda: f"a plan has no {', '.join(sizes)}")
+        return Plan(**room).copy_(self)
+
+    def copy_(self, other: "Plan") -> "Plan":
+        """Become `other` in place; what it does not fill is no work.
+
+        Raises:
+            ValueError: a tensor of `other` is longer than its own here. Nothing has changed.
+        """
+        for f in fields(self):
+            here, there = getattr(self, f.name), getattr(other, f.name)
+            check(
+                there.shape[0] <= here.shape[0],
+                lambda name=f.name, here=here, there=there: (
+                    f"{name} has {there.shape[0]} entries, there is room for {here.shape[0]}: "
+                    f"reserve({name}=...) more"
+                ),
+            )
+        for f in fields(self):
+            here, there = getattr(self, f.name), getattr(other, f.name)
+            here[: len(there)] = there
+            # The last offset goes on: tokens without partial results, items without tokens.
+            here[len(there) :] = there[-1] if f.name.endswith("indptr") else 0
+        return self
+
+
+def limits(device: torch.device, heads: int, group: int) -> dict[str, int]:
+    """How to cut the work of a plan for `device`, as arguments of the plan.
+
+    On a GPU, tiles of 64 query rows, and two rounds of work items over its multiprocessors. On a
+    CPU nothing is cut: its kernel shares work as it runs.
+
+    Args:
+        device: that computes.
+        heads: KV heads.
+        group: query heads per KV head.
+    """
+    if device.type != "cuda":
+        return {}
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return dict(tile=max(1, TILE_ROWS // group), items=-(-2 * processors // heads))
+
 
 def plan_from_block_table(
     block_table: Tensor,
@@ -65,6 +121,7 @@ def plan_from_block_table(
     query_lens: Tensor | None = None,
     tile: int = 0,
     chunk: int = 0,
+    items: int = 0,
 ) -> Plan:
     """Find the tree in a server's block table: rows that share leading full blocks share nodes.
 
@@ -75,6 +132,7 @@ def plan_from_block_table(
         query_lens: [rows] query tokens per row, int32; default one each.
         tile: at most so many query tokens per work item; 0 for no limit.
         chunk: at most so many slots per work item, a multiple of `page_size`; 0 for no limit.
+        items: without a `chunk`, cut into about so many work items; see `limits`.
 
     Returns:
         A plan on the device of `block_table`. A partly filled last block is taken as its row's own.
@@ -99,7 +157,7 @@ def plan_from_block_table(
     table, lens, counts = (
         x.to("cpu", torch.int32).numpy() for x in (block_table, seq_lens, counts)
     )
-    arrays = _host.plan_from_block_table(table, lens, page_size, counts, tile, chunk)
+    arrays = _host.plan_from_block_table(table, lens, page_size, counts, tile, chunk, items)
     return Plan.from_host(arrays, block_table.device)
 
 

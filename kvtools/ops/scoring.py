@@ -155,7 +155,7 @@ def token_logprobs(
         logprob_t and sum_x, fp32; sum_x is empty without `cu_seqlens`, and 0 for an empty segment.
 
     Numerics: logits and their log-sum-exp are fp32, in tiles of at most 1,024 tokens by 8,192 ids.
-        With impl="cpu" a row's bits depend on neither its batch nor the number of threads.
+        In the kernels a row's bits depend on neither its batch nor the number of threads.
 
     Reference: Cut Cross-Entropy, arXiv:2411.09009.
     """

@@ -1,0 +1,328 @@
+"""What the Triton kernels take of a GPU, read from binaries compiled for it on any machine.
+
+Every kernel is compiled as its launcher would launch it, for each architecture. None may spill or
+ask for more shared memory than there is, and a product of matrices must be on tensor cores.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import triton
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from kvtools import KVPages, ops
+from kvtools.ops.attention import merge_states, tree_attention
+from kvtools.ops.evict import compact_kv, key_scores, select_victims
+from kvtools.ops.quant import append_kv, dequantize_kv, quantize_kv
+from kvtools.ops.sampling import sample
+from kvtools.ops.scoring import LINKS, REDUCES, step_scores, token_logprobs
+
+from . import bench_attention, bench_evict, bench_quant, bench_sampling, bench_scoring
+from .targets import Targets
+
+# Shared memory that a program may have, in KiB, by compute capability.
+ARCHS = {80: 163, 90: 227, 100: 227}
+FORMATS = ["none", "fp8", "int8", "int6", "int4", "int3", "int2"]
+SIZES = [64, 128, 256]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.")
+
+Case = tuple[str, Callable]  # what it is, and a call that lacks its `impl`
+
+
+@dataclass(frozen=True)
+class Binary:
+    """What a kernel takes, and how many instructions for tensor cores it has."""
+
+    registers: int  # of a thread
+    spilled: int  # bytes of a thread that are in memory
+    shared: int  # bytes of a program
+    products: int
+
+
+class Device:
+    """What a launch asks of Triton's driver."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # kernels are remembered by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[dict[tuple[str, str], Binary]]:
+    """Launches on CPU tensors compile for `arch` and run nothing. Yields what they compile, by the
+    name of the kernel and a hash."""
+    binaries = {}
+    run = JITFunction.run
+
+    def compile(kernel, *args, grid, warmup, **kwargs):
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        binaries[compiled.metadata.name, compiled.hash] = read(compiled)
+
+    with (
+        patch.object(triton.runtime.driver, "_active", Device(arch)),
+        patch.object(JITFunction, "run", compile),
+        patch.object(ops, "_interpreted", lambda impl, place: True),
+    ):
+        yield binaries
+
+
+def read(compiled) -> Binary:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        listing = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
+    line = re.search(rf"Function {compiled.metadata.name}:\s*(.*)", listing)[1]
+    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    return Binary(
+        usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,
+        len(PRODUCTS.findall(compiled.asm["ptx"])),
+    )  # fmt: skip
+
+
+def quant() -> Iterator[Case]:
+    sizes = [*product(SIZES, FORMATS, ["bf16"]), *product([128], ["none", "int4"], ["fp32"])]
+    for d, format, name in sizes:
+        shape, dtype = bench_quant.Shape(32, 2, d), DTYPES[name]
+        k_thd, *rest = bench_quant.inputs(shape, format, dtype, "cpu")
+        what = f"{format} D={d} {name}"
+        yield what, partial(append_kv, k_thd, *rest)
+        if format != "none":
+            yield what, partial(quantize_kv, k_thd, format)
+            yield what, partial(dequantize_kv, *quantize_kv(k_thd, format), d, dtype=dtype)
+
+
+def attention() -> Iterator[Case]:
+    def case(rows, d, k_format, v_format=None, name="bf16", tracks=False, **options):
+        shape = bench_attention.Shape(rows, 64, 40, 2, 4, d)
+        step = bench_attention.inputs(shape, DTYPES[name], "cpu")
+        position, pages, plan = step.pages(k_format)
+        if v_format:
+            _, other, _ = step.pages(v_format)
+            pages = replace(pages, v=other.v, v_scale=other.v_scale)
+        if tracks:
+            slots = pages.k.shape[:3]
+            importance, history = torch.zeros(slots), torch.zeros(*slots, 1, dtype=torch.int32)
+            pages = replace(pages, importance=importance, history=history)
+            options["window"] = 32
+        return partial(tree_attention, step.q.squeeze(2), position, pages, plan, **options)
+
+    for d, format, rows in product(SIZES, FORMATS, (2, 64)):
+        yield f"{format} D={d} rows={rows}", case(rows, d, format)
+    for d, format in product(SIZES, ("none", "int4")):
+        yield f"{format} D={d} fp32", case(64, d, format, name="fp32")
+    for formats in (("int8", "int4"), ("int4", "int2"), ("none", "int4"), ("fp8", "int3")):
+        yield " ".join(formats), case(64, 128, *formats)
+    for format in ("none", "int4"):
+        for group in ("all", "mean"):
+            run = case(64, 128, format, tracks=True, group=group)
+            yield f"{format} importance, {group}", run
+        options = {
+            "softcap": 30.0, "sliding": 32, "before_t": torch.zeros(64, dtype=torch.int32),
+            "sink_h": torch.zeros(8),
+            "state": (torch.zeros(64, 8, 128, dtype=torch.bfloat16), torch.zeros(64, 8)),
+        }  # fmt: skip
+        yield f"{format} all options", case(64, 128, format, **options)
+    for d, name in product(SIZES, DTYPES):
+        state = torch.zeros(64, 8, d, dtype=DTYPES[name]), torch.zeros(64, 8)
+        yield f"D={d} {name}", partial(merge_states, *state, *state)
+
+
+def evict() -> Iterator[Case]:
+    def inputs(op, s=640, d=128, name="bf16"):
+        return bench_evict.inputs(op, bench_evict.Shape(2, 2, 4, s, d, 32, 32), DTYPES[name], "cpu")
+
+    for d, name in product(SIZES, DTYPES):
+        args = inputs("key_scores", d=d, name=name)
+        yield f"D={d} {name}", partial(key_scores, *args, sinks=4)
+    options = {"group": "mean", "softcap": 30.0, "sliding": 32, "sink_h": torch.zeros(8)}
+    yield "all options", partial(key_scores, *inputs("key_scores"), **options)
+    for s in (640, 4096, 32768):
+        yield f"S={s}", partial(select_victims, *inputs("select_victims", s))
+    source_nh = torch.arange(64).view(32, 2)
+    for format in FORMATS:
+        pages = KVPages.empty(
+            8, 2, 16, 128, k_format=format, v_format=format, dtype=torch.bfloat16, position=True,
+            importance=True, window=32,
+        )  # fmt: skip
+        yield format, partial(compact_kv, source_nh, source_nh + 64, pages)
+
+
+def sampling() -> Iterator[Case]:
+    for v, name in product((49_152, 151_936), DTYPES):
+        args = bench_sampling.inputs(bench_sampling.Shape(2, v), DTYPES[name], "cpu")
+        yield f"V={v} {name}", partial(sample, *args, top_k=50, top_p=0.9)
+
+
+def scoring() -> Iterator[Case]:
+    for name, dtype in DTYPES.items():
+        shape = bench_scoring.Shape(4, 256, 20, 4096, 4096)
+        hidden_tm, weight_vm, step_s, cu_steps, target_t = bench_scoring.inputs(shape, dtype, "cpu")
+        # Links and reductions are branches apart, and so is the size of the head.
+        for i, reduce in enumerate(REDUCES):
+            k, link = i % 3 + 1, "sigmoid" if reduce in ("prod", "gmean") else LINKS[i % len(LINKS)]
+            args = hidden_tm, step_s, cu_steps, weight_vm[:k], weight_vm[:k, 0].contiguous()
+            run = partial(step_scores, *args, link=link, reduce=reduce)
+            yield f"k={k} {link} {reduce} {name}", run
+        args = hidden_tm, weight_vm, target_t
+        yield name, partial(token_logprobs, *args)
+        options = {
+            "bias_v": weight_vm[:, 0].contiguous(), "softcap": 30.0,
+            "cu_seqlens": torch.tensor([0, 100, 256]), "ref_hidden_tm": hidden_tm,
+            "ref_weight_vm": weight_vm,
+        }  # fmt: skip
+        yield f"all options {name}", partial(token_logprobs, *args, **options)
+    yield "bf16 and fp32", partial(token_logprobs, hidden_tm.bfloat16(), weight_vm, target_t)
+
+
+# Each row's cases, and its kernels that multiply matrices.
+ROWS = {
+    "quant": (quant, set()),
+    "attention": (attention, {"_attend_kernel", "_track_kernel"}),
+    "evict": (evict, {"_key_scores_kernel"}),
+    "sampling": (sampling, set()),
+    "scoring": (scoring, {"_token_logprobs_kernel"}),
+}
+
+
+@cache
+def cases(row: str) -> list[Case]:
+    return list(ROWS[row][0]())
+
+
+def build(row: str, index: int, arch: int) -> dict[tuple[str, str], Binary]:
+    """What a case launches, compiled; in a process of its own."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    what, run = cases(row)[index]
+    try:
+        with compiling(arch) as binaries:
+            run(impl="triton")
+    except Exception as error:
+        raise RuntimeError(f"{row}, {what}: does not compile for sm_{arch}") from error
+    return binaries
+
+
+def build_all(rows: list[str], jobs: int, console: Console) -> dict[tuple[str, str], dict]:
+    """Binaries by kernel and case, then by architecture; each under the first case that has it."""
+    tasks = [(row, i, arch) for row in rows for i in range(len(cases(row))) for arch in ARCHS]
+    with (
+        ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
+        Progress(console=console, transient=True) as progress,
+    ):
+        bar = progress.add_task("compiling", total=len(tasks))
+        futures = [pool.submit(build, *task) for task in tasks]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                progress.advance(bar)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    found, seen = {}, set()
+    for (row, index, arch), future in zip(tasks, futures, strict=True):
+        what, count = cases(row)[index][0], Counter()
+        for (kernel, key), binary in future.result().items():
+            if key not in seen:
+                seen.add(key)
+                count[kernel] += 1
+                nth = f" ({count[kernel]})" if count[kernel] > 1 else ""
+                found.setdefault((kernel, what + nth), {})[arch] = binary
+    return found
+
+
+def judge(found: dict[tuple[str, str], dict], multiply: set[str]) -> Targets:
+    """The rules; `multiply` names the kernels whose products must be on tensor cores."""
+    targets = Targets()
+    for arch, limit in ARCHS.items():
+        binaries = [(name[0], each[arch]) for name, each in found.items() if arch in each]
+        without = {kernel for kernel, binary in binaries if not binary.products}
+        without |= multiply - {kernel for kernel, _ in binaries}
+        spilled = max(binary.spilled for _, binary in binaries)
+        shared = max(binary.shared for _, binary in binaries)
+        targets.add(f"sm_{arch}: bytes spilled", spilled, 0)
+        targets.add(f"sm_{arch}: KiB shared", shared / 1024, limit)
+        targets.add(f"sm_{arch}: kernels off tensor cores", len(without & multiply), 0)
+    return targets
+
+
+def table(found: dict[tuple[str, str], dict]) -> Table:
+    """Registers per architecture; of the others the worst."""
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    result.add_column("kernel", no_wrap=True)
+    result.add_column("case")
+    for name in ("registers " + "/".join(map(str, ARCHS)), "spilled", "KiB", "products"):
+        result.add_column(name, justify="right")
+    order = list(dict.fromkeys(kernel for kernel, _ in found))
+    for kernel, case in sorted(found, key=lambda name: order.index(name[0])):
+        binaries = found[kernel, case].values()
+        spilled = max(b.spilled for b in binaries)
+        result.add_row(
+            kernel.strip("_").removesuffix("_kernel"),
+            case,
+            " ".join(f"{b.registers:>3}" for b in binaries),
+            str(spilled),
+            f"{max(b.shared for b in binaries) / 1024:.1f}",
+            str(min(b.products for b in binaries)),
+            style="red" if spilled else "",
+        )
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.resources", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="results")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
+                        help=f"of {', '.join(ROWS)}")  # fmt: skip
+    parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count(), help="processes")
+    args = parser.parse_args(argv)
+
+    console = Console()
+    found = build_all(args.rows, args.jobs, console)
+    targets = judge(found, set().union(*(ROWS[row][1] for row in args.rows)))
+    console.print(table(found))
+    targets.show(console)
+    if args.json:
+        kernels = [
+            {"kernel": kernel, "case": case} | {f"sm_{a}": asdict(b) for a, b in each.items()}
+            for (kernel, case), each in found.items()
+        ]
+        result = {"triton": triton.__version__, "kernels": kernels, "targets": targets}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(target["ok"] for target in targets) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,279 @@
+"""Rotate, quantise and store keys and values.
+
+Bits must not depend on the batch, on strides, or on which kernel computes them. So nothing is fused
+into other roundings, and sums have an order of their own.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .format import (
+    FORMATS,
+    Content,
+    Paged,
+    Rows,
+    bend,
+    block_d,
+    content,
+    format_of,
+    from_columns,
+    level,
+    load_scale,
+    load_tile,
+    log2,
+    paged,
+    parts,
+    planes,
+    rotate,
+    rotate_back,
+    slot_start,
+    to_columns,
+    top,
+)
+
+TINY = tl.constexpr(2.0**-24)  # the least scale in fp16
+
+
+def quantize_kv(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
+    *lead, d = x.shape
+    dtype, bits = (torch.float8_e4m3fn, 8) if format == "fp8" else (torch.uint8, FORMATS[format])
+    codes = torch.empty(*lead, d * bits // 8, dtype=dtype, device=x.device)
+    scale = torch.empty(lead, dtype=torch.float16, device=x.device)
+    if scale.numel():
+        x = x.reshape(-1, 1, d)
+        _quantize_kv_kernel[lambda meta: (triton.cdiv(len(x), meta["BLOCK_N"]),)](
+            Rows(x, *x.stride()), _one_page(codes, scale), len(x), FORMAT=FORMATS[format],
+            **_constants(d),
+        )  # fmt: skip
+    return codes, scale
+
+
+def dequantize_kv(codes: Tensor, scale: Tensor, d: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(*scale.shape, d, dtype=dtype, device=codes.device)
+    rows = scale.numel()
+    if rows:
+        _dequantize_kv_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]),)](
+            _one_page(codes.contiguous(), scale.contiguous()), out, rows,
+            FORMAT=format_of(codes, d), **_constants(d),
+        )  # fmt: skip
+    return out
+
+
+def append_kv(
+    k_thd: Tensor, v_thd: Tensor, slot_th: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None,
+    v_scale: Tensor | None, position_t: Tensor | None, position: Tensor | None,
+    importance: Tensor | None, history: Tensor | None,
+) -> None:  # fmt: skip
+    t, h, d = k_thd.shape
+    if t * h:
+        _append_kv_kernel[lambda meta: (triton.cdiv(t * h, meta["BLOCK_N"]), 2)](
+            Rows(k_thd, *k_thd.stride()), Rows(v_thd, *v_thd.stride()), slot_th, *slot_th.stride(),
+            content(k, k_scale), content(v, v_scale),
+            None if position is None else position_t.contiguous(), paged(position),
+            paged(importance), paged(history), t * h, h,
+            K_FORMAT=format_of(k, d), V_FORMAT=format_of(v, d), PAGE_SIZE=k.shape[2],
+            WORDS=0 if history is None else history.shape[3], **_constants(d),
+        )  # fmt: skip
+
+
+def _constants(d: int) -> dict[str, Any]:
+    # 8 elements per thread, so that a step of few rollouts fills the device.
+    n = max(1, 1024 // block_d(d))
+    return dict(D=d, BLOCK_D=block_d(d), BLOCK_N=n, num_warps=4, enable_fp_fusion=False)
+
+
+def _one_page(codes: Tensor, scale: Tensor) -> Content:
+    return content(codes.view(1, 1, -1, codes.shape[-1]), scale.view(1, 1, -1))
+
+
+@triton.constexpr_function
+def tries(FORMAT):
+    """The i of ranges (17 - i) / 16 max|x| that are tried: RANGES of the reference."""
+    return {8: (1, 2), 6: (0, 3), 4: (0, 7), 3: (0, 10), 2: (0, 12)}[FORMAT]
+
+
+@triton.constexpr_function
+def greatest(FORMAT):
+    return top(FORMAT) * (1 + bend(FORMAT))
+
+
+@triton.jit
+def _nearest(v, FORMAT: tl.constexpr):
+    """The nearest levels to v, of two as near the lower, and their codes as floats."""
+    TOP: tl.constexpr = top(FORMAT)
+    GREATEST: tl.constexpr = greatest(FORMAT)
+    ROUND: tl.constexpr = 1.5 * 2**23
+    v = tl.minimum(tl.maximum(v, -GREATEST), GREATEST)
+    guess = v
+    if bend(FORMAT) != 0:
+        # A polynomial inverts `level` to less than half a code; then one comparison decides.
+        u = v * (1 / GREATEST)
+        u2 = u * u
+        guess = u * (1.4393 * TOP + u2 * (-0.7805 * TOP + u2 * (0.3477 * TOP)))
+    middle = (guess + ROUND) - ROUND
+    lower, upper = level(middle - 0.5, FORMAT), level(middle + 0.5, FORMAT)
+    above = (lower + upper) * 0.5 < v
+    return tl.where(above, upper, lower), middle + tl.where(above, TOP + 0.5, TOP - 0.5)
+
+
+@triton.jit
+def _sum(x):
+    """Sums of the rows of x, in the same order whatever the layout."""
+    for _ in tl.static_range(log2(x.shape[1])):
+        x = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]), 2)
+    return tl.reshape(x, [x.shape[0]])
+
+
+@triton.jit
+def _to_scale(x):
+    return tl.minimum(tl.maximum(x, TINY), 65504.0).to(tl.float16)
+
+
+@triton.jit
+def _encode(x, FORMAT: tl.constexpr, D: tl.constexpr):
+    """Codes and scales of rotated x [N, BLOCK_D]: of a few ranges, that with the least error."""
+    BLOCK_D: tl.constexpr = x.shape[1]
+    BEGIN: tl.constexpr = tries(FORMAT)[0]
+    END: tl.constexpr = tries(FORMAT)[1]
+    peak = tl.max(tl.abs(x), 1)
+    least, best_inverse, best_scale = peak, peak, peak
+    for i in range(BEGIN, END):
+        inverse = tl.div_rn(1.0, peak * ((17 - i) / 16 / greatest(FORMAT)) + TINY)
+        y, _ = _nearest(x * inverse[:, None], FORMAT)
+        if D != BLOCK_D:
+            y = tl.where((tl.arange(0, BLOCK_D) < D)[None, :], y, 0.0)
+        # For these codes, the best scale.
+        scale = _to_scale(tl.div_rn(_sum(x * y), _sum(y * y))).to(tl.float32)
+        difference = y * scale[:, None] - x
+        error = _sum(difference * difference)
+        better = (error < least) | (i == BEGIN)
+        least = tl.where(better, error, least)
+        best_inverse = tl.where(better, inverse, best_inverse)
+        best_scale = tl.where(better, scale, best_scale)
+    _, codes = _nearest(x * best_inverse[:, None], FORMAT)
+    return codes.to(tl.int32), best_scale.to(tl.float16)
+
+
+@triton.jit
+def _encode_fp8(x):
+    """Codes and scales of rotated x [N, BLOCK_D]: bytes of e4m3, in int32."""
+    scale = _to_scale(tl.div_rn(tl.max(tl.abs(x), 1), 448.0))
+    x = tl.div_rn(x, scale.to(tl.float32)[:, None])
+    magnitude = tl.minimum(tl.abs(x), 448.0)
+    # To the nearest, of two as near the even: three bits of mantissa, or below 2^-6 units of 2^-9.
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+    subnormal = (magnitude + 2.0**14).to(tl.int32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 2.0**-6, subnormal, normal)
+    return code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80), scale
+
+
+@triton.jit
+def _store_plane(
+    codes, x: Paged, start, live, BYTE: tl.constexpr, BITS: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """The lowest BITS of codes [N, BLOCK_D] as the plane that begins at BYTE of a slot."""
+    W: tl.constexpr = D // PARTS
+    BLOCK_W: tl.constexpr = codes.shape[1] // PARTS
+    COLUMNS: tl.constexpr = BITS * PARTS // 8 * BLOCK_W
+    codes = tl.reshape(codes & ((1 << BITS) - 1), [codes.shape[0], 8 // BITS, COLUMNS])
+    packed = tl.sum(codes << (tl.arange(0, 8 // BITS) * BITS)[None, :, None], 1)
+    column = tl.arange(0, COLUMNS)
+    within = column % BLOCK_W
+    byte = BYTE + column // BLOCK_W * W + within
+    mask = live[:, None] & (within < W)[None, :]
+    tl.store(x.ptr + start[:, None] + byte[None, :], packed.to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def _put(
+    x: Rows, t, h, to: Content, page, offset, live, FORMAT: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store heads (t, h) of x in slots [N]."""
+    column = tl.arange(0, BLOCK_D)
+    mask = live[:, None] & (column < D)[None, :]
+    at = (t * x.stride_t + h * x.stride_h)[:, None] + column[None, :] * x.stride_d
+    tile = tl.load(x.ptr + at, mask=mask, other=0)
+    start = slot_start(to.x, page, h, offset)
+    if FORMAT <= 1:
+        if FORMAT == 1:
+            tile, scale = _encode_fp8(rotate(tile.to(tl.float32), D))
+        tile = tile.to(to.x.ptr.dtype.element_ty)
+        tl.store(to.x.ptr + start[:, None] + column[None, :], tile, mask=mask)
+    else:
+        PARTS: tl.constexpr = parts(FORMAT)
+        LOW: tl.constexpr = planes(FORMAT)[0]
+        HIGH: tl.constexpr = planes(FORMAT)[1]
+        codes, scale = _encode(rotate(tile.to(tl.float32), D), FORMAT, D)
+        codes = to_columns(codes, D, PARTS)
+        _store_plane(codes, to.x, start, live, 0, LOW, PARTS, D)
+        if HIGH > 0:
+            _store_plane(codes >> LOW, to.x, start, live, D * LOW // 8, HIGH, PARTS, D)
+    if FORMAT != 0:
+        tl.store(to.scale.ptr + slot_start(to.scale, page, h, offset), scale, mask=live)
+
+
+@triton.jit
+def _quantize_kv_kernel(
+    x: Rows, to: Content, rows, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Codes and scales of BLOCK_N rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    zero = tl.zeros_like(row)
+    _put(x, row, zero, to, zero, row, row < rows, FORMAT, D, BLOCK_D)
+
+
+@triton.jit
+def _dequantize_kv_kernel(
+    x: Content, out_ptr, rows, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N rows of out [rows, D]."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live, zero = row < rows, tl.zeros_like(row)
+    tile = load_tile(x.x, zero, zero, row, live, FORMAT, D, BLOCK_D, tl.float32)
+    tile *= load_scale(x.scale, zero, zero, row, live)[:, None]
+    tile = rotate_back(from_columns(tile, D, parts(FORMAT)), D)
+    column = tl.arange(0, BLOCK_D)
+    tl.store(
+        out_ptr + row[:, None] * D + column[None, :], tile.to(out_ptr.dtype.element_ty),
+        mask=live[:, None] & (column < D)[None, :],
+    )  # fmt: skip
+
+
+@triton.jit
+def _append_kv_kernel(
+    k_thd: Rows, v_thd: Rows, slot_ptr, stride_slot_t, stride_slot_h, k: Content, v: Content,
+    position_ptr, position: Paged, importance: Paged, history: Paged, rows, heads,
+    K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, WORDS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N heads of tokens: the keys and what else belongs to their slots, or the values."""
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
+    live = row < rows
+    live &= tl.load(slot_ptr + t * stride_slot_t, mask=live, other=-1) >= 0
+    slot = tl.load(slot_ptr + t * stride_slot_t + h * stride_slot_h, mask=live, other=0)
+    page, offset = (slot // PAGE_SIZE).to(tl.int64), (slot % PAGE_SIZE).to(tl.int64)
+    if tl.program_id(1) == 1:
+        _put(v_thd, t, h, v, page, offset, live, V_FORMAT, D, BLOCK_D)
+    else:
+        _put(k_thd, t, h, k, page, offset, live, K_FORMAT, D, BLOCK_D)
+        zero = tl.zeros([BLOCK_N], tl.int32)
+        if position is not None:
+            x = tl.load(position_ptr + t, mask=live, other=0).to(tl.int32)
+            tl.store(position.ptr + slot_start(position, page, h, offset), x, mask=live)
+        if importance is not None:
+            start = slot_start(importance, page, h, offset)
+            tl.store(importance.ptr + start, zero.to(tl.float32), mask=live)
+        if history is not None:
+            start = slot_start(history, page, h, offset)
+            for word in range(WORDS):
+                tl.store(history.ptr + start + word, zero, mask=live)
