@@ -182,7 +182,7 @@ def _margin(
     """Log-odds of the rows at `hidden_ptrs`. Logits are subtracted by subtracting head rows."""
     a = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
     b = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
-    # Unlike a kernel's own, stages named here are for loads that feed no dot too.
+    # Unlike those of a launch, the stages of a loop also hold loads that feed no product.
     for m in tl.range(0, M, BLOCK_M, num_stages=4):
         offs_m = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
         mask_m = offs_m < M
