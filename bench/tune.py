@@ -17,6 +17,7 @@ from rich.progress import track
 KINDS = {
     "plain": (torch.bfloat16, "none"),
     "coded": (torch.bfloat16, "int4"),
+    "planes": (torch.bfloat16, "int6"),
     "wide": (torch.float32, "none"),
 }
 CANDIDATES = [

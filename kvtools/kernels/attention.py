@@ -36,6 +36,8 @@ from .format import (
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
 
 
+PLANES = {FLOAT: 0, 3: 2, 6: 2}  # of codes, one for other formats
+
 # Tile sizes found by `python -m bench.tune`, by architecture, kind of product and columns; empty
 # unless its table is loaded.
 TUNED: dict[str, dict[str, int]] = {}
@@ -91,7 +93,7 @@ def tree_attention(
     tracks = importance is not None or history is not None
     k_format, v_format = format_of(k, d), format_of(v, d)
     k_dtype, v_dtype = _dot_dtype(q_thd, k, k_format), _dot_dtype(q_thd, v, v_format)
-    codes = k_format != FLOAT or v_format != FLOAT
+    planes = max(PLANES.get(x, 1) for x in (k_format, v_format))
     shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -117,7 +119,7 @@ def tree_attention(
         _attend_kernel[(len(item), heads)](
             q, mask, work, keys, content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
             **reads, V_FORMAT=v_format, V_DTYPE=v_dtype,
-            **_blocks(t * hq // heads, d, tl.float32 in (k_dtype, v_dtype), codes),
+            **_blocks(t * hq // heads, d, tl.float32 in (k_dtype, v_dtype), planes),
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
     state = None
@@ -150,16 +152,16 @@ def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
     ]
 
 
-def _blocks(rows: int, d: int, wide: bool, coded: bool) -> dict[str, int]:
-    """Tile sizes for products in fp32 (`wide`) or 16 bits, with codes to unpack or without."""
-    arch, kind = capability(), "wide" if wide else "coded" if coded else "plain"
+def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
+    """Tile sizes for products in fp32 (`wide`) or 16 bits, with so many planes of codes."""
+    arch, kind = capability(), "wide" if wide else ("plain", "coded", "planes")[planes]
     sizes = TUNED.get(f"sm_{arch} {kind} {block_d(d)}")
     if sizes is None:  # what leaves no register short: see `make resources`
-        m, n, warps = 64, 32 if coded else 64, 8
+        m, n, warps = 64, 32 if planes else 64, 8
         if wide:
             m, n, warps = 16, 16, 4
         elif d > 128:
-            m, n, warps = (32, 16, 4) if coded else (32, 32, 8)
+            m, n, warps = ((32, 32, 8), (32, 16, 4), (16, 16, 4))[planes]
         elif arch < 90:
             m, n, warps = 32, 32, 4
         sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)

@@ -246,7 +246,8 @@ def select_victims(
     index = torch.empty(n * h, s, dtype=torch.int32, device=out_nhm.device)
     tile = min(TILE, max(16, triton.next_power_of_2(s)))
     grid = n * h, triton.cdiv(s, tile)
-    _sort_tile_kernel[grid](victims, key, index, WIDE=wide, TILE=tile, STEP=min(STEP, tile), num_warps=8)
+    step = min(STEP, tile)
+    _sort_tile_kernel[grid](victims, key, index, WIDE=wide, TILE=tile, STEP=step, num_warps=8)
     _merge_tiles_kernel[grid](key, index, out_nhm, s, count, WORDS=key.shape[1], TILE=tile)
     return out_nhm
 
