@@ -260,6 +260,13 @@ def test_tree_attention_splits_over_threads(format, dtype, most, impl):
         torch.set_num_threads(before)
 
 
+def test_tree_attention_merges_many_parts(impl):
+    """A slot per work item: more partial results than a kernel takes at once."""
+    case = Case(4, page_size=1, chunk=1, D=64, G=12, H=1, dtype=native(impl))
+    assert case.plan.part_indptr.diff().max() > 20
+    check(case, impl, case.expanded())
+
+
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
