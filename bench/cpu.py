@@ -160,7 +160,7 @@ def once(
     model: Any, ids: list[int], config: CacheConfig | None, n: int, new: int, **options: Any
 ) -> dict:
     """One `generate`: tokens per second in all, a decode step, bytes of the cache at its end."""
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=model.device)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     torch.manual_seed(0)
     _, row = models.measure(
