@@ -7,14 +7,16 @@ every cell: what was measured of the same commit on the same device is not measu
 import argparse
 import gc
 import json
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from rich.console import Console
 
 from bench import gpu_parts, gpu_rivals
 from bench.gpu_parts import DRY, Entry, Scale
-from bench.targets import WORDS, Targets
+from bench.gpu_report import report, targets
 from bench.timing import (
+    Clock,
     DeviceClock,
     against_floor,
     attempt,
@@ -37,8 +40,9 @@ from bench.timing import (
 from kvtools import demo
 from kvtools.quality import Journal
 
-SECONDS = 480  # after which a part begins no other cell
-KILL = 540
+SECONDS = 480  # of a part
+GRACE = 60  # more, then its process is killed
+NEEDS = {"tests": 240, "end_to_end": 120}  # seconds that must be left for a cell to begin
 TRIES = 4  # of a part whose process dies
 AGAIN = 3  # exit status of a part that has to go on in a fresh process
 
@@ -86,12 +90,19 @@ def alive() -> bool:
 class Bench:
     """Where and how much is measured."""
 
-    def __init__(self, folder: Path, dry: bool = False) -> None:
+    def __init__(self, folder: Path, dry: bool = False, seconds: float = SECONDS) -> None:
         self.folder, self.device = folder, "cpu" if dry else "cuda"
         self.scale: Scale = DRY if dry else Scale()
-        self.deadline = time.monotonic() + SECONDS
-        self._clock = host_clock if dry else DeviceClock()
-        self._crashes = Crashes(folder)
+        self.deadline = time.monotonic() + seconds
+
+    # What a process that only asks for the names of the cells must not make.
+    @cached_property
+    def _clock(self) -> Clock:
+        return DeviceClock() if self.device == "cuda" else host_clock
+
+    @cached_property
+    def _crashes(self) -> Crashes:
+        return Crashes(self.folder)
 
     @property
     def impl(self) -> str:
@@ -163,20 +174,25 @@ def peak(run: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def run_part(part: str, folder: Path, dry: bool, where: dict) -> None:
+def missing(part: str, bench: Bench, journal: Journal) -> list[tuple[str, Callable[[], dict]]]:
+    return [cell for cell in gpu_parts.PARTS[part](bench) if cell[0] not in journal.cells]
+
+
+def journal_of(part: str, folder: Path, where: dict) -> Journal:
+    return Journal(folder / f"{part}.json", {x: where[x] for x in ("commit", "device")})
+
+
+def run_part(part: str, folder: Path, where: dict, dry: bool, seconds: float) -> None:
     """Measure the cells that are missing; SystemExit if another process must go on."""
-    console = Console()
-    bench = Bench(folder, dry)
-    journal = Journal(folder / f"{part}.json", header(where))
-    for cell, measure in gpu_parts.PARTS[part](bench):
-        if cell in journal.cells:
-            continue
-        if time.monotonic() > bench.deadline:
-            console.print(f"{part}: out of time; the next run goes on at {cell}")
+    console, bench = Console(), Bench(folder, dry, seconds)
+    journal = journal_of(part, folder, where)
+    for cell, measure in missing(part, bench, journal):
+        if time.monotonic() + NEEDS.get(part, 30) > bench.deadline:
+            console.print(f"{part}: out of time; the same command goes on at {cell}")
             break
         with torch.inference_mode():
             journal.cells[cell] = attempt(measure)
-        journal.save(where=where, targets=gpu_parts.targets(part, journal.cells))
+        journal.save(where=where, targets=targets(part, journal.cells))
         print_rows(console, f"{part} / {cell}", journal.cells[cell])
         gc.collect()
         if not alive():
@@ -185,92 +201,24 @@ def run_part(part: str, folder: Path, dry: bool, where: dict) -> None:
             torch.cuda.empty_cache()
 
 
-def header(where: dict) -> dict:
-    return {x: where[x] for x in ("commit", "device")}
-
-
-def in_process(part: str, folder: Path, where: dict, console: Console) -> None:
+def in_process(part: str, folder: Path, where: dict, dry: bool, end: float) -> None:
     """Run a part where it cannot hurt the others, again if its process died."""
     for _ in range(TRIES):
-        args = part, folder, False, where
-        process = multiprocessing.get_context("spawn").Process(target=run_part, args=args)
+        seconds = min(SECONDS, end - time.monotonic())
+        process = multiprocessing.get_context("spawn").Process(
+            target=run_part, args=(part, folder, where, dry, seconds)
+        )
         process.start()
-        process.join(KILL)
+        process.join(seconds + GRACE)
         if process.is_alive():
             process.kill()
             process.join()
-        if process.exitcode == 0:
-            return
-        console.print(f"{part}: its process ended with {process.exitcode}")
-        if process.exitcode not in (AGAIN, -11, -6):
+        if process.exitcode not in (AGAIN, -signal.SIGSEGV, -signal.SIGABRT):
             break
-    journal = Journal(folder / f"{part}.json", header(where))
-    journal.save(where=where, targets=gpu_parts.targets(part, journal.cells),
-                 failed=f"its process ended with {process.exitcode}")  # fmt: skip
-
-
-def report(folder: Path, console: Console) -> None:
-    """Write all rows of all parts to report.md, and print targets and ratios."""
-    results = {}
-    for part in gpu_parts.PARTS:
-        path = folder / f"{part}.json"
-        results[part] = json.loads(path.read_text()) if path.exists() else {}
-    where = next((x["where"] for x in results.values() if "where" in x), {})
-    lines = ["# kvtools on a GPU", "", ", ".join(f"{k} {v}" for k, v in where.items()), ""]
-    lines += ["| target | value | wanted | |", "| --- | ---: | ---: | --- |"]
-    for result in results.values():
-        lines += [
-            f"| {x['name']} | {figure(x['value'])} | {figure(x['target'])} | {WORDS[x['ok']]} |"
-            for x in result.get("targets", [])
-        ]
-    for part, result in results.items():
-        lines += ["", f"## {part}", "", result.get("failed", "" if result else "not run")]
-        for cell, rows in result.get("cells", {}).items():
-            lines += ["", f"**{cell}**", "", *table(rows)]
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
-    for part, result in results.items():
-        for cell, rows in result.get("cells", {}).items():
-            console.print(f"{part} / {cell}: {brief(rows)}", highlight=False, soft_wrap=True)
-    for part, result in results.items():
-        if "failed" in result or not result:
-            console.print(f"{part}: {result.get('failed', 'not run')}", highlight=False)
-        found = Targets()
-        found.extend(result.get("targets", []))
-        found.show(console)
-
-
-COLUMNS = ("ms", "p20", "p80", "event ms", "graph ms", "ratio", "bytes", "GB/s", "TFLOP/s",
-           "of_floor", "peak MiB")  # fmt: skip
-
-
-def table(rows: dict) -> list[str]:
-    if not all(isinstance(row, dict) for row in rows.values()):
-        return [f"{name}: {figure(x)}  " for name, x in rows.items()]
-    lines = [f"| | {' | '.join(COLUMNS)} | |", "| --- |" + " ---: |" * len(COLUMNS) + " --- |"]
-    for name, row in rows.items():
-        words = "; ".join(f"{k}: {x}" for k, x in row.items() if isinstance(x, str))
-        figures = " | ".join(figure(row.get(x)) for x in COLUMNS)
-        lines.append(f"| {name} | {figures} | {words.replace('|', '/')} |")
-    return lines
-
-
-def brief(rows: dict) -> str:
-    """Our time and share of the floor, then others' times as multiples of ours (ms, where we have
-    none); - for those without."""
-    words = []
-    for name, row in rows.items():
-        if not isinstance(row, dict):
-            words.append(f"{name} {figure(row)}")
-        elif not words and "ms" in row:
-            words.append(f"{row['ms']:.4g} ms, {row['of_floor']:.2f} of the floor")
-        else:
-            unit = "ratio" if "ratio" in row else "ms"
-            words.append(f"{name} {row[unit]:.3g}" if unit in row else f"{name} -")
-    return ", ".join(words)
-
-
-def figure(x: Any) -> str:
-    return "" if x is None else f"{x:.4g}" if isinstance(x, float) else str(x)
+    if process.exitcode:
+        journal = journal_of(part, folder, where)
+        why = f"its process ended with {process.exitcode}"
+        journal.save(where=where, targets=targets(part, journal.cells), failed=why)
 
 
 def environment(dry: bool, commit: str | None) -> dict:
@@ -291,9 +239,11 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"of {', '.join(gpu_parts.PARTS)}")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="measure again what was measured")
     parser.add_argument("--commit", help="name of the sources, where there is no git")
+    parser.add_argument("--seconds", type=float, default=math.inf,
+                        help="stop after so many; the same command then goes on")  # fmt: skip
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, once")
     args = parser.parse_args(argv)
-    console = Console()
+    console, end = Console(), time.monotonic() + args.seconds
     if args.dry:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
@@ -301,18 +251,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
     where = environment(args.dry, args.commit)
-    parts = [part for part in gpu_parts.PARTS if part in args.part]
     if args.force:
-        for name in (*parts, "crashes", "trying"):
+        for name in (*args.part, "crashes", "trying"):
             (args.out / f"{name}.json").unlink(missing_ok=True)
-    if "rates" not in parts and not Journal(args.out / "rates.json", header(where)).cells:
-        parts.insert(0, "rates")
-    for part in parts:
-        begin = time.monotonic()
-        if args.dry:
-            run_part(part, args.out, True, where)
-        else:
-            in_process(part, args.out, where, console)
+    for part in gpu_parts.PARTS:
+        if part not in (*args.part, "rates"):  # all others are held against the rates
+            continue
+        begin, journal = time.monotonic(), journal_of(part, args.out, where)
+        if not missing(part, Bench(args.out, args.dry), journal):
+            continue
+        if end - begin < NEEDS.get(part, 30):
+            console.print(f"{part}: out of time; the same command goes on here")
+            continue
+        in_process(part, args.out, where, args.dry, end)
         console.rule(f"{part}: {time.monotonic() - begin:.0f} s")
     report(args.out, console)
     return 0

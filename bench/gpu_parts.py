@@ -29,7 +29,6 @@ from bench import (
 )
 from bench.bench_attention import Shape, Tree
 from bench.cpu import CONFIGS, OURS, once
-from bench.targets import Targets
 from bench.timing import Skip
 from kvtools.ops.attention import tree_attention
 from kvtools.ops.quant import FORMATS, append_kv, dequantize_kv, quantize_kv
@@ -473,37 +472,3 @@ PARTS = {
     "tests": tests, "rates": rates, "attention": attention, "tree": tree, "quant": quant,
     "evict": evict, "sampling": sampling, "scoring": scoring, "end_to_end": end_to_end,
 }  # fmt: skip
-
-
-def targets(part: str, cells: dict[str, dict]) -> Targets:
-    """The figures the project set itself; None where there is no figure."""
-    found = Targets()
-
-    def ratio(cell: str, *rivals: str) -> float | None:
-        """Of the fastest of the rivals whose names begin so."""
-        return min((row["ratio"] for name, row in cells[cell].items()
-                    if name.startswith(rivals) and "ratio" in row), default=None)  # fmt: skip
-
-    for cell in cells:
-        heads, _, shape = cell.partition(" ")
-        if part == "tests":
-            found.add(f"{cell}: failures", cells[cell].get("failures"), 0)
-        elif part == "attention" and "+" not in shape:
-            found.add(f"{cell}, nothing shared: over FlashInfer and FA3",
-                      ratio(cell, "flashinfer", "fa3"), 1 / 1.1, least=True)  # fmt: skip
-            if "kvtools int4" in cells[cell]:  # long rows
-                share = cells[cell]["kvtools"].get("of_floor")
-                found.add(f"{cell}: share of the copy rate", share, 0.75, least=True)
-                quarter = ratio(cell, "kvtools int4")
-                quarter = quarter and 1 / quarter
-                found.add(f"{cell}: int4 over 16 bits", quarter, 2.5, least=True)
-        elif part == "attention" and shape == "64 x 8192 + 256":
-            found.add(f"{cell}: over SDPA", ratio(cell, "sdpa"), 8, least=True)
-            found.add(f"{cell}: over FlashInfer", ratio(cell, "flashinfer"), 1, least=True)
-        elif part == "sampling" and cell == "b=64,v=151936 top_k,top_p":
-            over = ratio(cell, "transformers")
-            found.add(f"{cell}: over transformers", over, 20, least=True)
-        elif part == "scoring" and cell.startswith("step_scores"):
-            for rival in ("full_logits", "gather_matmul"):
-                found.add(f"{cell}: over {rival}", ratio(cell, rival), 1, least=True)
-    return found
