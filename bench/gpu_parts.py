@@ -126,13 +126,17 @@ DRY = Scale(
 )  # fmt: skip
 
 
+def cell(name: str, measure: Callable, bench, *args: Any, **options: Any) -> tuple:
+    return name, partial(measure, bench, name, *args, **options)
+
+
 def tests(bench) -> Cells:
     """The tests of the Triton kernels, on this device."""
     for name, args in bench.scale.tests.items():
-        yield name, partial(run_tests, bench, args)
+        yield cell(name, run_tests, bench, args)
 
 
-def run_tests(bench, args: list[str]) -> dict:
+def run_tests(bench, name: str, args: list[str]) -> dict:
     xml, log = bench.folder.resolve() / "tests.xml", bench.folder / "tests.log"
     xml.unlink(missing_ok=True)
     spread = ["-n", str(min(os.cpu_count(), 8))] if importlib.util.find_spec("xdist") else []
@@ -149,14 +153,14 @@ def run_tests(bench, args: list[str]) -> dict:
     for case in suite.iter("testcase"):
         for error in [*case.iter("failure"), *case.iter("error")]:
             if sum(isinstance(x, str) for x in found.values()) < 20:
-                found[case.get("name")] = error.get("message", "").splitlines()[0][:200]
+                found[case.get("name")] = " ".join(error.get("message", "").split())[:200]
     return found
 
 
 def rates(bench) -> Cells:
     """What this device does at best: a copy, bytes read and written, and a product."""
 
-    def measure() -> dict:
+    def measure(bench, name: str) -> dict:
         source = torch.rand(bench.scale.copied // 4, device=bench.device)
         copied, size = torch.empty_like(source), bench.scale.product
         a, b = torch.randn(2, size, size, device=bench.device).to(DTYPE)
@@ -164,7 +168,7 @@ def rates(bench) -> Cells:
         return {"copy GB/s": 2 * bench.scale.copied / rows["copy"]["ms"] / 1e6,
                 "bfloat16 TFLOP/s": 2 * size**3 / rows["product"]["ms"] / 1e9}  # fmt: skip
 
-    yield "rates", measure
+    yield cell("rates", measure, bench)
 
 
 def attention(bench) -> Cells:
@@ -173,27 +177,17 @@ def attention(bench) -> Cells:
     every = [format for format in FORMATS if format != "none"]
     for name, heads in scale.heads:
         for n, p, s in scale.shared:
-            yield (
-                (cell := f"{name} {n} x {p} + {s}"),
-                partial(attend, bench, cell, Shape(n, p, s, *heads), ["int4"]),
-            )
+            shape = Shape(n, p, s, *heads)
+            yield cell(f"{name} {n} x {p} + {s}", attend, bench, shape, ["int4"])
         for n, s in scale.long:
-            yield (
-                (cell := f"{name} {n} x {s}"),
-                partial(attend, bench, cell, Shape(n, 0, s, *heads), ["int8", "int4", "int2"]),
-            )
+            shape, formats = Shape(n, 0, s, *heads), ["int8", "int4", "int2"]
+            yield cell(f"{name} {n} x {s}", attend, bench, shape, formats)
         for n, s in scale.short:
-            yield (
-                (cell := f"{name} {n} x {s}"),
-                partial(attend, bench, cell, Shape(n, 0, s, *heads), []),
-            )
+            yield cell(f"{name} {n} x {s}", attend, bench, Shape(n, 0, s, *heads), [])
     name, heads = scale.heads[0]
     for n, p, s in (scale.shared[0], (scale.long[0][0], 0, scale.long[0][1])):
         shape = Shape(n, p, s, *heads)
-        yield (
-            (cell := f"formats {name} {n} x {p} + {s}"),
-            partial(attend, bench, cell, shape, every, rivals=False),
-        )
+        yield cell(f"formats {name} {n} x {p} + {s}", attend, bench, shape, every, rivals=False)
 
 
 def tree(bench) -> Cells:
@@ -203,10 +197,10 @@ def tree(bench) -> Cells:
         for text in scale.trees:
             nodes, tokens = ([int(x) for x in part.split(",")] for part in text.split(" / "))
             shape = Tree(tuple(zip(nodes, tokens, strict=True)), h, hq // h, scale.tree_d)
-            yield (cell := f"{hq}/{h} heads, {text}"), partial(attend, bench, cell, shape, [])
+            yield cell(f"{hq}/{h} heads, {text}", attend, bench, shape, [])
 
 
-def attend(bench, cell: str, shape: Shape | Tree, formats: list[str], rivals: bool = True) -> dict:
+def attend(bench, name: str, shape: Shape | Tree, formats: list[str], rivals: bool = True) -> dict:
     step = bench_attention.inputs(shape, DTYPE, bench.device)
     flops = bench_attention.flops(shape)
 
@@ -219,13 +213,16 @@ def attend(bench, cell: str, shape: Shape | Tree, formats: list[str], rivals: bo
         check = partial(bench_attention.check, step, format=format)
         return Entry(make, check, bench_attention.nbytes(shape, DTYPE, format), flops, package)
 
-    entries = {"kvtools": entry(partial(ours, "none"))}
-    entries |= {f"kvtools {format}": entry(partial(ours, format), format) for format in formats}
-    for name, make in gpu_rivals.ATTENTION.items() if rivals else ():
-        if name == "flex_attention" and cell not in bench.scale.flex:
+    entries = {label(x): entry(partial(ours, x), x) for x in ["none", *formats]}
+    for rival, make in gpu_rivals.ATTENTION.items() if rivals else ():
+        if rival == "flex_attention" and name not in bench.scale.flex:
             make = elsewhere
-        entries[name] = entry(partial(make, step), package=gpu_rivals.package(name))
-    return bench.race(cell, entries)
+        entries[rival] = entry(partial(make, step), package=gpu_rivals.package(rival))
+    return bench.race(name, entries)
+
+
+def label(format: str) -> str:
+    return "kvtools" if format == "none" else f"kvtools {format}"
 
 
 def elsewhere(step: Any) -> None:
@@ -235,12 +232,12 @@ def elsewhere(step: Any) -> None:
 def quant(bench) -> Cells:
     """New tokens written into pages, all formats; quantised and read back."""
     for shape in bench.scale.appended:
-        yield (cell := f"append_kv {shape}"), partial(append, bench, cell, shape)
+        yield cell(f"append_kv {shape}", append, bench, shape)
         for op in ("quantize_kv", "dequantize_kv"):
-            yield (cell := f"{op} {shape}"), partial(convert, bench, cell, op, shape)
+            yield cell(f"{op} {shape}", convert, bench, op, shape)
 
 
-def append(bench, cell: str, shape: bench_quant.Shape) -> dict:
+def append(bench, name: str, shape: bench_quant.Shape) -> dict:
     def entry(format: str, run: Callable) -> Entry:
         args = bench_quant.inputs(shape, format, DTYPE, bench.device)
         k_thd, v_thd, slot_t, pages, _ = args
@@ -257,12 +254,11 @@ def append(bench, cell: str, shape: bench_quant.Shape) -> dict:
         return Entry(lambda: partial(run, *args), check, bench_quant.nbytes(shape, format, DTYPE))
 
     ours = partial(append_kv, impl=bench.impl)
-    names = {format: "kvtools" if format == "none" else f"kvtools {format}" for format in FORMATS}
-    entries = {name: entry(format, ours) for format, name in names.items()}
-    return bench.race(cell, entries | {"index_put": entry("none", bench_quant.index_put)})
+    entries = {label(format): entry(format, ours) for format in FORMATS}
+    return bench.race(name, entries | {"index_put": entry("none", bench_quant.index_put)})
 
 
-def convert(bench, cell: str, op: str, shape: bench_quant.Shape) -> dict:
+def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
     x_thd, *_ = bench_quant.inputs(shape, "none", DTYPE, bench.device)
     entries = {}
     for format in FORMATS:
@@ -275,7 +271,7 @@ def convert(bench, cell: str, op: str, shape: bench_quant.Shape) -> dict:
             value = partial(read, impl="reference")
         else:
             run = partial(read, *codes, impl=bench.impl)
-            value = lambda *out: out[0]  # noqa: E731
+            value = first
 
         def check(out: Any, format: str = format, value: Callable = value) -> None:
             parts = out if isinstance(out, tuple) else (out,)
@@ -283,17 +279,17 @@ def convert(bench, cell: str, op: str, shape: bench_quant.Shape) -> dict:
 
         size = sum(x.nbytes for x in (x_thd, *codes))
         entries[f"kvtools {format}"] = Entry(lambda run=run: run, check, size)
-    return bench.race(cell, entries)
+    return bench.race(name, entries)
 
 
 def evict(bench) -> Cells:
     """Importance from a window of queries, who goes, and closing the gaps."""
     for shape in bench.scale.evicted:
         for op in bench_evict.OPS:
-            yield (cell := f"{op} {shape}"), partial(drop, bench, cell, op, shape)
+            yield cell(f"{op} {shape}", drop, bench, op, shape)
 
 
-def drop(bench, cell: str, op: str, shape: bench_evict.Shape) -> dict:
+def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
     ours, rival = bench_evict.OPS[op]
     size = bench_evict.nbytes(op, shape, DTYPE)
     scores = op == "key_scores"
@@ -321,22 +317,22 @@ def drop(bench, cell: str, op: str, shape: bench_evict.Shape) -> dict:
             if scores:
                 close(first(out), expected, 0.02)
             else:
-                assert torch.equal(first(out).sort(-1).values, expected.long().sort(-1).values)
+                assert torch.equal(*(x.long().sort(-1).values for x in (first(out), expected)))
 
         return Entry(lambda: partial(run, *args), check, size, flops)
 
     entries = {"kvtools": entry(partial(ours, impl=bench.impl)), rival.__name__: entry(rival)}
-    return bench.race(cell, entries)
+    return bench.race(name, entries)
 
 
 def sampling(bench) -> Cells:
     """One token per row from float32 logits."""
     for shape in bench.scale.logits:
         for name, filters in bench_sampling.FILTERS.items():
-            yield (cell := f"{shape} {name}"), partial(draw, bench, cell, shape, filters)
+            yield cell(f"{shape} {name}", draw, bench, shape, filters)
 
 
-def draw(bench, cell: str, shape: bench_sampling.Shape, filters: dict) -> dict:
+def draw(bench, name: str, shape: bench_sampling.Shape, filters: dict) -> dict:
     args = bench_sampling.inputs(shape, torch.float32, bench.device)
     exact = sample(*args, **filters, impl="reference")[0]
 
@@ -360,20 +356,20 @@ def draw(bench, cell: str, shape: bench_sampling.Shape, filters: dict) -> dict:
     size = bench_sampling.nbytes(shape, torch.float32)
     ours = partial(sample, *args, **filters, impl=bench.impl)
     entries = {"kvtools": Entry(lambda: ours, same, size)}
-    for name, make in gpu_rivals.SAMPLING.items():
-        package = gpu_rivals.package(name)
-        entries[name] = Entry(partial(make, args, filters), kept, size, package=package)
-    return bench.race(cell, entries)
+    for rival, make in gpu_rivals.SAMPLING.items():
+        package = gpu_rivals.package(rival)
+        entries[rival] = Entry(partial(make, args, filters), kept, size, package=package)
+    return bench.race(name, entries)
 
 
 def scoring(bench) -> Cells:
     """A reward head at step ends; log-probabilities of given tokens."""
     for shape in bench.scale.scored:
         for op in ("step_scores", "token_logprobs"):
-            yield (cell := f"{op} {shape}"), partial(score, bench, cell, op, shape)
+            yield cell(f"{op} {shape}", score, bench, op, shape)
 
 
-def score(bench, cell: str, op: str, shape: bench_scoring.Shape) -> dict:
+def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
     args = bench_scoring.inputs(shape, DTYPE, bench.device)
     hidden_tm, weight_vm, step_s, cu_steps, target_t = args
     hidden_tm *= shape.m**-0.5  # logits of a usual size
@@ -396,23 +392,20 @@ def score(bench, cell: str, op: str, shape: bench_scoring.Shape) -> dict:
     size = bench_scoring.nbytes(op, shape, DTYPE)
     ours = partial(run, impl=bench.impl)
     entries = {"kvtools": Entry(lambda: ours, check, size, flops)}
-    for name, rival in rivals.items():
-        package = gpu_rivals.package(name)
-        entries[name] = Entry(partial(partial, rival, *args), check, size, flops, package)
-    return bench.race(cell, entries)
+    for rival, compute in rivals.items():
+        package = gpu_rivals.package(rival)
+        entries[rival] = Entry(partial(partial, compute, *args), check, size, flops, package)
+    return bench.race(name, entries)
 
 
 def end_to_end(bench) -> Cells:
     """Steps of a model with random weights, all layers and the sampler; and whole `generate`s."""
     for n, prompt in bench.scale.decoded:
-        yield (cell := f"decode {n} x {prompt}"), partial(decode, bench, cell, n, prompt)
+        yield cell(f"decode {n} x {prompt}", decode, bench, n, prompt)
     n, prompt, new = bench.scale.generated
-    for name, config in (CONFIGS | {"plain": None}).items():
-        if name in (*bench_end_to_end.RIVALS, "plain"):
-            yield (
-                f"generate {n} x {prompt}, {new} new, {name}",
-                partial(generate, bench, config, n, prompt, new),
-            )
+    for name in bench_end_to_end.RIVALS:
+        yield cell(f"generate {n} x {prompt}, {new} new, {name}", generate, bench,
+                   CONFIGS.get(name), n, prompt, new)  # fmt: skip
 
 
 @cache
@@ -426,32 +419,32 @@ def llm(device: str, sizes: tuple) -> Any:
     return model.eval()
 
 
-def decode(bench, cell: str, n: int, prompt: int, steps: int = bench_end_to_end.STEPS) -> dict:
+def decode(bench, name: str, n: int, prompt: int, steps: int = bench_end_to_end.STEPS) -> dict:
     model = llm(bench.device, tuple(bench.scale.model.items()))
     weights = sum(x.numel() for x in model.parameters())
     per_token = elements(model) * DTYPE.itemsize
     ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
 
-    def make(name: str, rival: Callable) -> Callable[[], Any]:
-        if name == "plain" and n * prompt * per_token > gpu_rivals.LIMIT:
+    def make(contender: str) -> Callable[[], Any]:
+        if contender == "plain" and n * prompt * per_token > gpu_rivals.LIMIT:
             raise Skip(f"its cache would take {n * prompt * per_token / 2**30:.0f} GiB")
-        return partial(rival(model, ids).rows(n), steps)
+        return partial(bench_end_to_end.RIVALS[contender](model, ids).rows(n), steps)
 
     entries = {}
-    for name in sorted(bench_end_to_end.RIVALS, key=lambda name: name != OURS):
-        entries[name] = Entry(
-            partial(make, name, bench_end_to_end.RIVALS[name]), lambda out: None,
+    for contender in sorted(bench_end_to_end.RIVALS, key=lambda x: x != OURS):
+        entries[contender] = Entry(
+            partial(make, contender), lambda out: None,
             weights * DTYPE.itemsize + (prompt + n * steps) * per_token, 2 * weights * n,
-            package="transformers" if name == "plain" else "", graph=False, per=steps,
+            package="transformers" if contender == "plain" else "", graph=False, per=steps,
         )  # fmt: skip
-    rows = bench.race(cell, entries)
+    rows = bench.race(name, entries)
     for row in rows.values():
         if "ms" in row:
             row["tokens/s"] = 1e3 * n / row["ms"]
     return rows
 
 
-def generate(bench, config: Any, n: int, prompt: int, new: int) -> dict:
+def generate(bench, name: str, config: Any, n: int, prompt: int, new: int) -> dict:
     model = llm(bench.device, tuple(bench.scale.model.items()))
     ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
     once(model, ids[:16], config, n, 2)  # the first pass is slow, whoever makes it

@@ -111,7 +111,7 @@ def test_tests_are_counted(tmp_path):
         "def test_bad(): assert 1 == 2, 'not equal'\n"
         "def test_skipped(): pytest.skip()\n"
     )
-    found = gpu_parts.run_tests(gpu.Bench(tmp_path, dry=True), [str(tmp_path / "test_x.py")])
+    found = gpu_parts.run_tests(gpu.Bench(tmp_path, dry=True), "x", [str(tmp_path / "test_x.py")])
     assert (found["passed"], found["failures"], found["skipped"]) == (1, 1, 1)
     assert "not equal" in found["test_bad"] and "not equal" in (tmp_path / "tests.log").read_text()
 
