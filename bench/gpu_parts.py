@@ -1,7 +1,7 @@
 """The parts of bench.gpu: which cells each has, who runs in a cell, and what is expected of it.
 
 A part is a generator of (cell's name, function that measures it): inputs are made inside of the
-function, so that one cell's memory is free before the next.
+function, so that one cell's memory is free before the next. `bench` is a `bench.gpu.Bench`.
 """
 
 import importlib.util
