@@ -115,9 +115,9 @@ class Scale:
 
 DRY = Scale(
     tests={"attention": ["tests/test_attention.py", "-k", "test_merge_states and triton"]},
-    copied=2**16, product=64, rounds=1, heads=(("llama", (2, 4, 16)),), shared=((4, 32, 8),),
-    long=((2, 48),), short=((2, 24),), flex=("llama 4 x 32 + 8",),
-    trees=("1,2,4 / 16,32,5", "3 / 20"), tree_heads=((4, 2),), tree_d=16,
+    copied=2**16, product=64, rounds=1, heads=(("llama", (1, 4, 16)),), shared=((2, 16, 8),),
+    long=((1, 24),), short=((2, 8),), flex=("llama 2 x 16 + 8",),
+    trees=("1,2,4 / 16,16,5", "3 / 8"), tree_heads=((2, 1),), tree_d=16,
     appended=(bench_quant.Shape(16, 2, 16),), evicted=(bench_evict.Shape(2, 2, 2, 32, 16, 8, 4),),
     logits=(bench_sampling.Shape(2, 300),), scored=(bench_scoring.Shape(2, 16, 4, 32, 300),),
     model=LLAMA_8B | dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,

@@ -38,7 +38,7 @@ def test_every_part_runs_dry(here, tmp_path, capsys):
         for rows in cells.values():
             ours = [row for name, row in rows.items() if name.startswith("kvtools")]
             assert all("ms" in row and row["of_floor"] > 0 for row in ours), ours
-    rows = results(tmp_path, "attention")["cells"]["llama 4 x 32 + 8"]
+    rows = results(tmp_path, "attention")["cells"]["llama 2 x 16 + 8"]
     assert set(gpu_rivals.ATTENTION) < set(rows)  # those that are not installed too
     assert rows["flex_attention"]["ratio"] > 0
     assert rows["kvtools int4"]["bytes"] < rows["kvtools"]["bytes"]
