@@ -31,7 +31,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test sanitize lint format bench bench-cpu resources quality clean ext
+.PHONY: help demo test sanitize lint format bench bench-cpu bench-gpu resources quality clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -67,6 +67,9 @@ bench-cpu: ext $(MODEL) $(RIVALS) ## measure speed on this CPU, rewrite the READ
 
 resources: ext ## compile the Triton kernels for three GPU architectures: registers, spills, shared memory
 	@$(PY) -m bench.resources --json bench/results/resources.json $(ARGS)
+
+bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--dry runs the code without one
+	@$(PY) -m bench.gpu --out bench/out/gpu $(ARGS)
 
 quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
 	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)

@@ -25,7 +25,7 @@ class Plain:
 
         self.model, self.prompt = model, prompt
         self.prefilled = DynamicCache(config=model.config)
-        self.first = self._forward(torch.tensor([prompt]), self.prefilled)
+        self.first = self._forward(torch.tensor([prompt], device=model.device), self.prefilled)
 
     def rows(self, n):
         """A function that decodes so many steps of `n` rows, which start at the prompt."""

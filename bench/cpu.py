@@ -25,6 +25,7 @@ from rich.console import Console
 from bench import bench_attention, bench_sampling
 from bench.bench_end_to_end import RIVALS, SAMPLING, prompt_of
 from bench.targets import Targets
+from bench.timing import against_floor, attempt, interleave, name_of, print_rows, summary
 from kvtools import CacheConfig, Rollouts, demo, models
 from kvtools.config import PRESETS
 from kvtools.ops import Op
@@ -60,37 +61,6 @@ class Scale:
     sweep_rounds: int = 3
 
 
-def interleave(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds of each round of each; one round before goes uncounted."""
-    seconds = {name: np.empty(rounds + 1) for name in runs}
-    for i in range(rounds + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            seconds[name][i] = time.perf_counter() - begin
-    return {name: x[1:] for name, x in seconds.items()}
-
-
-def summary(seconds: dict[str, np.ndarray], per: int = 1) -> dict[str, dict]:
-    """Median, p20 and p80 in milliseconds, divided by `per`; and how many times the first one's
-    time each takes, the median over rounds."""
-    first = next(iter(seconds.values()))
-    rows = {}
-    for name, x in seconds.items():
-        low, middle, high = np.quantile(x, (0.2, 0.5, 0.8)) * 1e3 / per
-        ratio = float(np.median(x / first))
-        rows[name] = {"ms": middle, "p20": low, "p80": high, "ratio": ratio}
-    return rows
-
-
-def against_floor(row: dict, floor: dict, nbytes: int, flops: int = 0) -> None:
-    """Add rates to a row, and how much of its time the floor would take."""
-    seconds = row["ms"] / 1e3
-    least = max(nbytes / floor["copy GB/s"], flops / floor["float32 GFLOP/s"]) / 1e9
-    row |= {"bytes": nbytes, "GB/s": nbytes / seconds / 1e9, "GFLOP/s": flops / seconds / 1e9}
-    row["of_floor"] = least / seconds
-
-
 def floor(scale: Scale, cells: dict, load: Load) -> dict:
     """What this machine does at best: a copy, bytes read and written, and matrix products."""
     source = torch.rand(scale.copied // 4)
@@ -104,6 +74,11 @@ def floor(scale: Scale, cells: dict, load: Load) -> dict:
     for name, row in rows.items():
         found[f"{name} GFLOP/s"] = 2 * scale.product**3 / row["ms"] / 1e6
     return found
+
+
+def rates(cells: dict) -> tuple[float, float]:
+    """GB/s of a copy, TFLOP/s of a float32 product."""
+    return cells["floor"]["copy GB/s"], cells["floor"]["float32 GFLOP/s"] / 1e3
 
 
 @torch.inference_mode()
@@ -124,12 +99,12 @@ def attention(scale: Scale, cells: dict, load: Load) -> dict:
             runs = formats | {x: run for x, run in rivals.items() if x not in formats}
             stored = {x: run.keywords["format"] for x, run in formats.items()}
             for x, run in runs.items():
-                bench_attention.check(args, run, stored.get(x, "none"))
+                bench_attention.check(args, run(args), stored.get(x, "none"))
             rows = summary(interleave({x: partial(run, args) for x, run in runs.items()},
                                       scale.rounds))  # fmt: skip
             for x, row in rows.items():
                 nbytes = bench_attention.nbytes(shape, dtype, stored.get(x, "none"))
-                against_floor(row, cells["floor"], nbytes, bench_attention.flops(shape))
+                against_floor(row, *rates(cells), nbytes, bench_attention.flops(shape))
             found[name][name_of(dtype)] = rows
     return found
 
@@ -145,7 +120,7 @@ def sample(scale: Scale, cells: dict, load: Load) -> dict:
         found[name] = summary(interleave(runs, scale.rounds))
         for row in found[name].values():
             nbytes = bench_sampling.nbytes(scale.logits, torch.float32)
-            against_floor(row, cells["floor"], nbytes)
+            against_floor(row, *rates(cells), nbytes)
     return found
 
 
@@ -185,7 +160,7 @@ def once(
     model: Any, ids: list[int], config: CacheConfig | None, n: int, new: int, **options: Any
 ) -> dict:
     """One `generate`: tokens per second in all, a decode step, bytes of the cache at its end."""
-    prompt = torch.tensor([ids])
+    prompt = torch.tensor([ids], device=model.device)
     inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
     torch.manual_seed(0)
     _, row = models.measure(
@@ -214,14 +189,6 @@ def batched(model: Any, ids: list[int], n: int, new: int) -> dict:
     if tokens != n * new:
         raise RuntimeError(f"{tokens} tokens came, not {n * new}")
     return {"rows": n, "new": new, "tokens_per_s": tokens / seconds}
-
-
-def attempt(run: Callable[[], dict]) -> dict:
-    """The row of a rival, or why there is none."""
-    try:
-        return run()
-    except Exception as error:  # whatever other people's code raises
-        return {"failed": f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"}
 
 
 def step(scale: Scale, cells: dict, load: Load, steps: int = 4) -> dict:
@@ -422,22 +389,6 @@ def load(dtype: torch.dtype) -> tuple[Any, list[int]]:
     model, tokenizer = models.load("smollm2", dtype)
     model.generation_config.eos_token_id = None
     return model, prompt_of(tokenizer, max(Scale.sweep_prompts))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def print_rows(console: Console, path: str, cell: Any) -> None:
-    """A line per row, under the names that lead to it."""
-    if not isinstance(cell, dict):
-        return
-    figures = [f"{name} {x:.4g}" for name, x in cell.items() if isinstance(x, (int, float))]
-    figures += [x for x in cell.values() if isinstance(x, str)]
-    if figures:
-        console.print(f"{path:44} {'  '.join(figures)}", highlight=False, soft_wrap=True)
-    for name, inner in cell.items():
-        print_rows(console, f"{path} / {name}", inner)
 
 
 def run(parts: list[str], scale: Scale, load: Load, journal: Journal, console: Console) -> None:

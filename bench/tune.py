@@ -14,6 +14,9 @@ import numpy as np
 import torch
 from rich.progress import track
 
+from bench import bench_attention
+from kvtools.ops.attention import tree_attention
+
 KINDS = {
     "plain": (torch.bfloat16, "none"),
     "coded": (torch.bfloat16, "int4"),
@@ -28,29 +31,6 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
-def problem(kind: str, d: int, prompt: int, own: int, rows: int, device: torch.device) -> tuple:
-    """Arguments of `tree_attention`: rows over a prompt, with the heads of Llama 3 8B."""
-    import kvtools
-    from kvtools._host import Forest
-    from kvtools.ops.attention import Plan, limits
-
-    (dtype, format), heads, group, page = KINDS[kind], 8, 4, 16
-    forest = Forest(-(-prompt // page) + rows * (-(-own // page) + 1), page)
-    forest.insert(prompt, 0, rows)
-    forest.append(np.full(rows, own, np.int32))
-    cut = limits(device, heads, group)
-    plan = Plan.from_host(forest.plan(np.ones(rows, np.int32), **cut), device)
-    pages = kvtools.KVPages.empty(
-        forest.num_pages, heads, page, d, k_format=format, v_format=format, dtype=dtype,
-        device=device,
-    )  # fmt: skip
-    slot = torch.arange(forest.num_pages * page, device=device)
-    kvtools.append_kv(*torch.randn(2, len(slot), heads, d, device=device).to(dtype), slot, pages)
-    q = torch.randn(rows, heads * group, d, device=device).to(dtype)
-    position = torch.full((rows,), prompt + own - 1, dtype=torch.int32, device=device)
-    return q, position, pages, plan
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="where the table goes, JSON")
@@ -59,21 +39,25 @@ def main() -> None:
         sys.exit("bench.tune needs a CUDA device")
     import triton
 
-    import kvtools
     from kvtools.kernels import attention, format
 
-    device, table = torch.device("cuda"), {}
+    table = {}
     for kind, d in itertools.product(KINDS, (64, 128, 256)):
         key = f"sm_{format.capability()} {kind} {d}"
-        shapes = (8192, 256, 64), (64, 4096, 64)  # much shared, and next to nothing
-        cases = [problem(kind, d, *shape, device) for shape in shapes]
+        dtype, code = KINDS[kind]
+        cases = []
+        for prompt, own in ((8192, 256), (0, 4096)):  # much shared, and nothing
+            shape = bench_attention.Shape(64, prompt, own, 8, 4, d)  # the heads of Llama 3 8B
+            step = bench_attention.inputs(shape, dtype, "cuda")
+            position, *pages = step.pages(code)
+            cases.append((step.q.squeeze(2), position, *pages))
         best = None
         for sizes in track(CANDIDATES, f"{kind} {d}"):
             attention.TUNED[key] = sizes
             try:  # the geometric mean counts
                 ms = np.prod([
                     triton.testing.do_bench(
-                        lambda x=x: kvtools.tree_attention(*x), return_mode="median"
+                        lambda x=x: tree_attention(*x), return_mode="median"
                     )
                     for x in cases
                 ]) ** 0.5  # fmt: skip

@@ -1,0 +1,467 @@
+"""The parts of bench.gpu: which cells each has, who runs in a cell, and what is expected of it.
+
+A part is a generator of (cell's name, function that measures it): inputs are made inside of the
+function, so that one cell's memory is free before the next. `bench` is a `bench.gpu.Bench`.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import torch
+
+from bench import (
+    bench_attention,
+    bench_end_to_end,
+    bench_evict,
+    bench_quant,
+    bench_sampling,
+    bench_scoring,
+    gpu_rivals,
+)
+from bench.bench_attention import Shape, Tree
+from bench.cpu import CONFIGS, OURS, once
+from bench.timing import Skip
+from kvtools.ops.attention import tree_attention
+from kvtools.ops.quant import FORMATS, append_kv, dequantize_kv, quantize_kv
+from kvtools.ops.sampling import sample
+from kvtools.ops.scoring import step_scores, token_logprobs
+from kvtools.quality import elements
+
+# Ours, by device. A CPU is only for dry runs: "triton" there is interpreted.
+IMPL = {"cuda": "triton", "cpu": "auto"}
+DTYPE = torch.bfloat16
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ("quant", "attention", "evict", "sampling", "scoring")
+Cells = Iterator[tuple[str, Callable[[], dict]]]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A contender: `make` prepares and returns what is timed, `check` raises unless its output is
+    what it is timed for."""
+
+    make: Callable[[], Callable[[], Any]]
+    check: Callable[[Any], None]
+    nbytes: int  # the least
+    flops: int = 0
+    package: str = ""  # whose version is named
+    graph: bool = True  # can be captured
+    per: int = 1  # steps that a run takes
+
+
+LLAMA_8B = dict(
+    vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=131_072,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    tests: dict[str, list[str]] = field(default_factory=lambda: {
+        **{row: [f"tests/test_{row}.py", "-k", "triton"] for row in ROWS},
+        "marked gpu": ["tests", "-m", "gpu"],
+    })  # fmt: skip
+    copied: int = 2**31  # bytes
+    product: int = 8192  # rows and columns
+    rounds: int = 25
+    # KV heads, query heads of each, head size: Llama-3-8B's and Qwen2.5-7B's.
+    heads: tuple = (("llama", (8, 4, 128)), ("qwen", (4, 7, 128)))
+    shared: tuple = (
+        (64, 8192, 256),
+        (1, 8192, 256),
+        (4, 8192, 256),
+        (16, 8192, 256),
+        (64, 2048, 512),
+        (64, 32_768, 512),
+        (256, 8192, 256),
+        (256, 8192, 2048),
+    )
+    long: tuple = ((64, 4096), (16, 16_384))  # rows and tokens, nothing shared
+    short: tuple = ((64, 512), (256, 256), (256, 1024))
+    flex: tuple = ("llama 64 x 8192 + 256", "qwen 64 x 8192 + 256", "llama 64 x 4096")
+    trees: tuple = (
+        "1,10 / 4000,400", "1,256 / 256,32", "1,1024 / 2048,32",
+        "1,4,16,512 / 1024,256,128,32", "1,4,16,64,256,1024 / 256,32,256,64,32,256",
+        "1,2,4,8,16,32,64,128,1024 / 16,16,16,16,16,16,16,16,16", "256 / 1024", "256 / 4096",
+    )  # fmt: skip
+    tree_heads: tuple = ((32, 32), (16, 8), (32, 8), (64, 8), (16, 1))  # query heads, KV heads
+    tree_d: int = 128
+    appended: tuple = (
+        bench_quant.Shape(64, 8, 128),
+        bench_quant.Shape(256, 8, 128),
+        bench_quant.Shape(8192, 8, 128),
+    )
+    evicted: tuple = (
+        bench_evict.Shape(1, 8, 4, 8192, 128, 32, 6144),
+        bench_evict.Shape(64, 8, 4, 640, 128, 16, 64),
+    )
+    logits: tuple = tuple(bench_sampling.Shape(b, 151_936) for b in (1, 16, 64, 256))
+    scored: tuple = (bench_scoring.Shape(16, 8192, 256, 4096, 128_256),)
+    model: dict = field(default_factory=lambda: LLAMA_8B)
+    decoded: tuple = ((16, 2048), (64, 2048), (64, 8192))  # rows and prompt
+    generated: tuple = (32, 2048, 64)  # rows, prompt, new tokens
+
+
+DRY = Scale(
+    tests={"attention": ["tests/test_attention.py", "-k", "test_merge_states and triton"]},
+    copied=2**16, product=64, rounds=1, heads=(("llama", (1, 4, 16)),), shared=((2, 16, 8),),
+    long=((1, 24),), short=((2, 8),), flex=("llama 2 x 16 + 8",),
+    trees=("1,2,4 / 16,16,5", "3 / 8"), tree_heads=((2, 1),), tree_d=16,
+    appended=(bench_quant.Shape(16, 2, 16),), evicted=(bench_evict.Shape(2, 2, 2, 32, 16, 8, 4),),
+    logits=(bench_sampling.Shape(2, 300),), scored=(bench_scoring.Shape(2, 16, 4, 32, 300),),
+    model=LLAMA_8B | dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                          num_attention_heads=4, num_key_value_heads=2),
+    decoded=((2, 20),), generated=(2, 20, 3),
+)  # fmt: skip
+
+
+def cell(name: str, measure: Callable, bench, *args: Any, **options: Any) -> tuple:
+    return name, partial(measure, bench, name, *args, **options)
+
+
+def tests(bench) -> Cells:
+    """The tests of the Triton kernels, on this device."""
+    for name, args in bench.scale.tests.items():
+        yield cell(name, run_tests, bench, args)
+
+
+def run_tests(bench, name: str, args: list[str]) -> dict:
+    xml, log = bench.folder.resolve() / "tests.xml", bench.folder / "tests.log"
+    xml.unlink(missing_ok=True)
+    spread = ["-n", str(min(os.cpu_count(), 8))] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
+    command += [*args, *(spread if bench.device == "cuda" else [])]
+    left = bench.deadline - time.monotonic()
+    with log.open("a") as out:
+        subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, timeout=max(60, left))
+    suite = ElementTree.parse(xml).getroot().find("testsuite")
+    count = {name: int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors")}
+    bad = count["failures"] + count["errors"]
+    found = {"passed": count["tests"] - count["skipped"] - bad, "failures": bad,
+             "skipped": count["skipped"], "seconds": float(suite.get("time"))}  # fmt: skip
+    for case in suite.iter("testcase"):
+        for error in [*case.iter("failure"), *case.iter("error")]:
+            if sum(isinstance(x, str) for x in found.values()) < 20:
+                found[case.get("name")] = " ".join(error.get("message", "").split())[:200]
+    return found
+
+
+def rates(bench) -> Cells:
+    """What this device does at best: a copy, bytes read and written, and a product."""
+
+    def measure(bench, name: str) -> dict:
+        source = torch.rand(bench.scale.copied // 4, device=bench.device)
+        copied, size = torch.empty_like(source), bench.scale.product
+        a, b = torch.randn(2, size, size, device=bench.device).to(DTYPE)
+        rows = bench.times({"copy": lambda: copied.copy_(source), "product": lambda: a @ b})
+        return {"copy GB/s": 2 * bench.scale.copied / rows["copy"]["ms"] / 1e6,
+                "bfloat16 TFLOP/s": 2 * size**3 / rows["product"]["ms"] / 1e9}  # fmt: skip
+
+    yield cell("rates", measure, bench)
+
+
+def attention(bench) -> Cells:
+    """A decode step's attention of one layer: a prefix shared by all rows, and nothing shared."""
+    scale = bench.scale
+    every = [format for format in FORMATS if format != "none"]
+    for name, heads in scale.heads:
+        for n, p, s in scale.shared:
+            shape = Shape(n, p, s, *heads)
+            yield cell(f"{name} {n} x {p} + {s}", attend, bench, shape, ["int4"])
+        for n, s in scale.long:
+            shape, formats = Shape(n, 0, s, *heads), ["int8", "int4", "int2"]
+            yield cell(f"{name} {n} x {s}", attend, bench, shape, formats)
+        for n, s in scale.short:
+            yield cell(f"{name} {n} x {s}", attend, bench, Shape(n, 0, s, *heads), [])
+    name, heads = scale.heads[0]
+    for n, p, s in (scale.shared[0], (scale.long[0][0], 0, scale.long[0][1])):
+        shape = Shape(n, p, s, *heads)
+        yield cell(f"formats {name} {n} x {p} + {s}", attend, bench, shape, every, rivals=False)
+
+
+def tree(bench) -> Cells:
+    """The trees that PAT and FastTree are measured on."""
+    scale = bench.scale
+    for hq, h in scale.tree_heads:
+        for text in scale.trees:
+            nodes, tokens = ([int(x) for x in part.split(",")] for part in text.split(" / "))
+            shape = Tree(tuple(zip(nodes, tokens, strict=True)), h, hq // h, scale.tree_d)
+            yield cell(f"{hq}/{h} heads, {text}", attend, bench, shape, [])
+
+
+def attend(bench, name: str, shape: Shape | Tree, formats: list[str], rivals: bool = True) -> dict:
+    step = bench_attention.inputs(shape, DTYPE, bench.device)
+    flops = bench_attention.flops(shape)
+
+    def ours(format: str) -> Callable[[], torch.Tensor]:
+        position, pages, plan = step.pages(format)
+        q_thd = step.q.squeeze(2)
+        return lambda: tree_attention(q_thd, position, pages, plan, impl=bench.impl)[0]
+
+    def entry(make: Callable, format: str = "none", package: str = "") -> Entry:
+        check = partial(bench_attention.check, step, format=format)
+        return Entry(make, check, bench_attention.nbytes(shape, DTYPE, format), flops, package)
+
+    entries = {label(x): entry(partial(ours, x), x) for x in ["none", *formats]}
+    for rival, make in gpu_rivals.ATTENTION.items() if rivals else ():
+        if rival == "flex_attention" and name not in bench.scale.flex:
+            make = elsewhere
+        entries[rival] = entry(partial(make, step), package=gpu_rivals.package(rival))
+    return bench.race(name, entries)
+
+
+def label(format: str) -> str:
+    return "kvtools" if format == "none" else f"kvtools {format}"
+
+
+def elsewhere(step: Any) -> None:
+    raise Skip("is compiled for each shape; timed at few")
+
+
+def quant(bench) -> Cells:
+    """New tokens written into pages, all formats; quantised and read back."""
+    for shape in bench.scale.appended:
+        yield cell(f"append_kv {shape}", append, bench, shape)
+        for op in ("quantize_kv", "dequantize_kv"):
+            yield cell(f"{op} {shape}", convert, bench, op, shape)
+
+
+def append(bench, name: str, shape: bench_quant.Shape) -> dict:
+    def entry(format: str, run: Callable) -> Entry:
+        args = bench_quant.inputs(shape, format, DTYPE, bench.device)
+        k_thd, v_thd, slot_t, pages, _ = args
+
+        def check(_: None) -> None:
+            where = slot_t // pages.page_size, slice(None), slot_t % pages.page_size
+            for x, codes, scale in ((k_thd, pages.k, pages.k_scale),
+                                    (v_thd, pages.v, pages.v_scale)):  # fmt: skip
+                found = codes[where]
+                if format != "none":
+                    found = dequantize_kv(found, scale[where], shape.d, impl="reference")
+                close(found, x, bench_attention.CLOSE[format])
+
+        return Entry(lambda: partial(run, *args), check, bench_quant.nbytes(shape, format, DTYPE))
+
+    ours = partial(append_kv, impl=bench.impl)
+    entries = {label(format): entry(format, ours) for format in FORMATS}
+    return bench.race(name, entries | {"index_put": entry("none", bench_quant.index_put)})
+
+
+def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
+    x_thd, *_ = bench_quant.inputs(shape, "none", DTYPE, bench.device)
+    entries = {}
+    for format in FORMATS:
+        if format == "none":
+            continue
+        codes = quantize_kv(x_thd, format, impl="reference")
+        read = partial(dequantize_kv, d=shape.d, dtype=DTYPE)
+        if op == "quantize_kv":
+            run = partial(quantize_kv, x_thd, format, impl=bench.impl)
+            value = partial(read, impl="reference")
+        else:
+            run = partial(read, *codes, impl=bench.impl)
+            value = first
+
+        def check(out: Any, format: str = format, value: Callable = value) -> None:
+            parts = out if isinstance(out, tuple) else (out,)
+            close(value(*parts), x_thd, bench_attention.CLOSE[format])
+
+        size = sum(x.nbytes for x in (x_thd, *codes))
+        entries[f"kvtools {format}"] = Entry(lambda run=run: run, check, size)
+    return bench.race(name, entries)
+
+
+def evict(bench) -> Cells:
+    """Importance from a window of queries, who goes, and closing the gaps."""
+    for shape in bench.scale.evicted:
+        for op in bench_evict.OPS:
+            yield cell(f"{op} {shape}", drop, bench, op, shape)
+
+
+def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
+    ours, rival = bench_evict.OPS[op]
+    size = bench_evict.nbytes(op, shape, DTYPE)
+    scores = op == "key_scores"
+    flops = 2 * shape.n * shape.h * shape.g * shape.w * shape.s * shape.d if scores else 0
+
+    def entry(run: Callable) -> Entry:
+        args = bench_evict.inputs(op, shape, DTYPE, bench.device)
+        if op == "compact_kv":
+            source_nh, target_nh, pages = args
+            head = torch.arange(shape.h, device=bench.device)
+
+            def at(slot_nh: torch.Tensor) -> torch.Tensor:
+                return pages.k[slot_nh // pages.page_size, head, slot_nh % pages.page_size]
+
+            pages.k.random_(0, 256)
+            expected = at(source_nh)
+
+            def check(_: None) -> None:
+                assert torch.equal(at(target_nh), expected), "moved something else"
+
+            return Entry(lambda: partial(run, *args), check, size)
+        expected = first(ours(*args, impl="reference"))
+
+        def check(out: Any) -> None:
+            if scores:
+                close(first(out), expected, 0.02)
+            else:
+                assert torch.equal(*(x.long().sort(-1).values for x in (first(out), expected)))
+
+        return Entry(lambda: partial(run, *args), check, size, flops)
+
+    entries = {"kvtools": entry(partial(ours, impl=bench.impl)), rival.__name__: entry(rival)}
+    return bench.race(name, entries)
+
+
+def sampling(bench) -> Cells:
+    """One token per row from float32 logits."""
+    for shape in bench.scale.logits:
+        for name, filters in bench_sampling.FILTERS.items():
+            yield cell(f"{shape} {name}", draw, bench, shape, filters)
+
+
+def draw(bench, name: str, shape: bench_sampling.Shape, filters: dict) -> dict:
+    args = bench_sampling.inputs(shape, torch.float32, bench.device)
+    exact = sample(*args, **filters, impl="reference")[0]
+
+    def same(out: Any) -> None:
+        assert torch.equal(out[0], exact), "draws other tokens than the reference"
+
+    def kept(token_b: torch.Tensor) -> None:
+        """Others' noise is their own, but what they draw must have passed the filters."""
+        x_bv, token_b1 = args[0], token_b.view(-1, 1).long()
+        if filters["temperature"] == 0:
+            assert torch.equal(token_b1[:, 0], exact), "is not greedy"
+            return
+        z_bv = x_bv / filters["temperature"]
+        above_bv = z_bv > z_bv.gather(1, token_b1)
+        top_k = filters.get("top_k", shape.v)
+        assert (above_bv.sum(1) < top_k).all(), "drew beyond top_k"
+        least_b1 = z_bv.topk(min(top_k, shape.v), 1).values[:, -1:]
+        p_bv = z_bv.masked_fill(z_bv < least_b1, -torch.inf).softmax(1)
+        assert ((p_bv * above_bv).sum(1) < filters.get("top_p", 1) + 1e-3).all(), "beyond top_p"
+
+    size = bench_sampling.nbytes(shape, torch.float32)
+    ours = partial(sample, *args, **filters, impl=bench.impl)
+    entries = {"kvtools": Entry(lambda: ours, same, size)}
+    for rival, make in gpu_rivals.SAMPLING.items():
+        package = gpu_rivals.package(rival)
+        entries[rival] = Entry(partial(make, args, filters), kept, size, package=package)
+    return bench.race(name, entries)
+
+
+def scoring(bench) -> Cells:
+    """A reward head at step ends; log-probabilities of given tokens."""
+    for shape in bench.scale.scored:
+        for op in ("step_scores", "token_logprobs"):
+            yield cell(f"{op} {shape}", score, bench, op, shape)
+
+
+def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
+    args = bench_scoring.inputs(shape, DTYPE, bench.device)
+    hidden_tm, weight_vm, step_s, cu_steps, target_t = args
+    hidden_tm *= shape.m**-0.5  # logits of a usual size
+    steps = op == "step_scores"
+    if steps:
+        head_km = weight_vm[[10, 12]]
+        run = partial(step_scores, hidden_tm, step_s, cu_steps, head_km)
+        flops, place = 4 * shape.s * shape.m, 2
+        rivals = {x: getattr(bench_scoring, x) for x in ("full_logits", "gather_matmul")}
+    else:
+        run = partial(token_logprobs, hidden_tm, weight_vm, target_t)
+        flops, place = 2 * shape.t * shape.m * shape.v, 0
+        rivals = {"log_softmax": bench_scoring.log_softmax, "chunked": gpu_rivals.chunked_logprobs,
+                  "cut-cross-entropy": gpu_rivals.cut_cross_entropy}  # fmt: skip
+    exact = run(impl="reference")[place]
+
+    def check(out: Any) -> None:
+        close((out[place] if isinstance(out, tuple) else out).flatten(), exact, 0.02)
+
+    size = bench_scoring.nbytes(op, shape, DTYPE)
+    ours = partial(run, impl=bench.impl)
+    entries = {"kvtools": Entry(lambda: ours, check, size, flops)}
+    for rival, compute in rivals.items():
+        package = gpu_rivals.package(rival)
+        entries[rival] = Entry(partial(partial, compute, *args), check, size, flops, package)
+    return bench.race(name, entries)
+
+
+def end_to_end(bench) -> Cells:
+    """Steps of a model with random weights, all layers and the sampler; and whole `generate`s."""
+    for n, prompt in bench.scale.decoded:
+        yield cell(f"decode {n} x {prompt}", decode, bench, n, prompt)
+    n, prompt, new = bench.scale.generated
+    for name in bench_end_to_end.RIVALS:
+        yield cell(f"generate {n} x {prompt}, {new} new, {name}", generate, bench,
+                   CONFIGS.get(name), n, prompt, new)  # fmt: skip
+
+
+@cache
+def llm(device: str, sizes: tuple) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**dict(sizes)), dtype=DTYPE)
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def decode(bench, name: str, n: int, prompt: int, steps: int = bench_end_to_end.STEPS) -> dict:
+    model = llm(bench.device, tuple(bench.scale.model.items()))
+    weights = sum(x.numel() for x in model.parameters())
+    per_token = elements(model) * DTYPE.itemsize
+    ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+
+    def make(contender: str) -> Callable[[], Any]:
+        if contender == "plain" and n * prompt * per_token > gpu_rivals.LIMIT:
+            raise Skip(f"its cache would take {n * prompt * per_token / 2**30:.0f} GiB")
+        return partial(bench_end_to_end.RIVALS[contender](model, ids).rows(n), steps)
+
+    entries = {}
+    for contender in sorted(bench_end_to_end.RIVALS, key=lambda x: x != OURS):
+        entries[contender] = Entry(
+            partial(make, contender), lambda out: None,
+            weights * DTYPE.itemsize + (prompt + n * steps) * per_token, 2 * weights * n,
+            package="transformers" if contender == "plain" else "", graph=False, per=steps,
+        )  # fmt: skip
+    rows = bench.race(name, entries)
+    for row in rows.values():
+        if "ms" in row:
+            row["tokens/s"] = 1e3 * n / row["ms"]
+    return rows
+
+
+def generate(bench, name: str, config: Any, n: int, prompt: int, new: int) -> dict:
+    model = llm(bench.device, tuple(bench.scale.model.items()))
+    ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+    once(model, ids[:16], config, n, 2)  # the first pass is slow, whoever makes it
+    return once(model, ids, config, n, new)
+
+
+def first(out: Any) -> torch.Tensor:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def close(out: torch.Tensor, exact: torch.Tensor, most: float) -> None:
+    """Raise unless `out` is within that share of the norm."""
+    error = (out.float() - exact.float()).norm() / exact.float().norm()
+    assert error < most, f"differs by {error:.3f} of the norm"
+
+
+PARTS = {
+    "tests": tests, "rates": rates, "attention": attention, "tree": tree, "quant": quant,
+    "evict": evict, "sampling": sampling, "scoring": scoring, "end_to_end": end_to_end,
+}  # fmt: skip
