@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Collects what bench.gpu compares with and a machine without network lacks: bench/gpu_rivals.sh OUT.tar.xz (30 MB)
 # FlashInfer for Python 3.12, its kernels compiled for Hopper beforehand, and FlashAttention-3 out of vLLM's wheel.
-# Unpack it into a folder of PYTHONPATH. Needs nvcc 13, and python3 (PYTHON) with torch; takes a quarter of an hour.
+# Unpack it into a folder of PYTHONPATH. Needs nvcc 13, and python3 (PYTHON) with torch; takes an hour on two cores.
 set -euo pipefail
 
 out=$(realpath -m "$1")
