@@ -106,7 +106,7 @@ class Bench:
 
     @property
     def impl(self) -> str:
-        return gpu_parts.IMPL[self.device]
+        return gpu_parts.IMPL
 
     def times(self, runs: dict[str, Callable[[], Any]]) -> dict[str, dict]:
         return summary(interleave(runs, self.scale.rounds, self._clock))

@@ -36,8 +36,7 @@ from kvtools.ops.sampling import sample
 from kvtools.ops.scoring import step_scores, token_logprobs
 from kvtools.quality import elements
 
-# Ours, by device. A CPU is only for dry runs: "triton" there is interpreted.
-IMPL = {"cuda": "triton", "cpu": "auto"}
+IMPL = "triton"  # ours; interpreted in dry runs
 DTYPE = torch.bfloat16
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("quant", "attention", "evict", "sampling", "scoring")

@@ -2,7 +2,11 @@
 kernels sees."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,21 +111,44 @@ def test_a_rival_that_computes_something_else_is_not_timed():
         bench_attention.check(step, 1.1 * out)
 
 
-def test_resources(monkeypatch):
+PROBE = """
+import json
+from dataclasses import asdict
+
+import torch
+import triton
+import triton.language as tl
+
+from bench import resources
+
+
+@triton.jit
+def copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    tl.store(y_ptr + offs, tl.load(x_ptr + offs))
+
+
+x = torch.zeros(1)
+with resources.compiling(80) as binaries:
+    for block in (128, 16384):
+        copy[(1,)](x, x, block, num_warps=1)
+assert [kernel for kernel, _ in binaries] == ["copy", "copy"]
+print(json.dumps([asdict(binary) for binary in binaries.values()]))
+"""
+
+
+def test_resources(monkeypatch, tmp_path):
     """A kernel whose numbers fit into registers, and one whose do not."""
-    jit, tl = pytest.importorskip("triton.runtime.jit"), pytest.importorskip("triton.language")
+    pytest.importorskip("triton")
     from bench import resources
 
-    def copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
-        offs = tl.arange(0, BLOCK)
-        tl.store(y_ptr + offs, tl.load(x_ptr + offs))
-
-    x = torch.zeros(1)
-    with resources.compiling(80) as binaries:
-        for block in (128, 16384):
-            jit.JITFunction(copy)[(1,)](x, x, block, num_warps=1)
-    good, spills = binaries.values()
-    assert [kernel for kernel, _ in binaries] == ["copy", "copy"]
+    # A process that has interpreted kernels compiles none.
+    env = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
+    probe = tmp_path / "probe.py"
+    probe.write_text(PROBE)
+    said = subprocess.check_output([sys.executable, str(probe)], text=True, env=env)
+    good, spills = (resources.Binary(**x) for x in json.loads(said.splitlines()[-1]))
     assert 0 < good.registers < 32 < spills.registers
     assert good.spilled == good.shared == good.products == 0 < spills.spilled
 
