@@ -1,0 +1,471 @@
+"""Process reward models: every family against its published reader, and scores of growing rows."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+import readers
+import torch
+from models import COMMON, Counter, scaled
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    LlamaModel,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForTokenClassification,
+)
+
+from kvtools import prm
+from kvtools.prm.families import PURE, QwenPRM, ReasonEval
+from kvtools.prm.qwen import Headed
+
+QUESTION = "Tom has 5 coins and gets 7 more. How many has he?"
+STEPS = ["Step 1: 5 + 7 = 12.", "Step 2: he has 12 coins", "The answer is 12!", "Check: 12 - 7 = 5",
+         "Step 2: it is 13.", "So 13"]  # fmt: skip
+SOLUTIONS = [STEPS[:3], [STEPS[0]], [], [STEPS[0], *STEPS[4:], STEPS[3]], [STEPS[2]]]
+EMPTY = [[STEPS[0], "", STEPS[2]], [STEPS[1], STEPS[2], ""], [" ", STEPS[4] + "\n\n"]]
+TEXT = f"{QUESTION} {' '.join(STEPS)} right or wrong - yes + no, and so on.\n\n"
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TURNS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+HEADERS = (
+    "<s>{% for m in messages %}<|im_start|>{{ m.role }}<|im_end|>\n\n{{ m.content | trim }}<|eot|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant<|im_end|>\n\n{% endif %}"
+)
+SPECIAL = ["<s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|eot|>", "<extra_0>", "[PRM]"]
+
+
+@functools.cache
+def byte_level(bos="adds", pad="<pad>", template=HEADERS, words=("ки", "\n\n\n\n", "\n\n\n\n\n")):
+    """A byte-level BPE with the tags of Llama's and Qwen's families, trained on the spot.
+
+    Args:
+        bos: whether the tokenizer "adds" it, only "has" it, or does not (None).
+        words: what becomes a token with a blank before it.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=SPECIAL, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    corpus = [
+        TEXT,
+        *words,
+        *(f"a {word}" for word in words),
+        *(f"Step 1. {word}" for word in words),
+    ]
+    backend.train_from_iterator(corpus * 3, trainer)
+    if bos == "adds":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>" if bos else None, pad_token=pad,
+        chat_template=template, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+@functools.cache
+def metaspace():
+    """Pieces that begin with a blank, as in Mistral's; line breaks are alone."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "isolated"),
+        pre_tokenizers.Metaspace(prepend_scheme="first"),
+    ])  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<unk>", *SPECIAL], show_progress=False
+    )
+    backend.train_from_iterator([f"{TEXT} ки, then. ки\n"] * 4, trainer)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+SHAPE = COMMON | dict(vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+
+
+def config(kind, **more):
+    return kind(**SHAPE, **more)
+
+
+def made(make, seed=0):
+    """A model with random weights, large enough to have opinions."""
+    torch.manual_seed(seed)
+    model = scaled(make().float())
+    for name, weight in model.named_parameters():
+        if "score" in name or "v_head" in name:
+            nn.init.normal_(weight, std=0.3)
+    return model
+
+
+def headed(kind, name, width):
+    head = nn.Linear(SHAPE["hidden_size"], width)
+    return Headed(kind, name, nn.ModuleDict({"summary": head}) if name == "v_head" else head)
+
+
+def llama(kind=LlamaForCausalLM, **more):
+    return kind(config(LlamaConfig, **more))
+
+
+def qwen(kind=Qwen2ForCausalLM, **more):
+    return kind(config(Qwen2Config, **more))
+
+
+# Of each family: tokenizer, model, the published reader, and that of its quirks where another one.
+CASES = {
+    "qwen": (
+        functools.partial(byte_level, None, template=TURNS),
+        lambda: qwen(prm.Qwen2ForProcessRewardModel), readers.qwen, readers.qwen,
+    ),
+    "math-shepherd": (
+        metaspace, lambda: MistralForCausalLM(config(MistralConfig)), readers.math_shepherd,
+        readers.math_shepherd_search,
+    ),
+    "rlhflow": (byte_level, llama, readers.rlhflow, readers.rlhflow_search),
+    "skywork": (
+        functools.partial(byte_level, "has"),
+        lambda: headed(qwen(), "v_head", 1), readers.skywork, readers.skywork,
+    ),
+    "openr": (
+        functools.partial(byte_level, None), lambda: qwen(), readers.openr,
+        readers.openr,
+    ),
+    "versa": (byte_level, llama, readers.versa, readers.versa),
+    "er-prm": (byte_level, llama, readers.er_prm, readers.er_prm_authors),
+    "pqm": (
+        byte_level, lambda: headed(llama(), "v_head", 1), readers.pqm, readers.pqm,
+    ),
+    "trl": (
+        byte_level, lambda: llama(LlamaForTokenClassification, num_labels=2), readers.trl,
+        readers.trl,
+    ),
+    "prm800k": (
+        byte_level, lambda: llama(LlamaForTokenClassification, num_labels=3),
+        readers.prm800k, readers.prm800k,
+    ),
+    "pure": (
+        functools.partial(byte_level, None),
+        lambda: qwen(Qwen2ForTokenClassification, num_labels=2), readers.pure,
+        readers.pure,
+    ),
+    "reasoneval": (
+        byte_level, lambda: headed(llama(LlamaModel), "score_head", 3), readers.reasoneval,
+        readers.reasoneval,
+    ),
+    "implicit": (
+        functools.partial(byte_level, None, template=TURNS), llama, readers.implicit,
+        readers.implicit_card,
+    ),
+}  # fmt: skip
+
+
+@functools.cache
+def parts(family):
+    """Tokenizer, model and reference model of a family."""
+    tokenizer, make, *_ = CASES[family]
+    reference = made(make, seed=1) if family == "implicit" else None
+    return tokenizer(), made(make), reference
+
+
+@functools.cache
+def reward_model(family, quirks=False):
+    tokenizer, model, reference = parts(family)
+    return prm.load(model, tokenizer, family, reference=reference, reference_quirks=quirks)
+
+
+def published(family, solutions, side="right", quirks=False, question=QUESTION):
+    tokenizer, model, reference = parts(family)
+    reader = CASES[family][3 if quirks else 2]
+    extra = () if reference is None else (reference,)
+    todo = [steps for steps in solutions if steps]
+    scores = iter(reader(model, tokenizer, question, todo, side, *extra))
+    return [next(scores) if steps else [] for steps in solutions]
+
+
+def scores_of(family, scores):
+    """What the published reader gives: EurusPRM's prints margins."""
+    return scores.margins if family == "implicit" else scores.probs
+
+
+def assert_scores(found, want):
+    assert [len(x) for x in found] == [len(x) for x in want]
+    for x, y in zip(found, want, strict=True):
+        torch.testing.assert_close(torch.as_tensor(x), torch.tensor(y), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", CASES)
+def test_scores_are_the_published_readers(family, side):
+    model, want = reward_model(family), published(family, SOLUTIONS, side)
+    assert_scores(scores_of(family, model.score(QUESTION, SOLUTIONS, batch=3)), want)
+    flat = [x for row in want for x in row]
+    assert max(flat) - min(flat) > 1e-3, "the model has no opinion"
+    dropped = [[step.strip() for step in steps if step.strip()] for steps in EMPTY]
+    found = scores_of(family, model.score(QUESTION, EMPTY))
+    assert_scores(found, published(family, dropped, side))
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", CASES)
+def test_quirks_are_the_published_readers(family, side):
+    solutions = [x for x in SOLUTIONS + EMPTY if x]
+    found = scores_of(family, reward_model(family, quirks=True).score(QUESTION, solutions))
+    assert_scores(found, published(family, solutions, side, quirks=True))
+
+
+def test_redundancy():
+    tokenizer, model, _ = parts("reasoneval")
+    found = prm.load(model, tokenizer, functools.partial(ReasonEval, redundancy=True))
+    solutions = [steps for steps in SOLUTIONS if steps]
+    want = readers.redundancy(model, tokenizer, QUESTION, solutions, "right")
+    assert_scores(found.score(QUESTION, solutions).probs, want)
+
+
+def test_beginning_of_text_that_is_padding():
+    """ReasonEval-7B pads with its beginning of text, which must stay where it begins one."""
+    tokenizer, model = byte_level(pad="<s>"), parts("reasoneval")[1]
+    found = prm.load(model, tokenizer, "reasoneval").score(QUESTION, SOLUTIONS[:1]).probs
+    ids = tokenizer.encode(f"Question:\n{QUESTION}\nAnswer:\nLet's think step by step.\n")
+    ends = []
+    for step in SOLUTIONS[0]:
+        ids += tokenizer.encode(step, add_special_tokens=False)
+        ends.append(len(ids) - 1)
+    (states,) = readers.forward(model.pretrained_model, [ids], "right", hidden=True)
+    assert_scores(found, [(1 - model.score_head(states[ends]).softmax(-1)[:, 0]).tolist()])
+
+
+def test_one_step_for_all():
+    """ "Model" aggregation: a solution is one step, whose tag is behind it."""
+    tokenizer, model, _ = parts("qwen")
+    whole = prm.load(model, tokenizer, functools.partial(QwenPRM, whole=True))
+    joined = [["\n".join(steps)] for steps in SOLUTIONS if steps]
+    # The reader splits at blank lines: lines stand for them.
+    found = whole.score(QUESTION, joined).probs
+    assert_scores(found, published("qwen", joined))
+    texts = ["\n\n".join(steps) for steps in SOLUTIONS if steps]
+    assert_scores(
+        whole.score(QUESTION, [steps for steps in SOLUTIONS if steps]).probs,
+        [x.tolist() for x in whole.score(QUESTION, [[text] for text in texts]).probs],
+    )
+
+
+def test_reductions():
+    scores = reward_model("trl").score(QUESTION, SOLUTIONS)
+    for i, (margin, prob) in enumerate(zip(scores.margins, scores.probs, strict=True)):
+        m, p = margin.double().numpy(), prob.double().numpy()
+        assert margin.dtype == prob.dtype == scores.last.dtype == torch.float32
+        if not len(m):
+            assert all(getattr(scores, name)[i].isnan() for name in ("last", "prod", "sum"))
+            continue
+        weight = np.exp(-p / 0.1) / np.exp(-p / 0.1).sum()
+        want = dict(
+            last=p[-1], min=p.min(), max=p.max(), mean=p.mean(), sum=p.sum(), prod=p.prod(),
+            gmean=p.prod() ** (1 / len(p)), sum_logit=m.sum(), softmin=(weight * p).sum(),
+        )  # fmt: skip
+        for name, value in want.items():
+            assert getattr(scores, name)[i].item() == pytest.approx(value, rel=1e-5), name
+    assert reward_model("pure").score(QUESTION, SOLUTIONS[:1]).prod.isnan()
+    assert reward_model("pure").score(QUESTION, []).margins == []
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_saturated_margins_stay_apart(sign):
+    """Margins of 20: 64 rollouts that no bfloat16 probability tells apart."""
+    tokenizer, model = byte_level(), made(lambda: llama(LlamaForTokenClassification, num_labels=2))
+    with torch.no_grad():
+        model.score.weight.mul_(0.01)
+        model.score.bias.copy_(torch.tensor([-10.0, 10.0]) * sign)
+    loaded = prm.load(model.to(torch.bfloat16), tokenizer, "trl")
+    found = loaded.score(QUESTION, [[f"{i} {step}"] for i in range(16) for step in STEPS[:4]])
+    assert (found.sum_logit.abs() - 20).abs().max() < 2
+    assert len(set(found.sum_logit.tolist())) == 64
+    assert len(set((1 - found.last if sign < 0 else found.last).bfloat16().tolist())) == 1
+
+
+def test_many_rollouts_in_bounded_memory():
+    """What is held does not grow with the number of solutions, which come back in order."""
+    model, done, held = reward_model("trl"), [], []
+    grow = prm.PRMSession.grow
+
+    def watched(session, wanted):
+        grow(session, wanted)
+        held.append(session.memory()["total"])
+
+    solutions = [[f"{i % 97}", STEPS[i % 6]][: i % 3] for i in range(300)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prm.PRMSession, "grow", watched)
+        with Counter(parts("trl")[1]) as seen:
+            scores = model.score(QUESTION, solutions, batch=8, progress=done.append)
+    assert sum(done) == 300 and max(done) == 8
+    assert max(held) < 3 * held[len(held) // 2]
+    some = [7, 100, 299]
+    assert_scores([scores.probs[i] for i in some], published("trl", [solutions[i] for i in some]))
+    prompt = len(byte_level().encode(QUESTION))
+    assert seen.forwards[0] == prompt, "the question is encoded once"
+
+
+def test_no_logits():
+    """Neither the language-model head nor a classifier runs on hidden states of all tokens."""
+    for family in ("openr", "qwen", "trl"):
+        model = parts(family)[1]
+        head = model.lm_head if family == "openr" else model.score
+        hook = head.register_forward_hook(lambda *args: pytest.fail("the head was called"))
+        reward_model(family).score(QUESTION, SOLUTIONS)
+        hook.remove()
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_family_is_told(family):
+    tokenizer, model, reference = parts(family)
+    names = {"math-shepherd": "peiyi9979/math-shepherd-mistral-7b-prm",
+             "rlhflow": "RLHFlow/Llama3.1-8B-PRM-Deepseek-Data", "openr": "openreasoner/Math-psa",
+             "versa": "UW-Madison-Lee-Lab/VersaPRM", "er-prm": "HanningZhang/Llama3.1-Math-PRM",
+             "pure": "jinachris/PURE-PRM-7B", "implicit": "PRIME-RL/EurusPRM-Stage2"}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config, "_name_or_path", names.get(family, ""))
+        if family == "skywork":  # told from PQM by the tokenizer
+            patch.setattr(tokenizer, "get_vocab", dict)
+        found = prm.load(model, tokenizer, reference=reference)
+    assert type(found.family) is prm.FAMILIES[family]
+
+
+def changed(model, **found):
+    """`model` with other entries in its config."""
+    for name, value in found.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def wide_qwen():
+    model = qwen(prm.Qwen2ForProcessRewardModel)
+    model.score[2] = nn.Linear(SHAPE["hidden_size"], 3)
+    return model
+
+
+def adapted():
+    model = headed(llama(LlamaModel), "v_head", 1)
+    model.pretrained_model.merge_and_unload = None
+    return model
+
+
+def labels(n, kind=LlamaForTokenClassification):
+    return lambda: llama(kind, num_labels=n)
+
+
+turns = functools.partial(byte_level, None, template=TURNS)
+split = functools.partial(byte_level, None, words=())
+REFUSED = [
+    ("er-prm", llama, split, "' ки' must be one token.*came with the PRM"),
+    ("versa", llama, split, "must be one token"),
+    ("openr", qwen, split, "must be one token"),
+    ("math-shepherd", llama, split, "'ки' must be one token"),
+    ("pqm", llama, lambda: byte_level(words=("ки",)), "no value head"),
+    ("er-prm", lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 264})), byte_level,
+     "outside the model's vocabulary of 264"),
+    ("trl", labels(3), byte_level, "with 2 outputs, it is Linear.*belong together"),
+    ("prm800k", labels(2), byte_level, "with 3 outputs"),
+    ("pure", labels(3), byte_level, "with 2 outputs"),
+    ("qwen", wide_qwen, turns, "with 2 outputs"),
+    ("skywork", lambda: headed(qwen(), "v_head", 2), byte_level, "with 1 outputs"),
+    ("reasoneval", lambda: headed(llama(LlamaModel), "score_head", 2), byte_level,
+     "with 3 outputs"),
+    ("qwen", qwen, turns, "Qwen2ForCausalLM has no head of two"),
+    ("auto", lambda: changed(qwen(), _name_or_path="Qwen/Qwen2.5-Math-PRM-7B"), turns,
+     "kvtools.prm.Qwen2ForProcessRewardModel"),
+    ("trl", labels(2, LlamaForSequenceClassification), byte_level,
+     "LlamaForSequenceClassification is no token class"),
+    ("rlhflow", labels(2), byte_level, "no language-model head.*AutoModelForCausalLM"),
+    ("skywork", qwen, byte_level, "no value head.*from_pretrained"),
+    ("reasoneval", llama, byte_level, "no score_head"),
+    ("implicit", llama, turns, "pass reference="),
+    ("rlhflow", llama, lambda: byte_level(template=None), "no chat template"),
+    ("reasoneval", llama, lambda: byte_level(pad=None), "no padding token"),
+    ("versa", lambda: changed(llama(), final_logit_softcapping=30.0), byte_level,
+     "changes its logits .final_logit_softcapping"),
+    ("pqm", adapted, byte_level, "merge it first"),
+    ("auto", llama, byte_level, "cannot be told; name it: family= one of qwen, math-shep"),
+    ("eurus", llama, byte_level, "'eurus' does not exist; expected qwen"),
+    (functools.partial(PURE, separator=""), qwen, byte_level, "gives no token"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family,model,tokenizer,message", REFUSED)
+def test_what_does_not_fit_is_refused_at_load(family, model, tokenizer, message):
+    with pytest.raises(ValueError, match=message):
+        prm.load(model(), tokenizer(), family)
+
+
+def test_a_step_that_holds_the_tag_is_refused():
+    for family, tag in (("qwen", "<extra_0>"), ("er-prm", "a ки"), ("reasoneval", "<pad>")):
+        with pytest.raises(ValueError, match="must not hold it"):
+            reward_model(family).score(QUESTION, [[STEPS[0], f"so {tag} b"]])
+
+
+def save(folder, model, tokenizer, architecture=None, **tensors):
+    """A checkpoint as it is published: code of its own, an architecture that nobody knows."""
+    from safetensors.torch import load_file, save_file
+
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    found = json.loads(path.read_text())
+    found |= {"architectures": [architecture or found["architectures"][0]]}
+    if architecture:
+        found["auto_map"] = {"AutoModel": f"modeling.{architecture}"}
+    path.write_text(json.dumps(found))
+    if tensors:
+        weights = folder / "model.safetensors"
+        save_file(load_file(weights) | {k.replace("__", "."): x for k, x in tensors.items()},
+                  weights, {"format": "pt"})  # fmt: skip
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", ["qwen", "skywork", "reasoneval", "trl", "rlhflow", "implicit"])
+def test_checkpoint(family, tmp_path):
+    tokenizer, model, reference = parts(family)
+    inner = getattr(model, "pretrained_model", model)
+    more, names = {}, {"qwen": "Qwen2ForProcessRewardModel", "skywork": "Qwen2ForPrmModel",
+                       "reasoneval": "ReasonEval_7B"}  # fmt: skip
+    if family == "skywork":
+        more = {"v_head__summary__weight": model.v_head.summary.weight,
+                "v_head__summary__bias": model.v_head.summary.bias}  # fmt: skip
+    if family == "reasoneval":
+        more = {"score_head__weight": model.score_head.weight,
+                "score_head__bias": model.score_head.bias}  # fmt: skip
+    folder = save(tmp_path / family, inner, tokenizer, names.get(family), **more)
+    other = save(tmp_path / "reference", reference, tokenizer) if reference else None
+    loaded = prm.from_pretrained(
+        folder, "auto" if family in ("qwen", "reasoneval", "trl") else family, reference=other
+    )
+    assert_scores(
+        loaded.score(QUESTION, SOLUTIONS).margins,
+        [x.tolist() for x in reward_model(family).score(QUESTION, SOLUTIONS).margins],
+    )
