@@ -32,7 +32,7 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
-from kvtools import prm
+from kvtools import CacheConfig, prm
 from kvtools.prm.families import PURE, QwenPRM, ReasonEval
 from kvtools.prm.qwen import Headed
 
@@ -98,8 +98,9 @@ def metaspace():
         pre_tokenizers.Metaspace(prepend_scheme="first"),
     ])  # fmt: skip
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<unk>", *SPECIAL], show_progress=False
-    )
+        vocab_size=400, special_tokens=["<unk>", *SPECIAL], show_progress=False,
+        initial_alphabet=list("0123456789"),
+    )  # fmt: skip
     backend.train_from_iterator([f"{TEXT} ки, then. ки\n"] * 4, trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
@@ -469,3 +470,227 @@ def test_checkpoint(family, tmp_path):
         loaded.score(QUESTION, SOLUTIONS).margins,
         [x.tolist() for x in reward_model(family).score(QUESTION, SOLUTIONS).margins],
     )
+
+
+class Tree:
+    """What a session should hold, kept by hand: nodes are steps, rows are leaves."""
+
+    def __init__(self, family, rows):
+        self.encode = reward_model(family).family.encode
+        self.nodes = [(None, [])]  # parent, steps from the root on
+        self.rows, self.length = [0] * rows, 0
+        empty, begun = (x.ids for x in self.encode(QUESTION, [[], ["0"]]))
+        same = [x == y for x, y in zip(empty, begun, strict=False)]
+        self.length = self.prompt = same.index(False) if False in same else len(same)
+
+    def need(self, steps):
+        """Tokens up to the last that is read."""
+        if not steps:
+            return self.prompt
+        return self.encode(QUESTION, [steps])[0].reads[-1][1]
+
+    def append(self, steps):
+        made = {}
+        for row, step in enumerate(steps):
+            parent, text = self.rows[row], (step or "").strip()
+            if not text:
+                continue
+            if (parent, text) not in made:
+                path = self.nodes[parent][1]
+                made[parent, text] = len(self.nodes)
+                self.nodes.append((parent, [*path, text]))
+                self.length += self.need([*path, text]) - self.need(path)
+            self.rows[row] = made[parent, text]
+
+    def crop(self, counts):
+        for row, count in enumerate(counts):
+            while len(self.nodes[self.rows[row]][1]) > count:
+                self.rows[row] = self.nodes[self.rows[row]][0]
+
+    def steps(self):
+        return [self.nodes[node][1] for node in self.rows]
+
+
+def play(session, tree, rng, moves):
+    """Random appends, gathers, prunings, rewinds and looks ahead; yields after each."""
+    serial = iter(range(10**6))
+
+    def step():
+        kind = rng.integers(5)
+        return [None, " ", "Then", f"so {next(serial)}.", f"{next(serial)} + 7 is!"][kind]
+
+    def append():
+        steps = [step() for _ in range(session.rows)]
+        margin, prob = session.append(steps)
+        tree.append(steps)
+        return margin, prob
+
+    for _ in range(moves):
+        match rng.choice(
+            ["append", "gather", "prune", "crop", "look"], p=[0.5, 0.2, 0.1, 0.1, 0.1]
+        ):
+            case "append":
+                append()
+            case "gather":
+                index = rng.integers(session.rows, size=rng.integers(1, 6))
+                session.gather(index)
+                tree.rows = [tree.rows[i] for i in index]
+            case "prune":
+                index = np.sort(rng.permutation(session.rows)[: rng.integers(1, session.rows + 1)])
+                session.gather(index)
+                tree.rows = [tree.rows[i] for i in index]
+            case "crop":
+                counts = [int(rng.integers(len(steps) + 1)) for steps in tree.steps()]
+                session.crop(counts)
+                tree.crop(counts)
+            case "look":
+                counts = [len(steps) for steps in tree.steps()]
+                append()
+                append()
+                session.crop(counts)
+                tree.crop(counts)
+        yield
+
+
+# Tokens of these merge with what comes next, and are encoded again.
+MERGE = {"implicit"}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", CASES)
+def test_growing_rows_score_as_whole_solutions(family, seed):
+    """And no token is encoded twice, except the few that merge with what comes next."""
+    model, rng = reward_model(family), np.random.default_rng(seed)
+    with Counter(reward_model(family).backbones[0]) as seen:
+        session = model.session(QUESTION, 3)
+        tree = Tree(family, 3)
+        for _ in play(session, tree, rng, 14):
+            scored = sum(seen.forwards)
+            assert session.tokens == scored
+            if family in MERGE:
+                assert tree.length - 1 <= scored <= tree.length + 2 * len(tree.nodes)
+            else:
+                assert scored == tree.length
+            assert session.rows == len(tree.rows)
+            assert [len(x) for x in session.margins] == [len(x) for x in tree.steps()]
+    assert len(tree.nodes) > 5
+    whole = model.score(QUESTION, tree.steps())
+    assert_scores(session.margins, [x.tolist() for x in whole.margins])
+    assert_scores(session.probs, [x.tolist() for x in whole.probs])
+    want = published(family, tree.steps())
+    assert_scores(session.margins if family == "implicit" else session.probs, want)
+    margin, prob = session.append([None] * session.rows)
+    for found, every in ((margin, session.margins), (prob, session.probs)):
+        assert found.dtype == torch.float32
+        last = [x[-1] if x else np.nan for x in every]
+        torch.testing.assert_close(found, torch.tensor(last), equal_nan=True)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moving_tag(seed):
+    """The tag behind the newest step is taken back before the next one."""
+    tokenizer, model, _ = parts("qwen")
+    whole = prm.load(model, tokenizer, functools.partial(QwenPRM, whole=True))
+    session, tree = whole.session(QUESTION, 2), Tree("qwen", 2)
+    with Counter(model) as seen:
+        for _ in play(session, tree, np.random.default_rng(seed), 12):
+            pass
+    for steps, margins in zip(tree.steps(), session.margins, strict=True):
+        begun = [steps[: k + 1] for k in range(len(steps))]
+        want = [x.item() for x in whole.score(QUESTION, begun).last]
+        torch.testing.assert_close(
+            torch.tensor(margins).sigmoid(), torch.tensor(want), atol=1e-5, rtol=1e-5
+        )
+    # A step adds its tokens, a blank line and a tag.
+    assert sum(seen.forwards) < 16 * len(tree.nodes)
+
+
+def test_merged_tokens_are_encoded_again():
+    """A full stop and the blank line behind it are one token, which a step's end was not."""
+    model = reward_model("implicit")
+    session = model.session(QUESTION, 1)
+    before = session.tokens
+    session.append(["It is 12."])
+    assert session.tokens > before
+    first = session.margins
+    session.append(["So 12."])
+    both = model.score(QUESTION, [["It is 12.", "So 12."]]).margins[0]
+    assert_scores(session.margins, [both.tolist()])
+    assert abs(session.margins[0][0] - first[0][0]) > 1e-6, "the end of the first step changed"
+    session.crop([1])
+    assert session.margins == first, "and is back"
+    session.append(["So 12."])
+    assert_scores(session.margins, [both.tolist()])
+
+
+@pytest.mark.parametrize("options", [
+    dict(bits=8), dict(bits=4), dict(bits=4, budget=48), dict(bits=4, prompt_budget=24, recent=8),
+], ids=str)  # fmt: skip
+def test_compressed(options):
+    """The store is that of rollouts: smaller, and scores stay close."""
+    model = reward_model("trl")
+    question = " ".join([QUESTION] * 3)
+    exact = model.session(question, 8)
+    packed = model.session(question, 8, CacheConfig(**options))
+    for session in (exact, packed):
+        for step in STEPS[:4]:
+            session.append([f"{i} {step}" for i in range(8)])
+        session.gather([0, 0, 3, 7, 5, 5, 5, 1])
+        session.append([f"{STEPS[4]} {i}" for i in range(8)])
+    assert packed.memory()["total"] < exact.memory()["total"]
+    error = (torch.tensor(packed.probs) - torch.tensor(exact.probs)).abs().mean()
+    assert 0 < error < (0.02 if options["bits"] == 8 else 0.2)
+
+
+def test_equal_rows_are_encoded_once():
+    session = reward_model("trl").session(QUESTION, 4)
+    with Counter(parts("trl")[1]) as seen:
+        session.append([STEPS[0]] * 3 + [STEPS[1]])
+        session.gather([2, 1, 0, 3])
+        session.append(["So 12", "So 12", "So 13", "So 12"])
+    sizes = [len(byte_level().encode(x + "\n", add_special_tokens=False))
+             for x in (STEPS[0], STEPS[1], "So 12", "So 13", "So 12")]  # fmt: skip
+    assert sum(seen.forwards) <= sum(sizes) + 5
+    assert session.margins[0] == session.margins[1] != session.margins[2]
+
+
+def test_session_refuses():
+    model = reward_model("trl")
+    session = model.session(QUESTION, 2)
+    session.append([STEPS[0], None])
+    with pytest.raises(ValueError, match="steps has 1 entries; there are 2 rows"):
+        session.append([STEPS[0]])
+    for counts in ([2, 0], [0], [-1, 0]):
+        with pytest.raises(ValueError, match="a number for each row, at most .1, 0."):
+            session.crop(counts)
+    with pytest.raises(IndexError, match="index holds 2"):
+        session.gather([0, 2])
+    assert session.rows == 2 and [len(x) for x in session.margins] == [1, 0]
+    with pytest.raises(ValueError, match="load the PRM without them"):
+        reward_model("trl", quirks=True).session(QUESTION)
+    with pytest.raises(ValueError, match="gives no token"):
+        reward_model("pure").session("", 1)
+
+
+@pytest.mark.parametrize("family", ["trl", "implicit"])
+def test_a_forward_that_fails_can_be_taken_again(family):
+    """Also where the reference model's fails and the policy's has gone on."""
+    model = reward_model(family)
+    session = model.session(QUESTION, 2)
+    session.append(STEPS[:2])
+    before, failing = session.margins, [True]
+
+    def fails(module, args):
+        if failing:
+            raise RuntimeError("mine")
+
+    hook = model.backbones[-1].layers[1].register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="mine"):
+        session.append([STEPS[2], None])
+    assert session.margins == before
+    failing.clear()
+    session.append([STEPS[2], STEPS[3]])
+    hook.remove()
+    solutions = [[STEPS[0], STEPS[2]], [STEPS[1], STEPS[3]]]
+    want = model.score(QUESTION, solutions).margins
+    assert_scores(session.margins, [x.tolist() for x in want])

@@ -1,6 +1,6 @@
 """A process reward model over rollouts that grow: nothing that it has read is encoded again."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from .layouts import Encoded
 if TYPE_CHECKING:
     from . import PRM
 
-TOKENS = 4096  # of one forward, padding included
+TOKENS = 4096  # of one forward, or those of one row
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,8 @@ class PRMSession:
     @torch.no_grad()
     def grow(self, wanted: dict[int, list[str]]) -> None:
         """Bring rows to these steps, which begin with those that they have."""
+        if not wanted:
+            return
         encoded = self._prm.family.encode(self._question, list(wanted.values()))
         first: dict[tuple[int, ...], int] = {}
         source, jobs = np.arange(self.rows), []
@@ -151,7 +153,8 @@ class PRMSession:
             if source[row] == row:
                 jobs.append(job)
         self._rewind({job.row: job.keep for job in jobs})
-        for batch in _batches([job for job in jobs if job.keep < job.need]):
+        jobs = sorted((job for job in jobs if job.keep < job.need), key=lambda job: job.row)
+        for batch in _batches(jobs):
             self._run(batch)
         if (source != np.arange(self.rows)).any():
             for run in self._runs:
@@ -196,7 +199,12 @@ class PRMSession:
             new += job.ids[job.keep : job.need]
         device = self._prm.device
         tokens, read_s, target_s = (torch.tensor(x, device=device) for x in (new, reads, targets))
-        hidden = [run.extend(tokens, counts) for run in self._runs]
+        try:
+            hidden = [run.extend(tokens, counts) for run in self._runs]
+        except BaseException:
+            for run in self._runs:
+                run.kv.crop([row.held for row in self._rows])
+            raise
         values = iter(self._prm.head(hidden, read_s, target_s).tolist())
         self.tokens += len(new)
         for job in batch:
@@ -227,13 +235,13 @@ def _agree(a: Sequence[int], b: Sequence[int]) -> int:
                 min(len(a), len(b)))  # fmt: skip
 
 
-def _batches(jobs: list[_Job]) -> list[list[_Job]]:
-    """Jobs of about equal length together, each batch in the order of the rows."""
-    batches: list[list[_Job]] = []
-    longest = 0
-    for job in sorted(jobs, key=lambda job: job.keep - job.need):
-        if not batches or (len(batches[-1]) + 1) * longest > TOKENS:
-            batches.append([])
-            longest = job.need - job.keep
-        batches[-1].append(job)
-    return [sorted(batch, key=lambda job: job.row) for batch in batches]
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    """Jobs that are run together."""
+    batch: list[_Job] = []
+    for job in jobs:
+        if batch and sum(x.need - x.keep for x in [*batch, job]) > TOKENS:
+            yield batch
+            batch = []
+        batch.append(job)
+    if batch:
+        yield batch
