@@ -28,7 +28,7 @@ ALLOWED = {
     "tasks": set(),
     "quality": {"config", "hf", "rollouts", "tasks"},
     "demo": {"__init__", "models", "cli"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "prm"},
     "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "_host"},
 }
 OUTSIDE = {

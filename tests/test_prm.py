@@ -8,6 +8,7 @@ import pytest
 import readers
 import torch
 from models import COMMON, Counter, scaled
+from rich.console import Console
 from tokenizers import (
     Regex,
     Tokenizer,
@@ -32,6 +33,7 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
+from bench import prm as bench
 from kvtools import CacheConfig, prm
 from kvtools.prm.families import PURE, QwenPRM, ReasonEval
 from kvtools.prm.qwen import Headed
@@ -694,3 +696,28 @@ def test_a_forward_that_fails_can_be_taken_again(family):
     solutions = [[STEPS[0], STEPS[2]], [STEPS[1], STEPS[3]]]
     want = model.score(QUESTION, solutions).margins
     assert_scores(session.margins, [x.tolist() for x in want])
+
+
+def test_bench():
+    """The benchmark on a tiny model: rivals agree, targets are judged, and it must not rot."""
+    scale = bench.Scale(rollouts=3, steps=4, rounds=1)
+    result = bench.run(made(llama), byte_level(), scale, Console(quiet=True))
+    rows = result["rows"]
+    assert set(rows) == set(bench.RIVALS)
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["re-encoded"]["tokens"] > 2 * rows["session"]["tokens"]
+    assert rows["session"]["tokens"] < rows["full logits once"]["tokens"]
+    spent = result["step_scores"]
+    assert 0 < spent["allocated"] <= spent["gathered"]
+    assert [target["ok"] for target in bench.targets(result)][2]
+    slow = rows | {"session": {"tokens": 10**6, "seconds": 10.0**6}}
+    judged = bench.targets(result | {"rows": slow})
+    assert [target["ok"] for target in judged] == [False, False, True]
+
+
+def test_a_rival_that_scores_something_else_is_not_measured(monkeypatch):
+    monkeypatch.setitem(
+        bench.RIVALS, "full logits once", lambda case, progress: (torch.zeros(()), 1)
+    )
+    with pytest.raises(AssertionError, match="full logits once differs from re-encoded"):
+        bench.run(made(llama), byte_level(), bench.Scale(3, 2, 1), Console(quiet=True))

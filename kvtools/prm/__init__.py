@@ -200,9 +200,11 @@ def from_pretrained(
         reference: folder or name of the reference model of an implicit PRM.
         family, reference_quirks: as for `load`.
     """
-    model, tokenizer = checkpoint.read(name, dtype, device)
-    other = None if reference is None else checkpoint.read(reference, dtype, device)[0]
-    return load(model, tokenizer, family, reference=other, reference_quirks=reference_quirks)
+    model, tokenizer = checkpoint.read(name, dtype)
+    other = None if reference is None else checkpoint.read(reference, dtype)[0].to(device)
+    return load(
+        model.to(device), tokenizer, family, reference=other, reference_quirks=reference_quirks
+    )
 
 
 def _backbone(model: Any) -> Any:

@@ -19,7 +19,7 @@ from .qwen import Headed, Qwen2ForProcessRewardModel
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def read(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> tuple[Any, Any]:
+def read(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
     """The model and the tokenizer of a folder or a name on the hub."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
@@ -38,7 +38,7 @@ def read(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> t
             model = Headed(model, "score_head", layer)
         else:
             model = Headed(model, "v_head", nn.ModuleDict({"summary": layer}))
-    return model.to(device).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def linear(tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
