@@ -92,12 +92,12 @@ def byte_level(bos="adds", pad="<pad>", template=HEADERS, words=("ки", "\n\n\n
 
 
 @functools.cache
-def metaspace():
+def metaspace(prepend="first"):
     """Pieces that begin with a blank, as in Mistral's; line breaks are alone."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split("\n", "isolated"),
-        pre_tokenizers.Metaspace(prepend_scheme="first"),
+        pre_tokenizers.Metaspace(prepend_scheme=prepend),
     ])  # fmt: skip
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=["<unk>", *SPECIAL], show_progress=False,
@@ -654,6 +654,25 @@ def test_equal_rows_are_encoded_once():
              for x in (STEPS[0], STEPS[1], "So 12", "So 13", "So 12")]  # fmt: skip
     assert sum(seen.forwards) <= sum(sizes) + 5
     assert session.margins[0] == session.margins[1] != session.margins[2]
+
+
+def test_equal_tokens_of_other_steps():
+    """ReasonEval's separators leave no trace: rows may have the same tokens and other steps."""
+    tokenizer, model = metaspace("always"), parts("reasoneval")[1]
+    session = prm.load(model, tokenizer, "reasoneval").session(QUESTION, 2)
+    session.append(["he has 12", "he"])
+    session.append([None, "has 12"])
+    session.append(["coins", "coins"])
+    assert [len(x) for x in session.margins] == [2, 3]
+    assert session.margins[1][1:] == pytest.approx(session.margins[0], abs=1e-5)
+
+
+def test_many_tokens_go_in_parts(monkeypatch):
+    monkeypatch.setattr("kvtools.prm.session.TOKENS", 20)
+    with Counter(reward_model("trl").backbones[0]) as seen:
+        found = reward_model("trl").score(QUESTION, SOLUTIONS)
+    assert len(seen.forwards) > 4
+    assert_scores(found.probs, published("trl", SOLUTIONS))
 
 
 def test_session_refuses():

@@ -55,7 +55,7 @@ class Scores:
     def of(cls, margins: Sequence[Sequence[float]], link: str) -> "Scores":
         """From the margins of each solution's steps."""
         counts = torch.tensor([len(x) for x in margins], dtype=torch.int64)
-        margin_s = torch.tensor([x for row in margins for x in row])
+        margin_s = torch.tensor([x for row in margins for x in row], dtype=torch.float32)
         cu_steps = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         reduced = {}
         for reduce in REDUCES:
@@ -151,7 +151,8 @@ def load(
     """Make a PRM of a model that is loaded already.
 
     Args:
-        model: a transformers model, or a wrapper with `pretrained_model` and a value head.
+        model: a transformers model, or a wrapper with `pretrained_model` and a value head; put into
+            evaluation mode.
         tokenizer: the one that came with it.
         family: a name in `FAMILIES`; "auto" to tell by the model's head and its checkpoint's name;
             or a family with options, as `functools.partial(PURE, separator="...")`.
@@ -218,7 +219,7 @@ def _linked(margin_s: Tensor, cu_steps: Tensor, link: str, reduce: str) -> tuple
     """Linked margins and their reduction: a value head that hands margins through."""
     one = torch.ones(1, 1)
     _, prob_s, score_r = step_scores(
-        margin_s.float()[:, None], torch.arange(len(margin_s)), cu_steps, one, link=link,
+        margin_s[:, None], torch.arange(len(margin_s)), cu_steps, one, link=link,
         reduce=reduce,
     )  # fmt: skip
     return prob_s, score_r

@@ -24,7 +24,7 @@ class _Row:
     steps: tuple[str, ...]
     ids: list[int]  # what the cache holds, and the tokens behind that values depend on
     held: int  # tokens that the cache holds
-    values: dict[int, float]  # what was read, by position
+    values: dict[int, float]  # what was read of what the cache holds, by position
     ends: tuple[int, ...]  # tokens to hold for the first k steps
     history: tuple[tuple[float, ...], ...]  # margins when there were k steps
 
@@ -89,7 +89,7 @@ class PRMSession:
     def probs(self) -> list[list[float]]:
         """Of each row, the scores of all its steps under the family's link."""
         counts = [len(row.margins) for row in self._rows]
-        flat = torch.tensor([x for row in self._rows for x in row.margins])
+        flat = torch.tensor([x for row in self._rows for x in row.margins], dtype=torch.float32)
         return [x.tolist() for x in self._prm.link(flat).split(counts)]
 
     def memory(self) -> dict[str, int]:
@@ -111,7 +111,8 @@ class PRMSession:
             raise ValueError(f"steps has {len(steps)} entries; there are {self.rows} rows")
         new = [[] if step is None else self._prm.family.clean([step]) for step in steps]
         self.grow({i: [*self._rows[i].steps, *added] for i, added in enumerate(new) if added})
-        margin = torch.tensor([row.margins[-1] if row.margins else np.nan for row in self._rows])
+        newest = [row.margins[-1] if row.margins else np.nan for row in self._rows]
+        margin = torch.tensor(newest, dtype=torch.float32)
         return margin, self._prm.link(margin)
 
     def gather(self, index: Index) -> None:
@@ -143,13 +144,13 @@ class PRMSession:
         if not wanted:
             return
         encoded = self._prm.family.encode(self._question, list(wanted.values()))
-        first: dict[tuple[int, ...], int] = {}
+        first: dict[tuple, int] = {}
         source, jobs = np.arange(self.rows), []
         for row, new in zip(wanted, encoded, strict=True):
             if not any(new.reads):
                 continue
             job = self._job(row, new)
-            source[row] = first.setdefault(tuple(job.ids), row)
+            source[row] = first.setdefault((*job.ids, *new.reads), row)
             if source[row] == row:
                 jobs.append(job)
         self._rewind({job.row: job.keep for job in jobs})
@@ -201,11 +202,11 @@ class PRMSession:
         tokens, read_s, target_s = (torch.tensor(x, device=device) for x in (new, reads, targets))
         try:
             hidden = [run.extend(tokens, counts) for run in self._runs]
+            values = iter(self._prm.head(hidden, read_s, target_s).tolist())
         except BaseException:
             for run in self._runs:
                 run.kv.crop([row.held for row in self._rows])
             raise
-        values = iter(self._prm.head(hidden, read_s, target_s).tolist())
         self.tokens += len(new)
         for job in batch:
             row = self._rows[job.row]
@@ -238,10 +239,12 @@ def _agree(a: Sequence[int], b: Sequence[int]) -> int:
 def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
     """Jobs that are run together."""
     batch: list[_Job] = []
+    tokens = 0
     for job in jobs:
-        if batch and sum(x.need - x.keep for x in [*batch, job]) > TOKENS:
+        tokens += job.need - job.keep
+        if batch and tokens > TOKENS:
             yield batch
-            batch = []
+            batch, tokens = [], job.need - job.keep
         batch.append(job)
     if batch:
         yield batch
