@@ -1,8 +1,8 @@
 """kvtools: generation of many samples from one prompt, for Hugging Face models and other servers.
 
 The prompt's KV cache is stored and read once, what rollouts keep is evicted and quantised,
-reasoning steps are scored without full logits. Importing this needs torch only; `generate`, `patch`
-and `Rollouts` need transformers.
+reasoning steps are scored without full logits. Importing this needs torch only; `generate`,
+`patch`, `Rollouts` and `prm` need transformers.
 """
 
 from importlib import import_module
@@ -16,13 +16,16 @@ from .ops.sampling import sample
 from .ops.scoring import step_scores, token_logprobs
 
 if TYPE_CHECKING:
+    from . import prm
     from ._host import PoolExhausted
     from .cache import KVCache
     from .hf import generate, patch
+    from .prm import PRM
     from .rollouts import Rollouts
 
 __version__ = "0.1.0"
 __all__ = [
+    "PRM",
     "CacheConfig",
     "KVCache",
     "KVPages",
@@ -37,6 +40,7 @@ __all__ = [
     "merge_states",
     "patch",
     "plan_from_block_table",
+    "prm",
     "quantize_kv",
     "sample",
     "select_victims",
@@ -47,10 +51,12 @@ __all__ = [
 
 _LAZY = {
     "KVCache": "cache",
+    "PRM": "prm",
     "PoolExhausted": "_host",
     "Rollouts": "rollouts",
     "generate": "hf",
     "patch": "hf",
+    "prm": "prm",
 }
 
 
@@ -58,7 +64,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvtools' has no attribute {name!r}")
     try:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        module = import_module(f".{_LAZY[name]}", __name__)
+        return module if name == _LAZY[name] else getattr(module, name)
     except ModuleNotFoundError as error:
         if error.name == "transformers":
             hint = "transformers is not installed: pip install kvtools[hf]"

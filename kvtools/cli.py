@@ -1,4 +1,4 @@
-"""The command `kvtools`: what can run here, generation, what caches cost, and the demo.
+"""The command `kvtools`: what can run here, generation, what caches cost, steps' scores, the demo.
 
 What the user can put right is one line on standard error and exit code 2; --debug shows the
 traceback.
@@ -7,6 +7,7 @@ traceback.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import json
@@ -73,6 +74,12 @@ def parser() -> argparse.ArgumentParser:
     add_quality(quality)
     quality.set_defaults(run=run_quality)
 
+    score = commands.add_parser(
+        "score", parents=[common], help="score the steps of solutions with a process reward model"
+    )
+    add_score(score)
+    score.set_defaults(run=run_score)
+
     demo = commands.add_parser("demo", parents=[common], help="16 rollouts of a real model")
     demo.add_argument("-n", type=count, default=16, help="continuations (default 16)")
     demo.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="default 64")
@@ -118,6 +125,26 @@ def add_quality(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--json", type=Path, metavar="PATH", help="write results here; what it has is kept"
     )
+    add_cache(command)
+
+
+def add_score(command: argparse.ArgumentParser) -> None:
+    add_model(command)
+    command.add_argument(
+        "input", help='JSON lines with "question" and "solutions", lists of steps; - for stdin'
+    )
+    command.add_argument(
+        "--output", type=Path, metavar="PATH", help="append here, and go on after what it has"
+    )
+    command.add_argument("--family", default="auto", metavar="NAME", help="default: told by itself")
+    command.add_argument(
+        "--separator", metavar="TEXT", help="behind every step, where the family leaves it open"
+    )
+    command.add_argument("--reference", metavar="NAME", help="model that an implicit PRM began as")
+    command.add_argument(
+        "--reference-quirks", action="store_true", help="score as published readers do"
+    )
+    command.add_argument("--batch", type=count, default=16, help="solutions at a time (default 16)")
     add_cache(command)
 
 
@@ -283,10 +310,46 @@ def run_generate(args: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
+def load(args: argparse.Namespace, name: str | None = None, **how: Any) -> tuple[Any, Any]:
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"--dtype {args.dtype}: not a torch dtype; try float32 or bfloat16")
-    return models.load(args.model, args.dtype, args.device)
+    return models.load(name or args.model, args.dtype, args.device, **how)
+
+
+def run_score(args: argparse.Namespace) -> None:
+    models.need("transformers", "pip install 'kvtools[hf]'")
+    from kvtools import prm
+    from kvtools.prm import checkpoint, lines
+
+    config, _ = cache_of(args)
+    family: Any = args.family
+    if family not in ("auto", *prm.FAMILIES):
+        raise ValueError(f"--family {family}: expected {', '.join(prm.FAMILIES)} or auto")
+    if args.separator is not None:
+        family = prm.FAMILIES.get(family)
+        if not hasattr(family, "separator"):
+            raise ValueError("--separator is for --family trl, prm800k and pure")
+        family = functools.partial(family, separator=args.separator)
+    if args.input != "-" and not Path(args.input).is_file():
+        raise FileNotFoundError(f"input {args.input}: no such file; name a file of JSON lines")
+    done = lines.written(args.output) if args.output else []
+    model, tokenizer = load(args, read=checkpoint.read)
+    reference = load(args, args.reference, read=checkpoint.read)[0] if args.reference else None
+    scorer = prm.load(
+        model, tokenizer, family, reference=reference, reference_quirks=args.reference_quirks
+    )
+    with contextlib.ExitStack() as stack:
+        source, sink = sys.stdin, sys.stdout
+        if args.input != "-":
+            source = stack.enter_context(open(args.input, encoding="utf-8"))
+        if args.output:
+            sink = stack.enter_context(args.output.open("a", encoding="utf-8"))
+        bar = stack.enter_context(progress())
+        line = bar.add_task("solutions", total=None)
+        lines.score_lines(
+            scorer, source, sink, done=done, config=config, batch=args.batch,
+            progress=lambda n: bar.advance(line, n),
+        )  # fmt: skip
 
 
 def run_quality(args: argparse.Namespace) -> None:

@@ -115,7 +115,6 @@ class PagedCache(Cache):
     def __init__(self, kv: KVCache) -> None:
         super().__init__(layers=[_Layer(self, i) for i in range(kv.layers)])
         self.kv, self.filling = kv, False
-        self.valid: Tensor | None = None  # which of [rows, tokens] are real, where rows are ragged
         self.timing = {"prefill_s": 0.0, "decode_s": 0.0, "steps": 0, "tokens": 0}
 
     def memory(self) -> dict[str, int]:
@@ -155,14 +154,8 @@ def _attention(
         raise ValueError("the model biases scores by position: kvtools does not support it")
     cache = handle.cache
     q, k, v = (x.transpose(1, 2) for x in (query, handle.k, handle.v))  # [rows, tokens, heads, D]
-    valid = cache.valid
-    flat = (x.flatten(0, 1) if valid is None else x[valid] for x in (q, k, v))
-    out_thd = cache.kv.attend(handle.layer, *flat, **options)
-    if valid is None:
-        return out_thd.view(*q.shape), None
-    out = torch.zeros_like(q)
-    out[valid] = out_thd
-    return out, None
+    out_thd = cache.kv.attend(handle.layer, *(x.flatten(0, 1) for x in (q, k, v)), **options)
+    return out_thd.view(*q.shape), None
 
 
 def _stock_attention(module: torch.nn.Module) -> Callable:
@@ -305,25 +298,16 @@ class Session:
         longest = int(counts.max(initial=0))
         if longest == 0:
             raise ValueError("counts gives no row a token")
-        if longest * len(live) == len(tokens):
-            ids, positions = tokens.view(-1, longest), position_t.view(-1, longest)
-        else:  # ragged rows are padded; the attention function sees real tokens only
-            self.cache.valid = torch.arange(longest, device=tokens.device) < live[:, None]
-            ids, positions = (
-                x.new_zeros(len(live), longest).masked_scatter_(self.cache.valid, x)
-                for x in (tokens, position_t)
-            )
+        # Ragged rows go in as one, without padding: attention alone tells rows apart.
+        width = longest if longest * len(live) == len(tokens) else len(tokens)
+        ids, positions = tokens.view(-1, width), position_t.view(-1, width)
         try:
-            out = self._forward(ids, positions.long(), last=longest == 1)
+            out = self._forward(ids, positions.long(), last=longest == 1).flatten(0, 1)
         except BaseException:
             self.kv.crop(lengths)
             raise
-        finally:
-            valid, self.cache.valid = self.cache.valid, None
-        if every or not self.head:
-            out = out.flatten(0, 1) if valid is None else out[valid]
-        else:
-            out = out[:, -1] if longest == 1 else out[torch.arange(len(live)), live.long() - 1]
+        if self.head and not every and longest > 1:
+            out = out[live.cumsum(0) - 1]
         timing = self.cache.timing
         timing["decode_s"] += time.perf_counter() - begin
         timing["steps"] += 1

@@ -22,18 +22,23 @@ def need(module: str, remedy: str) -> None:
         raise ImportError(f"{module} is not installed: {remedy}")
 
 
-def load(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> tuple[Any, Any]:
-    """A causal model and its tokenizer.
+def load(
+    name: str,
+    dtype: str | torch.dtype = "auto",
+    device: str = "cpu",
+    read: Callable[..., tuple[Any, Any]] | None = None,
+) -> tuple[Any, Any]:
+    """A model and its tokenizer.
 
     Args:
         name: a folder, a name on the Hugging Face hub, or one of `PACKAGED`.
         dtype: a torch dtype, its name, or "auto" for that of the checkpoint.
         device: where the model goes.
+        read: called with folder and dtype; default reads a causal model.
     """
     need("transformers", "pip install 'kvtools[hf]'")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: no CUDA device here; leave it out, or say cpu")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -43,8 +48,7 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> t
     if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
         raise FileNotFoundError(f"model {name!r}: no such folder; give a folder or smollm2")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model, tokenizer = (read or causal)(folder, dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         message = f"model {name!r} does not load; give a folder or smollm2 ({reason})"
@@ -52,6 +56,13 @@ def load(name: str, dtype: str | torch.dtype = "auto", device: str = "cpu") -> t
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
+
+
+def causal(folder: str, dtype: str | torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
 
 
 def smollm2() -> Path:

@@ -194,3 +194,104 @@ def test_readme_table(tmp_path):
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="demo:begin"):
         demo.rewrite(readme, "demo", [demo.COLUMNS], "")
+
+
+@pytest.fixture(scope="module")
+def reward(tmp_path_factory):
+    """A folder with a random token classifier over the same words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<unk>": 0, "|": 1} | {f"w{i}": i for i in range(2, 32)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, num_labels=2,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("reward")
+    transformers.LlamaForTokenClassification(config).save_pretrained(folder)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+TRL = ["--family", "trl", "--separator", "|"]  # a word that the tokenizer has
+QUESTIONS = [
+    {"id": "a", "question": "w2 w3", "solutions": [["w4", "w5 w6"], [], ["w7"]]},
+    {"question": "w9", "solutions": ["w4\n\nw5 w6\n\nw7", ["w8"]]},
+    {"question": "w2", "solutions": []},
+]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n\n".join(json.dumps(x) for x in QUESTIONS))  # a blank line is nothing
+    return path
+
+
+def test_score(capsys, reward, questions, tmp_path):
+    code, out, err = run(capsys, "score", reward, questions, *TRL)
+    assert (code, err) == (0, [])
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [x.get("id") for x in found] == ["a", None, None]
+    assert [[len(steps) for steps in x["probs"]] for x in found] == [[2, 0, 1], [3, 1], []]
+    for x in found:
+        for steps, last, least in zip(x["probs"], x["last"], x["min"], strict=True):
+            assert (last, least) == ((steps[-1], min(steps)) if steps else (None, None))
+    assert found[0]["sum_logit"][2] == pytest.approx(found[0]["margins"][2][0])
+
+    output = tmp_path / "out.jsonl"
+    code, printed, _ = run(capsys, "score", reward, questions, *TRL, "--output", output)
+    assert (code, printed) == (0, "")
+    assert output.read_text() == out
+
+
+def test_score_goes_on(capsys, reward, questions, tmp_path, monkeypatch):
+    """After it was cut off in the middle of a line."""
+    from kvtools.prm import PRM
+
+    output, scored, score = tmp_path / "out.jsonl", [], PRM.score
+    run(capsys, "score", reward, questions, *TRL, "--output", output)
+    whole = output.read_text()
+    output.write_text(whole[: whole.index("\n") + 20])
+    monkeypatch.setattr(
+        PRM, "score", lambda self, q, *args, **how: scored.append(q) or score(self, q, *args, **how)
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO(questions.read_text()))
+    code, _, err = run(capsys, "score", reward, "-", *TRL, "--output", output)
+    assert (code, err) == (0, [])
+    assert output.read_text() == whole
+    assert scored == ["w9", "w2"]
+
+
+@pytest.mark.parametrize("line,given,words", [
+    ("{", TRL, "line 2 is no JSON with"),
+    ('{"question": "w2"}', TRL, "line 2 is no JSON with"),
+    ('{"question": "w2", "solutions": [[1]]}', TRL, "line 2: a solution must be"),
+    ("", ["--separator", "|"], "--separator is for --family trl"),
+    ("", ["--family", "eurus"], "--family eurus: expected qwen"),
+    ("", ["--family", "rlhflow"], "RLHFlow: the tokenizer has no chat template"),
+    ("", ["--bits", 5], "bits"),
+])  # fmt: skip
+def test_score_errors_are_one_line(capsys, reward, questions, tmp_path, line, given, words):
+    questions.write_text(f"{json.dumps(QUESTIONS[0])}\n{line}")
+    code, _, err = run(capsys, "score", reward, questions, *given)
+    assert (code, len(err)) == (2, 1), err
+    assert words in err[0]
+
+
+def test_score_keeps_other_outputs(capsys, reward, questions, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run(capsys, "score", reward, questions, *TRL, "--output", output)
+    before = output.read_text()
+    questions.write_text(questions.read_text().replace("w9", "w8"))
+    code, _, err = run(capsys, "score", reward, questions, *TRL, "--output", output)
+    assert code == 2 and "line 2 is not the one that was scored" in err[0]
+    assert output.read_text() == before
+    output.write_text("something else\n")
+    code, _, err = run(capsys, "score", reward, questions, *TRL, "--output", output)
+    assert code == 2 and "holds something else than scores" in err[0]
+    code, _, err = run(capsys, "score", reward, tmp_path / "none.jsonl")
+    assert code == 2 and "no such file" in err[0]

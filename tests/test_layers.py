@@ -22,15 +22,19 @@ ALLOWED = {
     "cache": {"ops", "policy", "config", "store", "recent"},
     "hf": {"ops", "config", "cache"},
     "rollouts": {"ops", "config", "cache", "hf"},
+    "prm": {"prm", "ops", "config", "cache", "hf", "rollouts"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),
     "quality": {"config", "hf", "rollouts", "tasks"},
     "demo": {"__init__", "models", "cli"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks"},
-    "__init__": {"ops", "config", "cache", "hf", "rollouts", "_host"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "prm"},
+    "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "_host"},
 }
-OUTSIDE = {"hf": {"transformers"}, "models": {"transformers"}, "kernels": {"triton"}}
+OUTSIDE = {
+    "hf": {"transformers"}, "prm": {"transformers"}, "models": {"transformers"},
+    "kernels": {"triton"},
+}  # fmt: skip
 
 
 def imports(path: Path):
@@ -83,7 +87,8 @@ def test_importing_the_door_registers_nothing():
 
 
 @pytest.mark.parametrize("missing,names", [
-    ("kvtools._host", ["KVCache", "generate", "Rollouts"]), ("transformers", ["generate", "patch"]),
+    ("kvtools._host", ["KVCache", "generate", "Rollouts", "PRM"]),
+    ("transformers", ["generate", "patch", "prm"]),
 ])  # fmt: skip
 def test_what_is_missing_is_named(missing, names):
     code = (

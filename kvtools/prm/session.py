@@ -1,0 +1,250 @@
+"""A process reward model over rollouts that grow: nothing that it has read is encoded again."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import Index
+from ..config import CacheConfig
+from ..hf import Session
+from .layouts import Encoded
+
+if TYPE_CHECKING:
+    from . import PRM
+
+TOKENS = 4096  # of one forward, or those of one row
+
+
+@dataclass(frozen=True)
+class _Row:
+    steps: tuple[str, ...]
+    ids: list[int]  # what the cache holds, and the tokens behind that values depend on
+    held: int  # tokens that the cache holds
+    values: dict[int, float]  # what was read of what the cache holds, by position
+    ends: tuple[int, ...]  # tokens to hold for the first k steps
+    history: tuple[tuple[float, ...], ...]  # margins when there were k steps
+
+    @property
+    def margins(self) -> tuple[float, ...]:
+        return self.history[-1]
+
+    def rewound(self, held: int, lag: int) -> "_Row":
+        values = {p: value for p, value in self.values.items() if p < held}
+        return replace(self, ids=self.ids[: held + lag], held=held, values=values)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What one row needs: tokens [keep, need) encoded, `reads` of them read."""
+
+    row: int
+    keep: int
+    need: int
+    ids: list[int]
+    reads: list[int]
+
+
+class PRMSession:
+    """Rows of a question's solutions, scored step by step. Made by `PRM.session`.
+
+    New steps alone are encoded: a row's tokens are compared with what the cache holds, which is
+    rewound to where they differ (a tag that moves, a token that merged), and nothing behind the
+    newest step's read position is ever encoded. Rows with equal tokens are encoded once.
+
+    Attributes:
+        tokens: tokens encoded so far, the question's included.
+
+    Nothing is changed by a call that raises, but for what the cache holds.
+    """
+
+    def __init__(self, prm: "PRM", question: str, rows: int, config: CacheConfig | None) -> None:
+        self._prm, self._question = prm, question
+        self._lag = prm.head.lag
+        self._runs = [Session(x, config or CacheConfig(), head=False) for x in prm.backbones]
+        family = prm.family
+        empty, begun = family.encode(question, [[], ["0"]])
+        prompt = empty.ids[: _agree(empty.ids, begun.ids)]
+        held = len(prompt) - self._lag
+        if held < 1:
+            raise ValueError("the question gives no token; ask something")
+        for run in self._runs:
+            run.prefill(torch.tensor(prompt[:held], device=prm.device), rows)
+        self.tokens = held
+        self._rows = [_Row((), prompt, held, {}, (held,), ((),))] * rows
+
+    @property
+    def rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def margins(self) -> list[list[float]]:
+        """Of each row, the margins of all its steps."""
+        return [list(row.margins) for row in self._rows]
+
+    @property
+    def probs(self) -> list[list[float]]:
+        """Of each row, the scores of all its steps under the family's link."""
+        counts = [len(row.margins) for row in self._rows]
+        flat = torch.tensor([x for row in self._rows for x in row.margins], dtype=torch.float32)
+        return [x.tolist() for x in self._prm.link(flat).split(counts)]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held; see `KVCache.memory`."""
+        held = [run.kv.memory() for run in self._runs]
+        return {name: sum(x[name] for x in held) for name in held[0]}
+
+    def append(self, steps: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        """Give rows a step more.
+
+        Args:
+            steps: of each row, the text of its new step; None, or white space alone, for none.
+
+        Returns:
+            Margin and score of each row's newest step [rows], fp32, on the CPU; NaN where there is
+            none yet.
+        """
+        if len(steps) != self.rows:
+            raise ValueError(f"steps has {len(steps)} entries; there are {self.rows} rows")
+        new = [[] if step is None else self._prm.family.clean([step]) for step in steps]
+        self.grow({i: [*self._rows[i].steps, *added] for i, added in enumerate(new) if added})
+        newest = [row.margins[-1] if row.margins else np.nan for row in self._rows]
+        margin = torch.tensor(newest, dtype=torch.float32)
+        return margin, self._prm.link(margin)
+
+    def gather(self, index: Index) -> None:
+        """Make the rows rows[index]: fork, prune, reorder, select, resample."""
+        for run in self._runs:
+            run.kv.gather(index)
+        self._rows = [self._rows[int(i)] for i in index]
+
+    def crop(self, steps: Sequence[int]) -> None:
+        """Rewind each row to its first `steps` steps, and their scores to what they were then."""
+        counts = [int(n) for n in steps]
+        present = [len(row.steps) for row in self._rows]
+        if len(counts) != self.rows or any(
+            not 0 <= n <= most for n, most in zip(counts, present, strict=True)
+        ):
+            raise ValueError(f"steps must hold a number for each row, at most {present}")
+        self._rewind({
+            i: min(row.held, row.ends[n])
+            for i, (row, n) in enumerate(zip(self._rows, counts, strict=True)) if n < len(row.steps)
+        })  # fmt: skip
+        self._rows = [
+            replace(row, steps=row.steps[:n], ends=row.ends[: n + 1], history=row.history[: n + 1])
+            for row, n in zip(self._rows, counts, strict=True)
+        ]
+
+    @torch.no_grad()
+    def grow(self, wanted: dict[int, list[str]]) -> None:
+        """Bring rows to these steps, which begin with those that they have."""
+        if not wanted:
+            return
+        encoded = self._prm.family.encode(self._question, list(wanted.values()))
+        first: dict[tuple, int] = {}
+        source, jobs = np.arange(self.rows), []
+        for row, new in zip(wanted, encoded, strict=True):
+            if not any(new.reads):
+                continue
+            job = self._job(row, new)
+            source[row] = first.setdefault((*job.ids, *new.reads), row)
+            if source[row] == row:
+                jobs.append(job)
+        self._rewind({job.row: job.keep for job in jobs})
+        jobs = sorted((job for job in jobs if job.keep < job.need), key=lambda job: job.row)
+        for batch in _batches(jobs):
+            self._run(batch)
+        if (source != np.arange(self.rows)).any():
+            for run in self._runs:
+                run.kv.gather(source)
+        rows = list(self._rows)
+        for (i, steps), new in zip(wanted.items(), encoded, strict=True):
+            rows[i] = _scored(self._rows[i], self._rows[source[i]], tuple(steps), new)
+        self._rows = rows
+
+    def _job(self, row: int, new: Encoded) -> _Job:
+        old = self._rows[row]
+        need = max((read[1] for read in new.reads if read), default=0)
+        keep = min(old.held, _agree(old.ids, new.ids) - self._lag, need)
+        positions = [p for read in new.reads if read for p in range(*read)]
+        reads = [p for p in positions if p >= keep or p not in old.values]
+        return _Job(row, min([keep, *reads]), need, new.ids[: need + self._lag], reads)
+
+    def _rewind(self, held: dict[int, int]) -> None:
+        """Let rows hold so many tokens."""
+        lengths = np.array([held.get(i, row.held) for i, row in enumerate(self._rows)], np.int64)
+        if all(length == row.held for length, row in zip(lengths, self._rows, strict=True)):
+            return
+        for run in self._runs:
+            try:
+                run.kv.crop(lengths)
+            except ValueError as error:
+                raise ValueError(
+                    "a step changes how the question's end is tokenised, and a prompt that was "
+                    "compressed cannot be rewound: keep it whole (prompt_budget=None)"
+                ) from error
+        self._rows = [row.rewound(int(n), self._lag)
+                      for row, n in zip(self._rows, lengths, strict=True)]  # fmt: skip
+
+    def _run(self, batch: list[_Job]) -> None:
+        """Encode and read what the rows of `batch` need."""
+        counts = np.zeros(self.rows, np.int32)
+        new, reads, targets = [], [], []
+        for job in batch:
+            counts[job.row] = job.need - job.keep
+            reads += [len(new) + p - job.keep for p in job.reads]
+            targets += [job.ids[p + 1] if self._lag else 0 for p in job.reads]
+            new += job.ids[job.keep : job.need]
+        device = self._prm.device
+        tokens, read_s, target_s = (torch.tensor(x, device=device) for x in (new, reads, targets))
+        try:
+            hidden = [run.extend(tokens, counts) for run in self._runs]
+            values = iter(self._prm.head(hidden, read_s, target_s).tolist())
+        except BaseException:
+            for run in self._runs:
+                run.kv.crop([row.held for row in self._rows])
+            raise
+        self.tokens += len(new)
+        for job in batch:
+            row = self._rows[job.row]
+            read = {p: next(values) for p in job.reads}
+            self._rows[job.row] = replace(row, ids=job.ids, held=job.need, values=row.values | read)
+
+
+def _scored(old: _Row, held: _Row, steps: tuple[str, ...], new: Encoded) -> _Row:
+    """Row `old` with more steps, whose margins come from what was read for row `held`."""
+    margins = [
+        sum(held.values[p] for p in range(*read)) if read
+        else old.margins[i] if i < len(old.margins) else np.nan
+        for i, read in enumerate(new.reads)
+    ]  # fmt: skip
+    ends, history = list(old.ends), list(old.history)
+    for k in range(len(old.steps), len(new.reads)):
+        read = new.reads[k]
+        ends.append(read[1] if read else held.held)
+        history.append(tuple(margins[: k + 1]))
+    history[-1] = tuple(margins)
+    return replace(held, steps=steps, ends=tuple(ends), history=tuple(history))
+
+
+def _agree(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first tokens are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y),
+                min(len(a), len(b)))  # fmt: skip
+
+
+def _batches(jobs: list[_Job]) -> Iterator[list[_Job]]:
+    """Jobs that are run together."""
+    batch: list[_Job] = []
+    tokens = 0
+    for job in jobs:
+        tokens += job.need - job.keep
+        if batch and tokens > TOKENS:
+            yield batch
+            batch, tokens = [], job.need - job.keep
+        batch.append(job)
+    if batch:
+        yield batch
