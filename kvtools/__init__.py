@@ -16,6 +16,7 @@ from .ops.sampling import sample
 from .ops.scoring import step_scores, token_logprobs
 
 if TYPE_CHECKING:
+    from . import search
     from ._host import PoolExhausted
     from .cache import KVCache
     from .hf import generate, patch
@@ -39,6 +40,7 @@ __all__ = [
     "plan_from_block_table",
     "quantize_kv",
     "sample",
+    "search",
     "select_victims",
     "step_scores",
     "token_logprobs",
@@ -51,6 +53,7 @@ _LAZY = {
     "Rollouts": "rollouts",
     "generate": "hf",
     "patch": "hf",
+    "search": "search",
 }
 
 
@@ -58,7 +61,8 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'kvtools' has no attribute {name!r}")
     try:
-        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+        module = import_module(f".{_LAZY[name]}", __name__)
+        return module if name == _LAZY[name] else getattr(module, name)
     except ModuleNotFoundError as error:
         if error.name == "transformers":
             hint = "transformers is not installed: pip install kvtools[hf]"

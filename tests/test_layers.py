@@ -22,13 +22,14 @@ ALLOWED = {
     "cache": {"ops", "policy", "config", "store", "recent"},
     "hf": {"ops", "config", "cache"},
     "rollouts": {"ops", "config", "cache", "hf"},
+    "search": {"search", "rollouts"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),
     "quality": {"config", "hf", "rollouts", "tasks"},
     "demo": {"__init__", "models", "cli"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks"},
-    "__init__": {"ops", "config", "cache", "hf", "rollouts", "_host"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "search"},
+    "__init__": {"ops", "config", "cache", "hf", "rollouts", "search", "_host"},
 }
 OUTSIDE = {"hf": {"transformers"}, "models": {"transformers"}, "kernels": {"triton"}}
 
