@@ -261,7 +261,7 @@ class Run:
         """Move new tokens to a candidate; returns the texts of the steps that they make."""
         cuts, start = [], 0
         for end in range(1, len(tokens)) if whole else ():
-            if self.steps.ended(tokens[start:end]):
+            if end - start == self.steps.step_tokens or self.steps.ended(tokens[start:end]):
                 cuts.append(end)
                 start = end
         steps, start = [], 0
