@@ -28,9 +28,11 @@ ALLOWED = {
     "tasks": set(),
     "quality": {"config", "hf", "rollouts", "tasks"},
     "demo": {"__init__", "models", "cli"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "search"},
+    "search_command": {"__init__", "cli", "search", "prm"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks",
+            "search_command"},
     "__init__": {"ops", "config", "cache", "hf", "rollouts", "search", "_host"},
-}
+}  # fmt: skip
 OUTSIDE = {"hf": {"transformers"}, "models": {"transformers"}, "kernels": {"triton"}}
 
 

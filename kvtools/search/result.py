@@ -6,14 +6,17 @@ from typing import Any
 
 import numpy as np
 
-# Of the probabilities of a solution's steps.
-REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
-    "last": lambda p: p[-1],
-    "min": min,
-    "max": max,
-    "prod": lambda p: float(np.prod(p)),
-    "mean": lambda p: float(np.mean(p)),
-    "gmean": lambda p: float(np.exp(np.mean(np.log(np.maximum(p, 1e-300))))),
+# One number for the steps of a solution, from probabilities and log-odds: see `step_scores`.
+REDUCE: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "last": lambda p, margin: p[-1],
+    "min": lambda p, margin: p.min(),
+    "max": lambda p, margin: p.max(),
+    "mean": lambda p, margin: p.mean(),
+    "sum": lambda p, margin: p.sum(),
+    "prod": lambda p, margin: p.prod(),
+    "gmean": lambda p, margin: np.exp(np.log(np.maximum(p, 1e-300)).mean()),
+    "sum_logit": lambda p, margin: margin.sum(),
+    "softmin": lambda p, margin: np.average(p, weights=np.exp(10 * (p.min() - p))),
 }
 NOTHING = -36.0  # log-odds of a solution without steps
 
@@ -45,8 +48,11 @@ class Candidate:
     row: int | None = field(default=None, repr=False)  # among its question's rows in the caches
 
     def score(self, reduce: str = "last") -> float:
-        """One probability for all steps: "last", "min", "max", "prod", "mean" or "gmean"."""
-        return REDUCE[reduce](self.scores) if self.scores else 0.0
+        """One number for all steps; `reduce` as for `kvtools.step_scores`."""
+        if reduce not in REDUCE:
+            raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+        scores, margins = self.scores or [0.0], self.margins or [NOTHING]
+        return float(REDUCE[reduce](np.array(scores), np.array(margins)))
 
     def copy(self) -> "Candidate":
         lists = ("steps", "margins", "scores", "tokens", "ends")

@@ -140,6 +140,12 @@ def arithmetic(answers: Mapping[str, float] | None = None) -> Verifier:
     return Verifier(check)
 
 
+def final_number(text: str) -> Fraction | None:
+    """The number that `arithmetic` takes for a text's answer."""
+    final = FINAL.search(text)
+    return None if final is None else value(final[1])
+
+
 def equal(left: str, right: str) -> bool:
     """Whether two expressions are equal, up to the decimals that are written on the right."""
     try:
