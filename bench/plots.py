@@ -160,6 +160,9 @@ def draw_search(result: dict, path: Path) -> None:
                 tokens, right, low, high = zip(*points, strict=True)
                 axis.errorbar(tokens, right, (low, high), fmt=f"C{i}{mark}", ms=4, lw=1, label=name)
             axis.set(xscale="log", ylim=(-0.02, 1.02))
+            ticks = [x for x in (25, 50, 100, 200, 400, 800) if x < 2 * samples["tokens"][-1]]
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
             axis.set_title(f"{task}: {title}", fontsize="medium")
         row[0].set_ylabel("right answers")
     for axis in axes[-1]:

@@ -46,7 +46,7 @@ class Scale:
 
     problems: int = 100
     pool: int = 32  # samples of each problem
-    trained_on: int = 250  # problems, 8 samples of each
+    trained_on: int = 200  # problems, 8 samples of each
     batch: int = 20  # problems at a time
     widths: tuple[int, ...] = (4, WIDTH)  # rows of a search; chance has the last alone
 
