@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
 
+from kvtools.quality import interval  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -132,11 +134,57 @@ def draw_cpu(result: dict, path: Path) -> None:
     save(figure, path)
 
 
+def draw_search(result: dict, path: Path) -> None:
+    """Right answers against tokens: a row per task, a panel per scorer."""
+    scorers = {"exact": "exact check", "trained": "trained scorer", "chance": "chance"}
+    lines = {"max": ("best of N", "C0-"), "weighted": ("weighted vote", "C0--")}
+    marks = {"beam": "^", "DVTS": "s", "particles": "D"}
+    cells = result["cells"]
+    figure, axes = plt.subplots(
+        len(cells), 3, figsize=(9, 2.7 * len(cells)), sharex="row", sharey="row", squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for row, (task, measured) in zip(axes, cells.items(), strict=True):
+        samples, greedy = measured["samples"], measured["greedy"]
+        for axis, (scorer, title) in zip(row, scorers.items(), strict=True):
+            shares = {name: [x.count("1") / len(x) for x in right]
+                      for name, right in samples["right"].items()}  # fmt: skip
+            for how, (label, style) in lines.items():
+                axis.plot(samples["tokens"], shares[f"{how}, {scorer}"], style, lw=1, label=label)
+            axis.plot(samples["tokens"], shares["majority, chance"], "0.5", lw=1, label="majority")
+            right = greedy["right"].count("1") / len(greedy["right"])
+            axis.plot(greedy["tokens"], right, "k*", label="greedy")
+            for i, (name, mark) in enumerate(marks.items(), 1):
+                found = [x for key, x in measured.items() if key.startswith(f"{name}, {scorer}, ")]
+                points = [(x["tokens"], *bar(x["right"]["max"])) for x in found]
+                tokens, right, low, high = zip(*points, strict=True)
+                axis.errorbar(tokens, right, (low, high), fmt=f"C{i}{mark}", ms=4, lw=1, label=name)
+            axis.set(xscale="log", ylim=(-0.02, 1.02))
+            ticks = [x for x in (25, 50, 100, 200, 400, 800) if x < 2 * samples["tokens"][-1]]
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
+            axis.set_title(f"{task}: {title}", fontsize="medium")
+        row[0].set_ylabel("right answers")
+    for axis in axes[-1]:
+        axis.set_xlabel("tokens generated per problem")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7,
+                  fontsize=8)  # fmt: skip
+    save(figure, path)
+
+
+def bar(right: str) -> tuple[float, float, float]:
+    """A share, and how far its 95 % interval reaches down and up."""
+    share = right.count("1") / len(right)
+    low, high = interval([int(x) for x in right])
+    return share, max(0.0, share - low), max(0.0, high - share)
+
+
 if __name__ == "__main__":
     for draw, results, name in (
         (draw_demo, "demo-cpu.json", "demo.svg"),
         (draw_quality, "quality-cpu.json", "quality.svg"),
         (draw_cpu, "cpu.json", "cpu.svg"),
+        (draw_search, "search-cpu.json", "search.svg"),
     ):
         path = ROOT / "bench/results" / results
         if path.exists():

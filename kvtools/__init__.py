@@ -16,7 +16,7 @@ from .ops.sampling import sample
 from .ops.scoring import step_scores, token_logprobs
 
 if TYPE_CHECKING:
-    from . import prm
+    from . import prm, search
     from ._host import PoolExhausted
     from .cache import KVCache
     from .hf import generate, patch
@@ -43,6 +43,7 @@ __all__ = [
     "prm",
     "quantize_kv",
     "sample",
+    "search",
     "select_victims",
     "step_scores",
     "token_logprobs",
@@ -57,6 +58,7 @@ _LAZY = {
     "generate": "hf",
     "patch": "hf",
     "prm": "prm",
+    "search": "search",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command `kvtools`: what can run here, generation, what caches cost, steps' scores, the demo.
+"""The command `kvtools`: what can run here, generation, search, scores of steps, caches, the demo.
 
 What the user can put right is one line on standard error and exit code 2; --debug shows the
 traceback.
@@ -67,6 +67,12 @@ def parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", parents=[common], help="continue a prompt n times")
     add_generate(generate)
     generate.set_defaults(run=run_generate)
+
+    from kvtools import search_command
+
+    search = commands.add_parser("search", parents=[common], help="search step by step")
+    search_command.add(search)
+    search.set_defaults(run=search_command.run)
 
     quality = commands.add_parser(
         "quality", parents=[common], help="what compressed caches change in what a model says"

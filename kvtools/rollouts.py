@@ -36,7 +36,9 @@ class Rollouts:
         logprobs: log-probabilities of each row's sampled tokens, before filters.
         seeds: [rows] int64; set them after forking if copies of a row shall differ at equal
             positions.
-        finished: [rows] bool, rows that ended with an EOS token.
+        finished: [rows] bool, rows that ended with an EOS token; set it to end others.
+        filters: temperature, top_k, top_p and min_p of the steps to come.
+        eos: tokens that finish a row.
         kv: the `KVCache`.
 
     Nothing is changed by a call that raises; a step that failed in `processor` can be taken again.
@@ -58,7 +60,7 @@ class Rollouts:
     ) -> None:
         self._session = Session(model, config or CacheConfig(), pages=pages)
         self.kv, self.device = self._session.kv, model.device
-        self._filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        self.filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if eos_token_id is None:
             eos_token_id = model.generation_config.eos_token_id
         self.eos = set(np.atleast_1d([] if eos_token_id is None else eos_token_id).tolist())
@@ -143,9 +145,7 @@ class Rollouts:
             logits = self._processor([list(self.tokens[row]) for row in active], logits)
         position = torch.tensor([len(self.tokens[row]) for row in active], device=self.device)
         seed = torch.from_numpy(self.seeds[active]).to(self.device)
-        token, logprob, _ = sample(
-            logits, seed, position, **self._filters, impl=self.kv.config.impl
-        )
+        token, logprob, _ = sample(logits, seed, position, **self.filters, impl=self.kv.config.impl)
         tokens, logprobs = token.tolist(), logprob.tolist()
         for row, token, logprob in zip(active, tokens, logprobs, strict=True):
             self.tokens[row].append(token)
@@ -155,7 +155,7 @@ class Rollouts:
 
     def generate(
         self,
-        max_new_tokens: int,
+        max_new_tokens: int | Index,
         until: Until | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> list[list[int]]:
@@ -163,7 +163,7 @@ class Rollouts:
         `max_new_tokens`.
 
         Args:
-            max_new_tokens: per row, counted from this call.
+            max_new_tokens: per row, counted from this call; one number, or one for each row.
             until: token ids that pause a row once sampled, or a callable on the tokens that the row
                 has got in this call.
             progress: called after each step with the number of rows that still grow.
@@ -172,14 +172,16 @@ class Rollouts:
             The new tokens of each row.
         """
         start = [len(tokens) for tokens in self.tokens]
-        growing = np.flatnonzero(~self.finished)
+        most = np.broadcast_to(np.asarray(max_new_tokens, np.int64), self.rows)
+        growing = np.flatnonzero(~self.finished & (most > 0))
         with plugged(self._session.model):
-            for _ in range(max_new_tokens):
-                if not len(growing):
-                    break
+            step = 0
+            while len(growing):
                 self.step(growing)
+                step += 1
                 growing = np.array(
-                    [r for r in growing if not self._pauses(r, start[r], until)], np.int64
+                    [r for r in growing if step < most[r] and not self._pauses(r, start[r], until)],
+                    np.int64,
                 )
                 if progress is not None:
                     progress(len(growing))
@@ -228,6 +230,19 @@ class Rollouts:
             self.logprobs[row] = self.logprobs[row][: length - int(self.prompt_lengths[row])]
             self._ready[row] = (self._first[row][None], 0) if at_prompt[row] else None
             self.finished[row] = False
+
+    def peek(self, tokens: Sequence[int], rows: Index) -> Tensor:
+        """Logits [r, v] that would follow `tokens` after each of `rows`, distinct and ascending;
+        all rows stay as they are."""
+        lengths = self.kv.lengths.numpy()
+        counts, fed = np.zeros(self.rows, np.int32), []
+        for row in np.asarray(rows, np.int64):
+            new = [*self.tokens[row][lengths[row] :], *tokens]
+            counts[row] = len(new)
+            fed += new
+        logits = self._session.extend(torch.tensor(fed, device=self.device), counts)
+        self.kv.crop(lengths)
+        return logits
 
     def _feed(self, active: np.ndarray) -> None:
         """Run what the model has not seen of rows `active`; then their logits are ready."""

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from kvtools import cli, demo, models
+from kvtools import cli, demo, models, search_command
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +177,47 @@ def test_quality_probe(tiny, capsys, tmp_path):
 def test_quality_errors_are_one_line(tiny, capsys, argv, message):
     code, _, err = run(capsys, "quality", tiny, *argv)
     assert code == 2 and len(err) == 1 and message in err[0]
+
+
+@pytest.mark.parametrize("strategy", search_command.STRATEGIES)
+def test_search(tiny, capsys, tmp_path, strategy):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "w2 w3", "answer": 4}\n\n{"question": "w5 w6 w7"}\n')
+    given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 12]
+    given += ["--delimiter", "w9", "--delimiter", "w1", "--seed", 3, "--bits", 8]
+    code, out, err = run(capsys, "search", tiny, *given, "--json")
+    assert (code, err) == (0, [])
+    result = json.loads(out)
+    assert result["strategy"] == strategy and result["config"] == {"bits": 8}
+    assert [row["question"] for row in result["questions"]] == ["w2 w3", "w5 w6 w7"]
+    for row in result["questions"]:
+        assert row["best"] in [c["text"] for c in row["candidates"]]
+        assert all(c["scores"] for c in row["candidates"] if c["text"])
+        assert all(c["finished"] for c in row["candidates"]) or strategy == "dvts"
+        assert bool(row["trace"]) == (strategy != "best_of_n")
+    assert result["generated"] > 0 and result["policy_s"] <= result["all_s"]
+    again = json.loads(run(capsys, "search", tiny, *given, "--json")[1])
+    assert again["questions"] == result["questions"]
+    code, out, _ = run(capsys, "search", tiny, *given, "--batch", 1)
+    assert code == 0 and out.startswith("--- w2 w3\n") and "generated" in out
+
+
+@pytest.mark.parametrize("given,words", [
+    ([], "required"), (["--prompt", "w2", "--strategy", "mcts"], "mcts"),
+    (["--prompt", "w2", "--ess", 0.5], "--ess is not an option of --strategy beam"),
+    (["--prompt", "w2", "-n", 5], "n=5 is not a positive multiple of beam=4"),
+    (["--prompt", "w2", "--reduce", "median"], "reduce='median'"),
+    (["--prompt", "w2", "--delimiter", ""], "delimiters"),
+    (["--questions", "/no/such"], "no such file"), (["--questions", "FILE"], "line 2"),
+    (["--questions", "EMPTY"], "no question"),
+])  # fmt: skip
+def test_search_errors_are_one_line(tiny, capsys, tmp_path, given, words):
+    (tmp_path / "FILE").write_text('{"question": "w2"}\n{"answer": 2}\n')
+    (tmp_path / "EMPTY").write_text("\n")
+    given = [tmp_path / x if x in ("FILE", "EMPTY") else x for x in given]
+    code, out, err = run(capsys, "search", tiny, *given)
+    assert (code, out, len(err)) == (2, "", 1), err
+    assert words in err[0]
 
 
 def test_readme_table(tmp_path):

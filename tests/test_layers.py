@@ -23,14 +23,17 @@ ALLOWED = {
     "hf": {"ops", "config", "cache"},
     "rollouts": {"ops", "config", "cache", "hf"},
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts"},
+    "search": {"search", "rollouts"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),
     "quality": {"config", "hf", "rollouts", "tasks"},
     "demo": {"__init__", "models", "cli"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "prm"},
-    "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "_host"},
-}
+    "search_command": {"__init__", "cli", "search", "prm"},
+    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "prm",
+            "search_command"},
+    "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "search", "_host"},
+}  # fmt: skip
 OUTSIDE = {
     "hf": {"transformers"}, "prm": {"transformers"}, "models": {"transformers"},
     "kernels": {"triton"},

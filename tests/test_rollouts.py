@@ -181,9 +181,9 @@ def test_forks_do_not_touch_each_other():
     r.prefill([text])
     r.generate(15)
     r.gather([0, 0, 0])
-    r._filters["temperature"] = 1.0  # siblings go elsewhere
+    r.filters["temperature"] = 1.0  # siblings go elsewhere
     r.step([1, 2])
-    r._filters["temperature"] = 0.0
+    r.filters["temperature"] = 0.0
     r.generate(14)
     r.step([0])
     assert r.tokens[0] == alone.tokens[0]
@@ -215,6 +215,12 @@ def test_until():
     assert [len(row) for row in got] == [(stops + [20])[0] for stops in want]
     again = r.generate(20, until=lambda row: len(row) == 2)  # counts from this call
     assert [len(row) for row in again] == [2] * 3
+    assert [len(row) for row in r.generate([3, 0, 1])] == [3, 0, 1]
+    assert [len(row) for row in r.generate([1, 4, -2], until=lambda row: len(row) == 2)] == [
+        1,
+        2,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("config", [EXACT, CacheConfig(bits=8)], ids=["exact", "8 bits"])

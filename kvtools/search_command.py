@@ -1,0 +1,175 @@
+"""The command `kvtools search`."""
+
+import argparse
+import dataclasses
+import inspect
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import kvtools
+from kvtools import cli
+from kvtools.cli import count, number
+
+STRATEGIES = ("best_of_n", "beam", "dvts", "rebase", "particle_filter", "particle_gibbs", "prune")
+# What some strategies take, and the flags of it.
+OPTIONS = {
+    "--beam": ("beam", count),
+    "--lookahead": ("lookahead", number(int, 0)),
+    "--reduce": ("reduce", str),
+    "--resampling": ("resampling", str),
+    "--weight-temperature": ("temperature", number(float, 0)),
+    "--ess": ("ess", number(float, 0)),
+    "--iterations": ("iterations", count),
+    "--least": ("least", number(float, 0, 1)),
+}
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    cli.add_model(command)
+    source = command.add_mutually_exclusive_group(required=True)
+    cli.add_prompt(source)
+    source.add_argument(
+        "--questions",
+        type=Path,
+        metavar="PATH",
+        help='JSON lines, each with "question" and, if known, "answer", a number',
+    )
+    command.add_argument("--chat", action="store_true", help="apply the model's chat template")
+    command.add_argument("--strategy", default="beam", choices=STRATEGIES, help="default beam")
+    command.add_argument("-n", "--n", type=count, default=16, help="rows per question (default 16)")
+    command.add_argument(
+        "--scorer",
+        default="arithmetic",
+        metavar="X",
+        help="arithmetic, which checks sums (default), or the folder or hub name of a PRM",
+    )
+    command.add_argument(
+        "--pick", default="max", choices=("max", "weighted", "majority"), help="default max"
+    )
+    command.add_argument("--batch", type=count, default=8, help="questions at a time (default 8)")
+    command.add_argument("--seed", type=number(int, 0), default=0, help="default 0")
+    command.add_argument("--json", action="store_true", help="print candidates and trace as JSON")
+
+    steps = command.add_argument_group("steps")
+    steps.add_argument(
+        "--delimiter", action="append", metavar="X", help="ends a step; repeatable (default \\n\\n)"
+    )
+    steps.add_argument("--done", metavar="X", help="a solution that holds it is complete")
+    steps.add_argument("--step-tokens", type=count, default=256, metavar="N", help="default 256")
+    steps.add_argument("--max-new-tokens", type=count, default=1024, metavar="N")
+    steps.add_argument("--depth", type=count, default=40, help="selections (default 40)")
+    steps.add_argument("--temperature", type=number(float, 0), default=0.8, help="default 0.8")
+    steps.add_argument("--top-p", type=number(float, 0, 1), default=1.0, metavar="P")
+
+    some = command.add_argument_group("options of some strategies")
+    for flag, (name, kind) in OPTIONS.items():
+        some.add_argument(
+            flag, dest=f"rule_{name}", type=kind, default=argparse.SUPPRESS, metavar="X"
+        )
+    cli.add_cache(command)
+
+
+def run(args: argparse.Namespace) -> None:
+    # All that can be wrong without a model comes before loading one.
+    questions, answers = read_questions(args)
+    config, given = cli.cache_of(args)
+    strategy, options = strategy_of(args)
+    scorer = scorer_of(args, answers)
+    model, tokenizer = cli.load(args)
+    rollouts = kvtools.Rollouts(model, config, temperature=args.temperature, top_p=args.top_p)
+    steps = kvtools.search.Steps(
+        tokenizer,
+        [x.replace(r"\n", "\n") for x in args.delimiter or [r"\n\n"]],
+        args.step_tokens,
+        args.max_new_tokens,
+        args.depth,
+        done=lambda text: bool(args.done) and args.done in text,
+        prompt=lambda text: cli.encode(tokenizer, text, args.chat)["input_ids"][0].tolist(),
+    )
+    found: list[dict] = []
+    costs: Counter[str] = Counter()
+    with cli.progress() as bar:
+        line = bar.add_task(args.strategy, total=len(questions))
+        for start in range(0, len(questions), args.batch):
+            some = questions[start : start + args.batch]
+            result = strategy(rollouts, some, scorer, steps, n=args.n, seed=args.seed, **options)
+            found += rows_of(result, args.pick)
+            costs.update(generated=result.generated, encoded=result.encoded)
+            costs.update({f"{part}_s": round(x, 4) for part, x in result.seconds.items()})
+            bar.advance(line, len(some))
+    if args.json:
+        header = {"model": args.model, "strategy": args.strategy, "n": args.n, "seed": args.seed}
+        header |= {"options": options, "config": given}
+        print(json.dumps(header | {"questions": found} | costs, indent=2))
+        return
+    for row in found:
+        print(f"--- {row['question']}\n{(row['best'] or '').strip()}")
+    table = Table("candidates", *costs)
+    total = sum(len(row["candidates"]) for row in found)
+    table.add_row(str(total), *(f"{x:.2f}" if name.endswith("_s") else str(x)
+                                for name, x in costs.items()))  # fmt: skip
+    Console().print(table)
+
+
+def read_questions(args: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
+    """Questions, and the answers that are known."""
+    if args.questions is None:
+        return [cli.read_prompt(args)], {}
+    if not args.questions.is_file():
+        raise FileNotFoundError(f"--questions {args.questions}: no such file; name a JSONL file")
+    questions, answers = [], {}
+    for i, text in enumerate(args.questions.read_text(encoding="utf-8").splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            questions.append(str(line["question"]))
+            if line.get("answer") is not None:
+                answers[questions[-1]] = float(line["answer"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f'--questions {args.questions}, line {i}: not {{"question": "...", "answer": 1}}'
+            ) from error
+    if not questions:
+        raise ValueError(f"--questions {args.questions}: it holds no question")
+    return questions, answers
+
+
+def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
+    """The strategy, and the options of it that were given."""
+    strategy = getattr(kvtools.search, args.strategy)
+    known = inspect.signature(strategy).parameters
+    given = {name[5:]: value for name, value in vars(args).items() if name.startswith("rule_")}
+    for flag, (name, _) in OPTIONS.items():
+        if name in given and name not in known:
+            raise ValueError(f"{flag} is not an option of --strategy {args.strategy}")
+    return strategy, given
+
+
+def scorer_of(args: argparse.Namespace, answers: dict[str, float]) -> Any:
+    if args.scorer == "arithmetic":
+        return kvtools.search.arithmetic(answers)
+    from kvtools import prm
+
+    return prm.from_pretrained(args.scorer, dtype=args.dtype, device=args.device)
+
+
+def rows_of(result: Any, pick: str) -> list[dict]:
+    best = result.best(pick, answer=kvtools.search.final_number)
+    return [
+        {
+            "question": question,
+            "best": None if best[i] is None else best[i].text,
+            "candidates": [
+                {"text": c.text, "scores": c.scores, "finished": c.finished}
+                for c in result.candidates[i]
+            ],
+            "trace": [dataclasses.asdict(e) for e in result.trace if e.question == i],
+        }
+        for i, question in enumerate(result.questions)
+    ]

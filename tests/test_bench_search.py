@@ -1,0 +1,147 @@
+"""The search benchmark on a few worked sums, and its trained scorer: they must not rot."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from models import Counter
+from rich.console import Console
+
+from kvtools import demo, search
+from kvtools.quality import Journal
+
+bench = pytest.importorskip("bench.search")
+from bench.probe import Probe, area  # noqa: E402
+from bench.problems import TASKS, Bytes, chance, two_steps, worked  # noqa: E402
+
+WORDS, SUMS = TASKS
+SCALE = bench.Scale(problems=3, pool=4, trained_on=6, batch=2, widths=(4,))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return SUMS.load()
+
+
+@pytest.fixture(scope="module")
+def result(policy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "search.json"
+    task = replace(SUMS, load=lambda: policy)
+    journal = Journal(path, {"commit": "1234567"})
+    bench.Bench(task, SCALE, journal).run(Console(quiet=True))
+    first = path.read_text()
+    resumed = Journal(path, {"commit": "1234567"})
+    lost = {"DVTS, trained, 4": resumed.cells[task.name].pop("DVTS, trained, 4")}
+    bench.Bench(task, SCALE, resumed).run(Console(quiet=True))
+    again = resumed.cells[task.name]["DVTS, trained, 4"]
+    assert again["right"] == lost["DVTS, trained, 4"]["right"], "the head is read back"
+    kept = json.loads(first)["cells"][task.name]
+    assert {k: v for k, v in resumed.cells[task.name].items() if k not in lost} == {
+        k: v for k, v in kept.items() if k not in lost
+    }
+    where = demo.where("cpu") | {"commit": "1234567", "dirty": False}
+    journal.cells[WORDS.name] = journal.cells[task.name]  # both policies in table and figure
+    journal.save(where=where, targets=bench.targets(journal.cells, 4))
+    return json.loads(path.read_text())
+
+
+def test_every_cell_is_measured(result):
+    cells = result["cells"][SUMS.name]
+    assert len(cells) == 3 + 3 * 3
+    samples = cells["samples"]
+    assert {len(rows) for rows in samples["right"].values()} == {4}
+    assert {len(x) for rows in samples["right"].values() for x in rows} == {3}
+    for n in range(4):
+        reached = samples["right"]["any"][n]
+        for name, rows in samples["right"].items():
+            assert all(a >= b for a, b in zip(reached, rows[n], strict=True)), name
+    assert samples["tokens"] == sorted(samples["tokens"])
+    for name, cell in cells.items():
+        if name.endswith(", 4"):
+            assert cell["tokens"] > 0 and cell["seconds"]["all"] >= cell["seconds"]["policy"]
+            assert (cell["encoded"] > 0) == ("trained" in name)
+    names = [x["name"] for x in result["targets"]]
+    assert len(names) == len(set(names)) == 2 * (1 + 9)
+
+
+def test_table_and_figure(result, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- search:begin -->\n<!-- search:end -->\n")
+    heads, *rows = found = bench.table(result["cells"], 4)
+    assert {len(row) for row in rows} == {len(heads)} and len(rows) == 2 * (1 + 7 + 9)
+    demo.rewrite(readme, "search", found, bench.caption(result))
+    assert "worked sums: beam, 4" in readme.read_text() and "1234567." in readme.read_text()
+    plots = pytest.importorskip("bench.plots", exc_type=ImportError)
+    plots.draw_search(result, tmp_path / "search.svg")
+    assert "trained scorer" in (tmp_path / "search.svg").read_text()
+
+
+@pytest.mark.parametrize("likelihood", [False, True])
+def test_probe_encodes_no_token_twice(policy, likelihood):
+    """A session over forks and rewinds gives what a fresh one gives, from the new tokens alone."""
+    model, tokenizer = policy
+    probe = Probe(model, tokenizer.encode, ",", likelihood=likelihood)
+    width = model.config.hidden_size + 2 * likelihood
+    probe.head = np.random.default_rng(0).normal(size=width + 1).astype(np.float32).tobytes()
+    question = "<AB7><CD3>\n?AB+CD="
+    with Counter(model) as seen:
+        session = probe.session(question, 3)
+        session.append(["AB7:07", "AB7:08", None])
+        session.gather([0, 2, 0, 1])
+        session.append(["CD3:10", "AB3:03", "CD4:11", None])
+        session.crop([1, 1, 2, 0])
+        margin, probability = session.append(["CD3:09", "CD7:10", None, "AB7:07"])
+    rows = [["AB7:07", "CD3:09"], ["AB3:03", "CD7:10"], ["AB7:07", "CD4:11"], ["AB7:07"]]
+    for row, x in zip(rows, margin, strict=True):
+        fresh = probe.session(question, 1)
+        for step in row:
+            want, _ = fresh.append([step])
+        torch.testing.assert_close(x[None], want, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(probability, margin.sigmoid())
+    assert session.tokens == len(question) + 2 * 6 + (2 * 7 + 6) + (2 * 7 + 6)
+    assert session.tokens <= sum(seen.forwards) <= session.tokens + 2, "but for padding"
+
+
+def test_probe_learns():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=generator) * 3 + 5
+    right = (x[:, 2] - x[:, 5] > 0).tolist()
+    probe = Probe(None, None, "")
+    probe.fit(x[:300], right[:300])
+    assert area(probe.margin(x[300:]), right[300:]) > 0.99
+    saved, other = probe.margin(x), Probe(None, None, "")
+    other.head = probe.head
+    torch.testing.assert_close(other.margin(x), saved)
+    assert area([1, 2, 3, 4], [False, True, False, True]) == 0.75
+
+
+@pytest.mark.parametrize("text,right", [
+    (" 5 + 7 = 12,", True), (" 7 + 5 = 12, then 12 - 2 = 10. The answer is 10", True),
+    (" 5 - 2 = 3, then 3 + 7 = 10.", True), (" 7 - 2 = 5, then 5 + 5 = 10.", True),
+    (" 5 + 7 = 13,", False), (" 5 + 2 = 7,", False), (" 5 + 7 = 12, then 12 - 5 = 7.", False),
+    (" 5 + 7 = 12, then 12 - 2 = 10, then 10 + 0 = 10", False), (" The answer is 10", True),
+    (" 5 + 7 = 12. The answer is 12", False), ("", True),
+])  # fmt: skip
+def test_two_steps(text, right):
+    question = "Q: 1 and 2\nA: 3\n\nQ: Tom has 5 coins and gets 7 more. Then Tom gives away 2.\nA:"
+    assert two_steps(question, text) is right
+    assert WORDS.truth(question) == 10
+
+
+def test_worked_sums():
+    (question,) = SUMS.questions(1, 3)
+    solution = worked(question)
+    assert SUMS.answer(solution) == SUMS.truth(question) is not None
+    assert SUMS.check(question, solution) and SUMS.check(question, solution[:7])
+    assert not SUMS.check(question, solution[:6] + "x")
+    assert Bytes().decode(Bytes().encode(question)) == question
+    assert SUMS.steps(Bytes()).done(solution)
+
+
+def test_chance_depends_on_the_text_alone():
+    texts = [["a,", "b"], ["a,", "c"]]
+    (a, b), (c, d) = chance("Q", texts)
+    assert a == c and b != d and all(0 < x < 1 for x in (a, b, d))
+    assert search.Candidate(scores=[a, b]).score("prod") == pytest.approx(a * b)
