@@ -53,8 +53,11 @@ def key_scores(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     (b, heads, s, d), (hq, w) = k_bhsd.shape, q_bhwd.shape[1:3]
-    mass_bhs = torch.empty(b, heads, s, dtype=torch.float32, device=k_bhsd.device)
-    low_bhs = torch.empty_like(mass_bhs, dtype=torch.int32)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=k_bhsd.device)
+
+    mass_bhs, low_bhs = empty(b, heads, s), empty(b, heads, s, dtype=torch.int32)
     if mass_bhs.numel() == 0:
         return mass_bhs, low_bhs
     # A tile has the heads of a query in consecutive rows, padded to a power of two.
@@ -64,7 +67,7 @@ def key_scores(
     rows = max(16, block_g, min(rows, triton.next_power_of_2(w) * block_g))
     tiles = triton.cdiv(w * block_g, rows)
     splits = min(MAX_SPLITS, triton.cdiv(s, keys), triton.cdiv(PROGRAMS, b * heads * max(tiles, 1)))
-    state = torch.empty(b * heads, splits, 3, tiles * rows, device=k_bhsd.device)
+    state = empty(b * heads, splits, 3, tiles * rows)
     window = Window(
         Heads(q_bhwd, *q_bhwd.stride()), Heads(k_bhsd, *k_bhsd.stride()), heads, hq // heads, w, s,
         sinks, scale, softcap or None, sliding or 2**31 - 1,
@@ -360,7 +363,8 @@ def compact_kv(
     for x in (k, v, k_scale, v_scale, position, importance, history):
         if x is not None:
             x, width = x.view(INTEGERS[x.itemsize]), x.shape[3] if x.dim() == 4 else 1
-            moved.append(Moved(paged(x), width, x.new_empty(n, heads, width)))
+            staged = torch.empty(n, heads, width, dtype=x.dtype, device=x.device)
+            moved.append(Moved(paged(x), width, staged))
     blocks = tuple(triton.next_power_of_2(x.width) for x in moved)
     for slot_nh, staging in ((source_nh, True), (target_nh, False)):
         _compact_kv_kernel[(triton.cdiv(n, MOVED), heads)](
