@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvtools import KVPages
+from kvtools.ops import NATIVE
 from kvtools.ops.evict import compact_kv, key_scores, select_victims
 
 
@@ -59,7 +60,7 @@ OPS = {
     "select_victims": (select_victims, topk),
     "compact_kv": (compact_kv, index_move),
 }
-RIVALS = ["auto", "reference", "eager"]
+RIVALS = [NATIVE[DEVICE], "reference", "eager"]
 
 
 def inputs(op, shape, dtype, device):

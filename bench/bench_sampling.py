@@ -1,10 +1,12 @@
 """One token per row from logits, with the filters people use."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
 
+from kvtools.ops import NATIVE
 from kvtools.ops.sampling import sample
 
 
@@ -56,17 +58,8 @@ def transformers(logits_bv, seed_b, position_b, temperature, top_k=0, top_p=1.0)
     return torch.multinomial(scores_bv.softmax(-1), 1)
 
 
-def reference(*args, **kwargs):
-    return sample(*args, **kwargs, impl="reference")
-
-
-def cpu(*args, **kwargs):
-    return sample(*args, **kwargs, impl="cpu")
-
-
-RIVALS = {"transformers": transformers, "reference": reference}
-if DEVICE == "cpu":
-    RIVALS["cpu"] = cpu
+RIVALS = {"transformers": transformers}
+RIVALS |= {impl: partial(sample, impl=impl) for impl in ("reference", NATIVE[DEVICE])}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

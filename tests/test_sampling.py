@@ -29,6 +29,11 @@ FILTERS = {
 filters = pytest.mark.parametrize("kwargs", FILTERS.values(), ids=FILTERS.keys())
 
 
+def interpreted(impl):
+    """Whether Triton's interpreter runs `impl`: some milliseconds a row, so fewer of them."""
+    return impl == "triton" and not torch.cuda.is_available()
+
+
 def make_rows(B, V, dtype, device, scale=3.0):
     generator = torch.Generator().manual_seed(B * 100_003 + V)
     logits_bv = (scale * torch.randn(B, V, generator=generator)).to(device, dtype)
@@ -141,7 +146,7 @@ def one_thread():
 def test_sample_frequencies(name, device, impl, one_thread):
     """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
     kwargs = FILTERS[name]
-    V, batch, draws = 1000, 500, 200_000
+    V, batch, draws = (1000, 500, 200_000) if not interpreted(impl) else (50, 100, 100)
     logits_1v, seed, _ = make_rows(1, V, torch.float32, device, scale=2.0)
     logits_bv = logits_1v.repeat(batch, 1)
     count_v = torch.zeros(V, dtype=torch.int64, device=device)
@@ -190,9 +195,10 @@ def test_filters_never_split_ties(device, impl):
         ({"min_p": 1.0}, {1, 4}),
         ({}, {0, 1, 2, 3, 4, 5}),
     ]
-    seed_b = torch.arange(2000, device=device)
+    B = 100 if interpreted(impl) else 2000
+    seed_b = torch.arange(B, device=device)
     for kwargs, expected in cases:
-        token_b, _, _ = sample(row.repeat(2000, 1), seed_b, seed_b, **kwargs, impl=impl)
+        token_b, _, _ = sample(row.repeat(B, 1), seed_b, seed_b, **kwargs, impl=impl)
         assert set(token_b.tolist()) == expected, kwargs
 
 
@@ -211,10 +217,12 @@ def test_shortcuts_do_not_show(guess, device, monkeypatch):
 
 @filters
 def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
-    args = make_rows(9, 4099, torch.float32, device)
+    B = 3 if interpreted(impl) else 9
+    args = make_rows(B, 4099, torch.float32, device)
     whole = sample(*args, **kwargs, impl=impl)
     order = torch.tensor([4, 8, 0, 3, 7, 1, 6, 2, 5], device=device)
-    for index in (order, order[:4], *torch.arange(9, device=device).split(1)):
+    order = order[order < B]
+    for index in (order, order[: B // 2], *torch.arange(B, device=device).split(1)):
         part = sample(*(x[index] for x in args), **kwargs, impl=impl)
         for ours, theirs in zip(part, whole, strict=True):
             assert torch.equal(ours, theirs[index])
@@ -222,7 +230,8 @@ def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
 
 @filters
 def test_implementations_agree(kwargs, device, impl):
-    for B, V, scale in ((40, 4099, 3.0), (6, 50_000, 4.0), (6, 50_000, 0.01)):
+    rows = (6, 1, 1) if interpreted(impl) else (40, 6, 6)
+    for B, V, scale in zip(rows, (4099, 50_000, 50_000), (3.0, 4.0, 0.01), strict=True):
         args = make_rows(B, V, torch.float32, device, scale)
         expected = sample(*args, **kwargs, impl="reference")
         actual = sample(*args, **kwargs, impl=impl)
@@ -233,7 +242,7 @@ def test_implementations_agree(kwargs, device, impl):
 
 def test_implementations_agree_at_the_boundary(device, impl):
     """top_p on the edge of a token: one unit of mass would keep one token more or fewer."""
-    B, V = 300, 500
+    B, V = 40 if interpreted(impl) else 300, 500
     logits_bv, seed_b, position_b = make_rows(B, V, torch.float32, device)
     mass_bv = reference._relative_mass(logits_bv.sort(descending=True).values).cumsum(-1)
     kept_b = torch.arange(B, device=device) % 50
@@ -250,6 +259,8 @@ def test_implementations_agree_at_the_boundary(device, impl):
 @pytest.mark.parametrize("B", [1, 2, 5])
 @filters
 def test_threads_do_not_show(B, kwargs, device, impl, one_thread):
+    if impl == "triton":
+        pytest.skip("runs no threads")
     args = make_rows(B, 4099, torch.bfloat16, device)
     expected = sample(*args, **kwargs, impl=impl)
     for threads in (2, 3):
@@ -259,14 +270,16 @@ def test_threads_do_not_show(B, kwargs, device, impl, one_thread):
 
 
 def test_noise_depends_on_seed_and_position(device, impl):
-    logits_bv = torch.zeros(512, 1000, device=device)
-    seed_b = torch.arange(512, device=device)
+    B = 64 if interpreted(impl) else 512
+    logits_bv = torch.zeros(B, 1000, device=device)
+    seed_b = torch.arange(B, device=device)
     zero_b = torch.zeros_like(seed_b)
     by_low, _, _ = sample(logits_bv, seed_b, zero_b, impl=impl)
     by_high, _, _ = sample(logits_bv, seed_b << 32, zero_b, impl=impl)
     by_position, _, _ = sample(logits_bv, zero_b, seed_b, impl=impl)
     for token_b in (by_low, by_high, by_position):
-        assert len(token_b.unique()) > 300  # 401 of 1,000 expected from 512 independent draws
+        # 401 of 1,000 expected from 512 independent draws, 62 from 64.
+        assert len(token_b.unique()) > 0.6 * B
     assert not torch.equal(by_low, by_high) and not torch.equal(by_low, by_position)
 
 
@@ -303,7 +316,7 @@ def test_parameters_per_row(device, impl):
 
 
 def test_greater_top_p_changes_a_token_only_if_it_was_filtered(device, impl):
-    B = 4000
+    B = 60 if interpreted(impl) else 4000
     logits_bv = make_rows(1, 1000, torch.float32, device)[0].repeat(B, 1)
     seed_b = torch.arange(B, device=device)
     tokens = [sample(logits_bv, seed_b, seed_b, top_p=p, impl=impl)[0] for p in (0.3, 0.6, 0.95)]
@@ -328,6 +341,23 @@ def test_rows_without_a_finite_maximum(device, impl):
             assert logprob_b[4:].isfinite().all()
         alone = sample(logits_bv[4:], seed_b[4:], position_b[4:], **kwargs, impl=impl)
         assert torch.equal(token_b[4:], alone[0])
+
+
+@filters
+def test_masked_and_huge_logits(kwargs, device, impl):
+    """As constrained decoding has them; and too great for fp64 to hold the noise beside them."""
+    logits_bv, seed_b, position_b = make_rows(5, 2500, torch.float32, device)
+    logits_bv[0, 20:] = -torch.inf
+    logits_bv[1, :2300] = torch.finfo(torch.float32).min
+    logits_bv[2, ::2] = -1e9
+    logits_bv[3] *= 1e15
+    logits_bv[4, 100:300] = 1e20
+    args = logits_bv, seed_b, position_b
+    expected = sample(*args, **kwargs, impl="reference")
+    actual = sample(*args, **kwargs, impl=impl)
+    assert torch.equal(actual[0], expected[0])
+    for ours, theirs in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kwargs", [FILTERS["none"], FILTERS["all"]], ids=["none", "all"])

@@ -88,7 +88,7 @@ def sample(
     args = rows, chunks, Candidates(size, empty(b, v), token)
     # Products must not be fused with sums: the mass is specified bit by bit.
     options = dict(num_warps=WARPS, enable_fp_fusion=False)
-    blocks = dict(BLOCK=min(chunk, BLOCK), BLOCK_N=triton.next_power_of_2(n))
+    blocks = dict(BLOCK=min(chunk, BLOCK), BLOCK_N=max(64, triton.next_power_of_2(n)))
     _scan_kernel[(b, n)](*args, CHUNK=chunk, **options)
     _collect_kernel[(b, triton.cdiv(n, SPAN.value))](*args, CHUNK=chunk, **blocks, **options)
     _finish_kernel[(b,)](*args, *out, **blocks, **options)
@@ -140,10 +140,10 @@ def _collect_kernel(
             peak = chunks.peak + row * chunks.n * PEAKS
             bound = _floor(peak, chunks.n * PEAKS, best, top_k, False, BLOCK)
         elif top_p < 1:
-            # Who has less than an equal share of what may be left out is left out. Masses are
-            # rounded, by half a unit at most; the factor is for what is not exact here.
+            # Who has less than an equal share of what may be left out is left out, and who has a
+            # mass of 0. Rounding adds half a unit at most; the factor is for what is inexact here.
             share = 0.999 * (1 - top_p) * total / rows.v - 0.5 * UNIT
-            bound = (best + tl.log(tl.maximum(share, 1e-300))).to(tl.float32)
+            bound = (best + tl.log(tl.maximum(share, 0.25 * UNIT))).to(tl.float32)
         bound = tl.maximum(bound, LOWEST)
         first = tl.program_id(1) * SPAN
         for at in range(first, tl.minimum(first + SPAN, chunks.n)):
