@@ -1,8 +1,8 @@
 """kvtools: generation of many samples from one prompt, for Hugging Face models and other servers.
 
 The prompt's KV cache is stored and read once, what rollouts keep is evicted and quantised,
-reasoning steps are scored without full logits. Importing this needs torch only; `generate`, `patch`
-and `Rollouts` need transformers.
+reasoning steps are scored without full logits. Importing this needs torch only; `generate`,
+`patch`, `Rollouts` and `search` need transformers.
 """
 
 from importlib import import_module

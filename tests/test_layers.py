@@ -86,7 +86,8 @@ def test_importing_the_door_registers_nothing():
 
 
 @pytest.mark.parametrize("missing,names", [
-    ("kvtools._host", ["KVCache", "generate", "Rollouts"]), ("transformers", ["generate", "patch"]),
+    ("kvtools._host", ["KVCache", "generate", "Rollouts", "search"]),
+    ("transformers", ["generate", "patch", "search"]),
 ])  # fmt: skip
 def test_what_is_missing_is_named(missing, names):
     code = (
