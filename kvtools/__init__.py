@@ -2,7 +2,7 @@
 
 The prompt's KV cache is stored and read once, what rollouts keep is evicted and quantised,
 reasoning steps are scored without full logits. Importing this needs torch only; `generate`,
-`patch`, `Rollouts` and `prm` need transformers.
+`patch`, `Rollouts`, `prm` and `search` need transformers.
 """
 
 from importlib import import_module

@@ -90,8 +90,8 @@ def test_importing_the_door_registers_nothing():
 
 
 @pytest.mark.parametrize("missing,names", [
-    ("kvtools._host", ["KVCache", "generate", "Rollouts", "PRM"]),
-    ("transformers", ["generate", "patch", "prm"]),
+    ("kvtools._host", ["KVCache", "generate", "Rollouts", "PRM", "search"]),
+    ("transformers", ["generate", "patch", "prm", "search"]),
 ])  # fmt: skip
 def test_what_is_missing_is_named(missing, names):
     code = (

@@ -342,6 +342,37 @@ def test_particle_gibbs_keeps_its_reference(seed):
         assert c.scores == score(c.text) and c.finished == "eos"
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_particle_gibbs_forks_off_its_reference(temperature):
+    """The reference is weighed as far as the others are, and its copies go on from there."""
+    n, iterations, length, grown = 6, 5, 4, []
+
+    def say(call, row, text, seed):
+        grown.append(call)
+        return f"s{chance(seed, text)}\n\n", text.count("\n\n") == length - 1
+
+    found = search.particle_gibbs(
+        Script(say), ["Q"], scorer_of(judged(3, 50)), STEPS, n=n, iterations=iterations,
+        temperature=temperature,
+    )  # fmt: skip
+    live = list(Counter(grown).values())
+    assert live == [n] * length + [n - 1] * length * (iterations - 1)
+    sweeps = [found.candidates[0][i : i + n] for i in range(0, n * iterations, n)]
+    events = [e for e in found.trace if "next" not in e.why]
+    forks = 0
+    for i, event in enumerate(events):
+        sweep, step = divmod(i, length)
+        assert event.step == i + 1
+        if sweep:
+            reference = sweeps[sweep][-1]
+            assert event.values[-1] == pytest.approx(reference.margins[step] / temperature)
+            assert event.kept[-1] == n - 1
+            forks += (n - 1) in event.kept[:-1] and step < length - 1
+    assert forks > 2
+    assert all(len(c.steps) == length for c in found.candidates[0])
+    assert len({c.text for c in found.candidates[0]}) > n * iterations / 2
+
+
 STRATEGIES = {
     "best_of_n": lambda *args, **how: search.best_of_n(*args, n=8, **how),
     "beam": lambda *args, **how: search.beam(*args, n=8, beam=4, **how),
@@ -582,21 +613,22 @@ def candidates(*pairs):
 
 
 def test_choose():
-    some = candidates(("a 1", 0.5), ("b 2", 0.6), ("c 2", 0.3), ("none", 0.99), ("d 1", 0.5))
+    some = candidates(("a 1", 0.5), ("b 2", 0.6), ("c 3", 0.2), ("d 3", 0.3), ("none", 0.99))
 
     def answer(text):
         return text[2:] if text[1:2] == " " else None
 
-    def chosen(how, **options):
+    def chosen(how, some=some, **options):
         return search.choose(some, how, answer=answer, **options).text
 
     assert search.choose(some).text == "none"
     assert chosen("max") == "b 2"
-    assert chosen("weighted") == "a 1"  # 1.0 against 0.9
-    assert chosen("majority") == "a 1"  # the first of equals
-    assert chosen("majority", reduce="min") == "a 1"
-    assert search.choose(some[1:3] + some[4:], "majority", answer=answer).text == "b 2"
-    assert search.choose(some[3:4], "weighted", answer=answer).text == "none"
+    assert chosen("weighted") == "b 2"
+    assert chosen("weighted", some + candidates(("e 1", 0.2))) == "a 1"
+    assert chosen("majority") == "d 3", "the best of its answer"
+    assert chosen("majority", some[:3]) == "a 1", "the first of equals"
+    assert chosen("majority", reduce="max") == "c 3"
+    assert chosen("weighted", some[4:]) == "none"
     assert search.choose([]) is None
     for how, match in (("best", "one of max"), ("majority", "needs answer=")):
         with pytest.raises(ValueError, match=match):
