@@ -347,7 +347,8 @@ def test_plans_take_turns_in_reserved_tensors(impl):
         held.copy_(case.plan)
         actual = kvtools.tree_attention(q, position, case.pages, held, impl=impl)
         for x, y, nothing in zip(actual, expected, (0, -torch.inf), strict=True):
-            assert torch.equal(x[: len(y)], y) and (x[len(y) :] == nothing).all()
+            torch.testing.assert_close(x[: len(y)], y)  # tiles may differ
+            assert (x[len(y) :] == nothing).all()
     with pytest.raises(ValueError, match=r"reserve\(page="):
         small.plan.copy_(large.plan)
     with pytest.raises(ValueError, match="no pages"):
@@ -389,7 +390,7 @@ def test_tree_attention_in_a_graph():
         graph.replay()
         expected = kvtools.tree_attention(q[:active], position[:active], pages, fresh)
         for x, y in zip(captured, expected, strict=True):
-            assert torch.equal(x[:active], y)
+            torch.testing.assert_close(x[:active], y)
         assert (captured[0][active:] == 0).all()
 
 

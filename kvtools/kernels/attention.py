@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .format import (
     FLOAT,
-    Content,
     Paged,
     Rows,
     block_d,
@@ -43,11 +42,10 @@ PLANES = {FLOAT: 0, 3: 2, 6: 2}  # of codes, one for other formats
 TUNED: dict[str, dict[str, int]] = {}
 
 
-class State(NamedTuple):
-    """An attention result: out, and lse [tokens, heads]."""
+class Sums(NamedTuple):
+    """Log-sum-exps [tokens, heads] with any strides."""
 
-    out: Rows
-    lse_ptr: Any
+    ptr: Any
     stride_t: int
     stride_h: int
 
@@ -67,11 +65,10 @@ class Work(NamedTuple):
 
 
 class Mask(NamedTuple):
-    """What a query sees: positions [t] of queries and of what is kept elsewhere, and of keys."""
+    """What a query sees: positions [t] of queries, and of what is kept elsewhere."""
 
     query: Any
     before: Any
-    key: Paged | None
     sliding: int
 
 
@@ -107,34 +104,38 @@ def tree_attention(
         q_thd = rotated
     q = Rows(q_thd, *q_thd.stride())
     work = Work(page_indptr, page, first, length, base, own, token_indptr, token, item)
-    mask = Mask(position_t, before_t, paged(position), sliding or 2**31 - 1)
+    mask = Mask(position_t, before_t, sliding or 2**31 - 1)
     softcap = softcap or None
     k_dtype, v_dtype = _triton_dtype(k_dtype), _triton_dtype(v_dtype)
     reads = dict(shape, K_FORMAT=k_format, K_DTYPE=k_dtype, PAGE_SIZE=page_size)
-    keys = content(k, k_scale)
+    # Flat tuples only: Triton 3.6 mistakes tuples in tuples inside loops.
+    keys = (*content(k, k_scale), paged(position))
 
     out_phd, lse_ph = scratch(len(part), hq, d), scratch(len(part), hq)
     seen_ph = scratch(len(part), heads, dtype=torch.int32) if tracks else None
     if len(item):
         _attend_kernel[(len(item), heads)](
-            q, mask, work, keys, content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
+            q, mask, work, *keys, *content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
             **reads, V_FORMAT=v_format, V_DTYPE=v_dtype,
             **_blocks(t * hq // heads, d, tl.float32 in (k_dtype, v_dtype), planes),
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
-    state = None
+    state = state_sum = None
     if state_out is not None:
-        state = State(Rows(state_out, *state_out.stride()), state_lse, *state_lse.stride())
+        state, state_sum = (
+            Rows(state_out, *state_out.stride()),
+            Sums(state_lse, *state_lse.stride()),
+        )
     _merge_parts_kernel[(t, heads)](
-        out_phd, lse_ph, seen_ph, part_indptr, part, state,
+        out_phd, lse_ph, seen_ph, part_indptr, part, state, state_sum,
         None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()),
         lse_th, mean_th, **shape, V_FORMAT=v_format,
         BLOCK_P=max(1, 8192 // (triton.next_power_of_2(hq // heads) * block_d(d))),
     )  # fmt: skip
     if tracks and len(item):
         _track_kernel[(len(item), heads)](
-            q, mask, work, keys, paged(importance), paged(history), lse_th, mean_th, scale, softcap,
-            window, **reads, ALL=group == "all", BLOCK_N=32,
+            q, mask, work, *keys, paged(importance), paged(history), lse_th, mean_th, scale,
+            softcap, window, **reads, ALL=group == "all", BLOCK_N=32,
         )  # fmt: skip
     return out_thd, lse_th
 
@@ -157,12 +158,12 @@ def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
     arch, kind = capability(), "wide" if wide else ("plain", "coded", "planes")[planes]
     sizes = TUNED.get(f"sm_{arch} {kind} {block_d(d)}")
     if sizes is None:  # what leaves no register short: see `make resources`
-        m, n, warps = 64, 32 if planes else 64, 8
-        if wide:
-            m, n, warps = 16, 16, 4
+        m, n, warps = 64, 32, 8
+        if wide or (d > 128 and planes):
+            m, n, warps = 16, 16, 4 if d <= 128 or planes else 8
         elif d > 128:
-            m, n, warps = ((32, 32, 8), (32, 16, 4), (16, 16, 4))[planes]
-        elif arch < 90:
+            m, n, warps = 32, 32, 8
+        elif arch < 90 or rows <= 16:
             m, n, warps = 32, 32, 4
         sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
     return {**sizes, "BLOCK_M": 16} if rows <= 16 else sizes
@@ -228,18 +229,19 @@ def _last(mask: Mask, token):
 
 
 @triton.jit
-def _key(mask: Mask, in_order, page, head, offset, live):
+def _key(position: Paged, in_order, page, head, offset, live):
     """True positions of keys; after every query where not `live`."""
     key = in_order
-    if mask.key is not None:
-        key = tl.load(mask.key.ptr + slot_start(mask.key, page, head, offset), mask=live, other=0)
+    if position is not None:
+        key = tl.load(position.ptr + slot_start(position, page, head, offset), mask=live, other=0)
     return tl.where(live, key, 2**31 - 1)
 
 
 @triton.jit
 def _attend_tile(
     row0, rows, head, node, token_begin, part, begin, end, q: Rows, mask: Mask, work: Work,
-    k: Content, v: Content, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads,
+    k: Paged, k_scale: Paged, position: Paged, v: Paged, v_scale: Paged, out_ptr, lse_ptr, seen_ptr,
+    scale, softcap, heads,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
     K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, V_FORMAT: tl.constexpr, V_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -263,12 +265,12 @@ def _attend_tile(
         slot = start + tl.arange(0, BLOCK_N)
         live = slot < end
         page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
-        x_k = load_tile(k.x, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
-        k_scale = None
+        x_k = load_tile(k, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
+        x_scale = None
         if K_FORMAT != 0:
-            k_scale = load_scale(k.scale, page, head, offset, live)
-        x = _logits(x_q, x_k, k_scale, scale, softcap)
-        key = _key(mask, base + slot, page, head, offset, live)[None, :]
+            x_scale = load_scale(k_scale, page, head, offset, live)
+        x = _logits(x_q, x_k, x_scale, scale, softcap)
+        key = _key(position, base + slot, page, head, offset, live)[None, :]
         visible = (key <= last[:, None]) & (query[:, None] - key < mask.sliding)
         x = tl.where(visible, x, float("-inf"))
         if seen_ptr is not None:
@@ -281,12 +283,12 @@ def _attend_tile(
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = peak
         if V_FORMAT != 0:
-            v_scale = load_scale(v.scale, page, head, offset, live)
-            greatest = tl.maximum(unit, tl.max(v_scale, 0))
+            p_scale = load_scale(v_scale, page, head, offset, live)
+            greatest = tl.maximum(unit, tl.max(p_scale, 0))
             alpha *= unit / greatest
             unit = greatest
-            p *= (v_scale / greatest)[None, :]
-        x_v = load_tile(v.x, page, head, offset, live, V_FORMAT, D, BLOCK_D, V_DTYPE)
+            p *= (p_scale / greatest)[None, :]
+        x_v = load_tile(v, page, head, offset, live, V_FORMAT, D, BLOCK_D, V_DTYPE)
         acc = dot(p.to(V_DTYPE), x_v, acc * alpha[:, None])
 
     total = tl.where(l_i == 0, 1.0, l_i)
@@ -307,8 +309,9 @@ def _attend_tile(
 
 @triton.jit
 def _attend_kernel(
-    q: Rows, mask: Mask, work: Work, k: Content, v: Content, out_ptr, lse_ptr, seen_ptr, scale,
-    softcap, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
+    q: Rows, mask: Mask, work: Work, k: Paged, k_scale: Paged, position: Paged, v: Paged,
+    v_scale: Paged, out_ptr, lse_ptr, seen_ptr, scale, softcap,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
     K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, V_FORMAT: tl.constexpr, V_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -322,23 +325,23 @@ def _attend_kernel(
     if rows <= SMALL_M:
         if rows > 0:
             _attend_tile(
-                0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, v, out_ptr,
-                lse_ptr, seen_ptr, scale, softcap, heads, G, D, BLOCK_D, K_FORMAT, K_DTYPE,
-                PAGE_SIZE, V_FORMAT, V_DTYPE, SMALL_M, BLOCK_N,
+                0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, k_scale,
+                position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads, G, D,
+                BLOCK_D, K_FORMAT, K_DTYPE, PAGE_SIZE, V_FORMAT, V_DTYPE, SMALL_M, BLOCK_N,
             )  # fmt: skip
     else:
         for row0 in range(0, rows, BLOCK_M):
             _attend_tile(
-                row0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, v, out_ptr,
-                lse_ptr, seen_ptr, scale, softcap, heads, G, D, BLOCK_D, K_FORMAT, K_DTYPE,
-                PAGE_SIZE, V_FORMAT, V_DTYPE, BLOCK_M, BLOCK_N,
+                row0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, k_scale,
+                position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads, G, D,
+                BLOCK_D, K_FORMAT, K_DTYPE, PAGE_SIZE, V_FORMAT, V_DTYPE, BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
 def _merge_parts_kernel(
-    part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: State, sink_ptr, out: Rows,
-    lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: Rows, state_sum: Sums,
+    sink_ptr, out: Rows, lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     V_FORMAT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """A token and a KV head: its partial results, what is kept elsewhere and the sink in one."""
@@ -379,10 +382,10 @@ def _merge_parts_kernel(
     if V_FORMAT != 0:
         acc = rotate_back(acc, D)
     if state is not None:
-        ptr = state.lse_ptr + token * state.stride_t + head_g * state.stride_h
+        ptr = state_sum.ptr + token * state_sum.stride_t + head_g * state_sum.stride_h
         lse, weight, other = merge_weights(lse, tl.load(ptr, mask=g < G, other=float("-inf")))
-        start = token * state.out.stride_t + head_g * state.out.stride_h
-        ptr = state.out.ptr + start[:, None] + column[None, :] * state.out.stride_d
+        start = token * state.stride_t + head_g * state.stride_h
+        ptr = state.ptr + start[:, None] + column[None, :] * state.stride_d
         x = tl.load(ptr, mask=mask & (other > 0)[:, None], other=0).to(tl.float32)
         acc = acc * weight[:, None] + x * other[:, None]
     if sink_ptr is not None:
@@ -403,7 +406,8 @@ def _merge_parts_kernel(
 
 @triton.jit
 def _track_kernel(
-    q: Rows, mask: Mask, work: Work, k: Content, importance: Paged, history: Paged, lse_ptr,
+    q: Rows, mask: Mask, work: Work, k: Paged, k_scale: Paged, position: Paged, importance: Paged,
+    history: Paged, lse_ptr,
     mean_ptr, scale, softcap, window, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     K_FORMAT: tl.constexpr, K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, ALL: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -427,11 +431,11 @@ def _track_kernel(
         slot = start + tl.arange(0, BLOCK_N)
         live = slot < end
         page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
-        x_k = load_tile(k.x, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
-        k_scale = None
+        x_k = load_tile(k, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
+        x_scale = None
         if K_FORMAT != 0:
-            k_scale = load_scale(k.scale, page, head, offset, live)
-        key = _key(mask, base + slot, page, head, offset, live)[None, :]
+            x_scale = load_scale(k_scale, page, head, offset, live)
+        key = _key(position, base + slot, page, head, offset, live)[None, :]
         received = tl.zeros([BLOCK_N], tl.float32)
         for c in range(token_begin, token_end):
             token = tl.load(work.token + c)
@@ -443,7 +447,7 @@ def _track_kernel(
             query, last = _last(mask, token_g)
             past = key <= last[:, None]
             lse = tl.load(lse_ptr + at, mask=g < G, other=0)
-            x = _logits(x_q, x_k, k_scale, scale, softcap)
+            x = _logits(x_q, x_k, x_scale, scale, softcap)
             p = tl.exp(x - lse[:, None])
             visible = past & (query[:, None] - key < mask.sliding) & (g < G)[:, None]
             p = tl.where(visible, p, 0.0)
