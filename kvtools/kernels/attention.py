@@ -159,10 +159,10 @@ def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
     sizes = TUNED.get(f"sm_{arch} {kind} {block_d(d)}")
     if sizes is None:  # what leaves no register short: see `make resources`
         m, n, warps = 64, 32, 8
-        if wide or (d > 128 and planes):
-            m, n, warps = 16, 16, 4 if d <= 128 or planes else 8
+        if wide:
+            m, n, warps = 16, 16, 4 if d <= 128 else 8
         elif d > 128:
-            m, n, warps = 32, 32, 8
+            m, n, warps = (16, 16, 4) if planes else (32, 32, 8)
         elif arch < 90 or rows <= 16:
             m, n, warps = 32, 32, 4
         sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
