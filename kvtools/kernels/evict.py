@@ -28,17 +28,13 @@ class Heads(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The last w queries of a sequence, all its keys, and what of these a query sees."""
+    """The last w queries of a sequence of s keys, and what of these they see."""
 
-    q: Heads
-    k: Heads
     heads: int
     group: int
     w: int
     s: int
     sinks: int
-    scale: float
-    softcap: float | None
     sliding: int
 
 
@@ -68,26 +64,26 @@ def key_scores(
     tiles = triton.cdiv(w * block_g, rows)
     splits = min(MAX_SPLITS, triton.cdiv(s, keys), triton.cdiv(PROGRAMS, b * heads * max(tiles, 1)))
     state = empty(b * heads, splits, 3, tiles * rows)
-    window = Window(
-        Heads(q_bhwd, *q_bhwd.stride()), Heads(k_bhsd, *k_bhsd.stride()), heads, hq // heads, w, s,
-        sinks, scale, softcap or None, sliding or 2**31 - 1,
+    args = (
+        Heads(q_bhwd, *q_bhwd.stride()), Heads(k_bhsd, *k_bhsd.stride()),
+        Window(heads, hq // heads, w, s, sinks, sliding or 2**31 - 1), scale, softcap or None,
     )  # fmt: skip
     # Both kernels must see the same scores, lest equal keys differ: no product is fused in one.
     options = dict(D=d, BLOCK_D=min(block_d(d), columns), BLOCK_G=block_g, ROWS=rows, KEYS=keys,
                    num_warps=warps, num_stages=2, enable_fp_fusion=False)  # fmt: skip
     if tiles:
-        _window_kernel[(b * heads, tiles, splits)](window, state, **options)
+        _window_kernel[(b * heads, tiles, splits)](*args, state, **options)
     _key_scores_kernel[(b * heads, triton.cdiv(s, keys))](
-        window, state, None if sink_h is None else sink_h.contiguous(), mass_bhs, low_bhs, tiles,
-        splits, **options, BLOCK_SPLITS=triton.next_power_of_2(splits), ALL=group == "all",
+        *args, state, None if sink_h is None else sink_h.contiguous(), mass_bhs, low_bhs, tiles,
+        splits, **options, ALL=group == "all", BLOCK_SPLITS=triton.next_power_of_2(splits),
     )  # fmt: skip
     return mass_bhs, low_bhs
 
 
 @triton.jit
 def _window_kernel(
-    window: Window, state_ptr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q: Heads, k: Heads, window: Window, scale, softcap, state_ptr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """For each row of a tile, over a split of the keys: the peak of the scores x, the sum of
     e^(x - peak), and the part of it that is beyond the sinks."""
@@ -97,7 +93,9 @@ def _window_kernel(
     total, beyond = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     share = tl.cdiv(tl.cdiv(window.s, KEYS), splits) * KEYS
     for start in range(split * share, tl.minimum((split + 1) * share, window.s), KEYS):
-        x, _, key = _score(window, head, tile, start, D, BLOCK_D, BLOCK_G, ROWS, KEYS)
+        x, _, key = _score(
+            q, k, window, scale, softcap, head, tile, start, D, BLOCK_D, BLOCK_G, ROWS, KEYS
+        )
         before, peak = peak, tl.maximum(peak, tl.max(x, 1))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
         keep, e = tl.exp(before - safe), tl.exp(x - safe[:, None])
@@ -111,16 +109,18 @@ def _window_kernel(
 
 @triton.jit
 def _key_scores_kernel(
-    window: Window, state_ptr, sink_ptr, mass_ptr, low_ptr, tiles, splits, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, ALL: tl.constexpr,
+    q: Heads, k: Heads, window: Window, scale, softcap, state_ptr, sink_ptr, mass_ptr, low_ptr,
+    tiles, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, ALL: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Mass and low counts of KEYS keys of a KV head."""
     QUERIES: tl.constexpr = ROWS // BLOCK_G
     head, start = tl.program_id(0), tl.program_id(1) * KEYS
     mass, low = tl.zeros([KEYS], tl.float32), tl.zeros([KEYS], tl.int32)
     for tile in range(tiles):
-        x, now, key = _score(window, head, tile, start, D, BLOCK_D, BLOCK_G, ROWS, KEYS)
+        x, now, key = _score(
+            q, k, window, scale, softcap, head, tile, start, D, BLOCK_D, BLOCK_G, ROWS, KEYS
+        )
         live = now >= 0
         split = tl.arange(0, BLOCK_SPLITS)[:, None]
         at = _state(state_ptr, head, split, splits, tile, tiles, ROWS)
@@ -155,8 +155,8 @@ def _key_scores_kernel(
 
 @triton.jit
 def _score(
-    window: Window, head, tile, start, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    q: Heads, k: Heads, window: Window, scale, softcap, head, tile, start, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile of queries and KEYS keys, -inf where a key is not seen; positions of the
     queries, -1 where there is none, and of the keys."""
@@ -164,23 +164,21 @@ def _score(
     query, g = tile * (ROWS // BLOCK_G) + row // BLOCK_G, row % BLOCK_G
     live = (query < window.w) & (g < window.group)
     b, h = (head // window.heads).to(tl.int64), (head % window.heads).to(tl.int64)
-    q_start = b * window.q.stride_b + (h * window.group + g) * window.q.stride_h
-    q_start += query.to(tl.int64) * window.q.stride_t
-    k_start = b * window.k.stride_b + h * window.k.stride_h
-    k_start += key.to(tl.int64) * window.k.stride_t
+    q_start = q.ptr + b * q.stride_b + (h * window.group + g) * q.stride_h
+    q_start += query.to(tl.int64) * q.stride_t
+    k_start = k.ptr + b * k.stride_b + h * k.stride_h + key.to(tl.int64) * k.stride_t
     x = tl.zeros([ROWS, KEYS], tl.float32)
     for d in tl.static_range(0, D, BLOCK_D):
-        column = d + tl.arange(0, BLOCK_D)
-        q_at = window.q.ptr + q_start[:, None] + column[None, :] * window.q.stride_d
-        k_at = window.k.ptr + k_start[:, None] + column[None, :] * window.k.stride_d
-        q = tl.load(q_at, mask=live[:, None] & (column < D)[None, :], other=0.0)
-        k = tl.load(k_at, mask=(key < window.s)[:, None] & (column < D)[None, :], other=0.0)
-        if q.dtype != k.dtype:
-            q, k = q.to(tl.float32), k.to(tl.float32)
-        x = dot(q, tl.trans(k), x)
-    x *= window.scale
-    if window.softcap is not None:
-        x = tanh(x / window.softcap) * window.softcap
+        column = d + tl.arange(0, BLOCK_D)[None, :]
+        q_mask, k_mask = live[:, None] & (column < D), (key < window.s)[:, None] & (column < D)
+        x_q = tl.load(q_start[:, None] + column * q.stride_d, mask=q_mask, other=0.0)
+        x_k = tl.load(k_start[:, None] + column * k.stride_d, mask=k_mask, other=0.0)
+        if x_q.dtype != x_k.dtype:
+            x_q, x_k = x_q.to(tl.float32), x_k.to(tl.float32)
+        x = dot(x_q, tl.trans(x_k), x)
+    x *= scale
+    if softcap is not None:
+        x = tanh(x / softcap) * softcap
     now = tl.where(live, window.s - window.w + query, -1)
     visible = key[None, :] <= now[:, None]
     visible &= now[:, None] - key[None, :] < window.sliding
@@ -205,11 +203,8 @@ def _merge(at, stride, mask):
 
 
 class Candidates(NamedTuple):
-    """What tokens [n, h, s] are compared by, and what protects those of each row."""
+    """Tokens [n, heads, s], and what protects those of each row."""
 
-    score: Paged
-    tie: Paged
-    position: Paged
     below: Any
     start: Any
     heads: int
@@ -230,36 +225,37 @@ def select_victims(
     index_nhm = torch.empty(n, h, count, dtype=torch.int32, device=position_nhs.device)
     if index_nhm.numel() == 0:
         return index_nhm
-    candidates = Candidates(
-        paged(score_nhs), paged(tie_nhs), paged(position_nhs), protect_below_n.contiguous(),
-        protect_from_n.contiguous(), h, s,
+    args = (
+        paged(score_nhs), paged(tie_nhs), paged(position_nhs),
+        Candidates(protect_below_n.contiguous(), protect_from_n.contiguous(), h, s),
     )  # fmt: skip
     words = 4 if 8 in (score_nhs.itemsize, tie_nhs.itemsize) else 2
     key = torch.empty(n * h, words, s, dtype=torch.int64, device=index_nhm.device)
     order = torch.empty(n * h, s, dtype=torch.int32, device=index_nhm.device)
     tile = min(TILE, max(STEP, triton.next_power_of_2(s)))
     grid, options = (n * h, triton.cdiv(s, tile)), dict(WORDS=words, TILE=tile)
-    _sort_tile_kernel[grid](candidates, key, order, **options, STEP=STEP, num_warps=8)
+    _sort_tile_kernel[grid](*args, key, order, **options, STEP=STEP, num_warps=8)
     _merge_tiles_kernel[grid](key, order, index_nhm, s, count, **options)
     return index_nhm
 
 
 @triton.jit
 def _sort_tile_kernel(
-    candidates: Candidates, key_ptr, order_ptr, WORDS: tl.constexpr, TILE: tl.constexpr,
-    STEP: tl.constexpr,
+    score: Paged, tie: Paged, position: Paged, candidates: Candidates, key_ptr, order_ptr,
+    WORDS: tl.constexpr, TILE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The keys of a tile of candidates in order, and where they were."""
     head, begin = tl.program_id(0), tl.program_id(1) * TILE
     end = tl.minimum(begin + TILE, candidates.s)
     i = begin + tl.arange(0, TILE)
-    key = _key(candidates, head, i[:, None], WORDS)
+    key = _key(score, tie, position, candidates, head, i[:, None], WORDS)
     rank = tl.zeros([TILE], tl.int32)
     for start in range(begin, end, STEP):
         j = start + tl.arange(0, STEP)
-        before = _precede(_key(candidates, head, j[None, :], WORDS), key, j[None, :] < i[:, None])
-        rank += tl.sum((before & (j < end)[None, :]).to(tl.int32), 1)
-    key = _key(candidates, head, i, WORDS)
+        other = _key(score, tie, position, candidates, head, j[None, :], WORDS)
+        before = _precede(other, key, j[None, :] < i[:, None]) & (j < end)[None, :]
+        rank += tl.sum(before.to(tl.int32), 1)
+    key = _key(score, tie, position, candidates, head, i, WORDS)
     for word in tl.static_range(WORDS):
         start = (head.to(tl.int64) * WORDS + word) * candidates.s + begin
         tl.store(key_ptr + start + rank, key[word], mask=i < end)
@@ -308,21 +304,22 @@ def _precede(a, b, equal):
 
 
 @triton.jit
-def _key(candidates: Candidates, head, s, WORDS: tl.constexpr):
+def _key(
+    score: Paged, tie: Paged, position: Paged, candidates: Candidates, head, s, WORDS: tl.constexpr
+):
     """What candidates are compared by, in int64: words, the first of which counts most."""
     n, h = (head // candidates.heads).to(tl.int64), head % candidates.heads
     mask = s < candidates.s
-    score = _ordered(candidates.score, n, h, s, mask)
-    tie = _ordered(candidates.tie, n, h, s, mask)
-    position = _ordered(candidates.position, n, h, s, mask)
-    empty = position == EMPTY
-    protected = (position >= tl.load(candidates.start + n)) & ~empty
-    protected |= position < tl.load(candidates.below + n)
+    at = _ordered(position, n, h, s, mask)
+    empty = at == EMPTY
+    protected = (at >= tl.load(candidates.start + n)) & ~empty
+    protected |= at < tl.load(candidates.below + n)
     first = protected.to(tl.int64) - empty.to(tl.int64)
+    second, third = _ordered(score, n, h, s, mask), _ordered(tie, n, h, s, mask)
     if WORDS == 2:
-        return (first << 32) + score, (tie << 32) + position
+        return (first << 32) + second, (third << 32) + at
     else:
-        return first, score, tie, position
+        return first, second, third, at
 
 
 @triton.jit
