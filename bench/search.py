@@ -303,8 +303,9 @@ def caption(result: dict) -> str:
     return " ".join([
         "Word problems: SmolLM2-135M-Instruct, bfloat16, temperature 0.8; worked sums: the "
         "byte-level model, float32, temperature 1.9. Answers that are right, tokens generated and "
-        "encoded by the scorer per problem, seconds per problem for all of it. The trained scorer is a "
-        "logistic head on hidden states of the policy, of worked sums with its log-probabilities.",
+        "encoded by the scorer per problem, seconds per problem for all of it. The trained scorer "
+        "is a logistic head on the policy's hidden states; that of worked sums sees "
+        "log-probabilities too.",
         "; ".join(kinds) + ".",
         f"{where['device']}, {where['threads']} threads, torch {where['torch']}, transformers "
         f"{where['transformers']}, commit {result['commit']}.",
