@@ -163,7 +163,9 @@ def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
             m, n, warps = 16, 16, 4 if d <= 128 else 8
         elif d > 128:
             m, n, warps = (16, 16, 4) if planes else (32, 32, 8)
-        elif arch < 90 or rows <= 16:
+        elif rows <= 16:
+            m, n, warps = 16, 32 if planes == 2 else 64, 4
+        elif arch < 90:
             m, n, warps = 32, 32, 4
         sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
     return {**sizes, "BLOCK_M": 16} if rows <= 16 else sizes
