@@ -1,7 +1,7 @@
 """What the Triton kernels take of a GPU, read from binaries compiled for it on any machine.
 
 Every kernel is compiled as its launcher would launch it, for each architecture. None may spill, but
-for a case that is named, or ask for more shared memory than there is, and a product of matrices must
+for a case that is named, or ask for more shared memory than there is, and products of matrices must
 be on tensor cores.
 """
 
