@@ -494,7 +494,7 @@ def test_memory_is_the_prompts_and_the_suffixes():
             token = 2 * 2 * 3 * 64 * 2  # layers, K and V, heads, D, bytes
             assert (memory["prefix"], memory["suffix"]) == (2000 * token, 64 * 128 * token)
             assert memory["metadata"] < 0.015 * memory["total"]  # 8,192 query tokens in the plan
-    assert total[4, None] <= 0.28 * total[16, None]
+    assert total[4, None] <= 0.285 * total[16, None]
     copies = 64 * 16 * 2 * 2 * 3 * (64 + 2)  # rows, slots, layers, K and V, heads, bytes
     assert 0 <= total[4, 8] - total[4, None] - copies <= 64 * 16 * 4 + 64 * 1024
 
