@@ -42,8 +42,8 @@ demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plai
 test: ext $(MODEL) ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
 
-sanitize: $(PACKAGE) ## the compiled parts' tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	@KVTOOLS_SANITIZE=1 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+sanitize: $(PACKAGE) ## the compiled parts' tests under sanitizers; CUDA kernels run on the CPU (KVTOOLS_CUDA=0: not)
+	@KVTOOLS_SANITIZE=1 KVTOOLS_CUDA=$${KVTOOLS_CUDA-host} $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@cd build/sanitize/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
 		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k "not triton" $(ARGS)

@@ -4,16 +4,21 @@
 - `kvtools._C`, the kernels, registered through torch's stable ABI. It needs the headers of an
   installed torch, so an isolated build leaves it out.
 
-KVTOOLS_EXT=0 leaves both out and gives a pure-Python install. KVTOOLS_SANITIZE=1 builds them with
-AddressSanitizer and UndefinedBehaviorSanitizer.
+KVTOOLS_EXT=0 leaves both out and gives a pure-Python install. KVTOOLS_CUDA=1 compiles csrc/cuda
+with nvcc into `_C`, the default where there is nvcc and a CUDA build of torch; 0 leaves it out;
+`host` compiles it for the CPU, for tests (csrc/testing). KVTOOLS_SANITIZE=1 builds what is for the
+CPU with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import sysconfig
 import tempfile
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -30,15 +35,36 @@ if platform.machine() in ("x86_64", "AMD64"):
         *ISAS["avx2"],
     ]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
+# The architectures of csrc/cuda, and PTX of the last for those to come.
+ARCHS = ("80", "90a", "100", "120")
 FLAGS, SANITIZERS = ["-std=c++17", "-O3", "-g1", "-Wall"], []
 if os.environ.get("KVTOOLS_SANITIZE", "0") == "1":
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     FLAGS += ["-O1", *SANITIZERS]
-HEADERS = [*map(str, sorted(Path("csrc").rglob("*.h"))), "setup.py"]
+HEADERS = sorted(Path("csrc").rglob("*.h"))
 
 
-def sources(folder: str) -> list[str]:
-    return sorted(map(str, Path("csrc", folder).glob("*.cpp")))
+def sources(folder: str, suffix: str = "cpp") -> list[str]:
+    return sorted(map(str, Path("csrc", folder).glob(f"*.{suffix}")))
+
+
+def cuda_of(version: str | None) -> tuple[str, Path | None]:
+    """How csrc/cuda is built, as KVTOOLS_CUDA says, and where CUDA is; `version` is torch's."""
+    wanted, nvcc = os.environ.get("KVTOOLS_CUDA", "auto"), shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent]
+    homes = [Path(x) for x in (*homes, "/usr/local/cuda") if x]
+    home = next((x for x in homes if Path(x, "include", "cuda_fp16.h").exists()), None)
+    if wanted not in ("auto", "0", "1", "host"):
+        sys.exit(f"kvtools: KVTOOLS_CUDA={wanted}: expected 0, 1 or host")
+    if wanted == "auto":
+        wanted = "1" if version and home else "0"
+        if version and not home:
+            print("kvtools: nvcc is not here, so without impl='cuda'", file=sys.stderr)
+    elif wanted != "0" and not home:
+        sys.exit(
+            "kvtools: nvcc is missing: install CUDA's toolkit, set CUDA_HOME, or KVTOOLS_CUDA=0"
+        )
+    return wanted, home
 
 
 def extensions() -> dict:
@@ -76,7 +102,39 @@ def extensions() -> dict:
                         extra_postargs=[*FLAGS, *options],
                     )
                 ]
+                if cuda == "host":
+                    # g++ must be told that they are C++, and by which calls accesses are seen.
+                    ext.extra_objects += self.compile_each(
+                        sources("cuda", "cu"), [os.environ.get("CXX", "g++"), "-std=c++17", "-O1"],
+                        ["-fPIC", "-g1", "-Wall", "-fsanitize=thread", "-ffp-contract=off",
+                         "-isystem", f"{home}/include", "-xc++"],
+                    )  # fmt: skip
+                elif cuda == "1":
+                    codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in ARCHS]
+                    codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(ARCHS[-1]))
+                    ext.extra_objects += self.compile_each(
+                        sources("cuda", "cu"), [f"{home}/bin/nvcc", "-std=c++17", "-O3", *codes],
+                        ["-fmad=false", "-lineinfo", "-Xcompiler=-fPIC", "-Xptxas=-v"],
+                    )  # fmt: skip
             super().build_extension(ext)
+
+        def compile_each(self, files: list[str], command: list[str], flags: list[str]) -> list[str]:
+            """What is said of each goes to a .log beside its object."""
+
+            def compile(source: str) -> str:
+                target = Path(self.build_temp, "cuda", Path(source).stem + ".o")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if stale(str(target), source):
+                    run = [*command, *flags, "-c", source, "-o", str(target)]
+                    result = subprocess.run(run, capture_output=True, text=True)
+                    target.with_suffix(".log").write_text(result.stdout + result.stderr)
+                    if result.returncode:
+                        target.unlink(missing_ok=True)
+                        raise CompileError(result.stdout + result.stderr)
+                return str(target)
+
+            with ThreadPool(os.cpu_count()) as pool:
+                return pool.map(compile, files)
 
         def compiler_works(self) -> bool:
             """Tells a machine that cannot compile from sources that do not."""
@@ -90,14 +148,17 @@ def extensions() -> dict:
                     return False
             return True
 
-    newest = max(Path(header).stat().st_mtime for header in HEADERS)
-
     def stale(target: str, source: str) -> bool:
-        built = Path(target).stat().st_mtime if Path(target).exists() else 0
-        return built < max(newest, Path(source).stat().st_mtime)
+        """Whether a source, or a header that it may include, is newer."""
+        folder = Path(source).parent
+        near = {"cpu": ["cpu"], "cuda": ["cuda", "testing"]}.get(folder.name)
+        headers = [x for x in HEADERS if not near or x.parent.name in ("csrc", *near)]
+        newest = max(x.stat().st_mtime for x in (*headers, Path(source)))
+        return not Path(target).exists() or Path(target).stat().st_mtime < newest
 
     ParallelCompile("KVTOOLS_JOBS", needs_recompile=stale, default=os.cpu_count() or 1).install()
-    shared = dict(depends=HEADERS, extra_compile_args=FLAGS, extra_link_args=SANITIZERS)
+    depends = [*map(str, HEADERS), "setup.py"]
+    shared = dict(depends=depends, extra_compile_args=FLAGS, extra_link_args=SANITIZERS)
     found = [Pybind11Extension("kvtools._host", sources("host"), **shared)]
     torch = importlib.util.find_spec("torch")
     if torch is None:
@@ -107,15 +168,24 @@ def extensions() -> dict:
             file=sys.stderr,
         )
     else:
-        root = Path(torch.submodule_search_locations[0])
+        from torch.version import cuda as version
+
+        root, (cuda, home) = Path(torch.submodule_search_locations[0]), cuda_of(version)
         kernels = Extension("kvtools._C", ["csrc/ops.cpp", "csrc/cpu/isa.cpp"], **shared)
-        kernels.depends = HEADERS + sources("cpu")
+        kernels.depends = depends + sources("cpu") + sources("cuda", "cu")
         kernels.include_dirs = [str(root / "include")]
         kernels.library_dirs, kernels.libraries = [str(root / "lib")], ["torch_cpu"]
         # The oldest torch that this library must run with: 2.10.
         kernels.define_macros = [
             ("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000"),
+            ("KVTOOLS_CUDA", {"host": "2"}.get(cuda, cuda)),
         ]  # fmt: skip
+        if cuda == "host":
+            kernels.sources += sources("testing")
+            kernels.extra_compile_args = [*FLAGS, "-isystem", f"{home}/include"]
+        elif cuda == "1":
+            kernels.library_dirs.append(str(home / "lib64"))
+            kernels.libraries += ["cudart_static", "dl", "rt", "pthread"]
         kernels.py_limited_api = True
         found.append(kernels)
     return {"ext_modules": found, "cmdclass": {"build_ext": Build}}

@@ -273,20 +273,20 @@ def judge(found: dict[tuple[str, str], dict], multiply: set[str]) -> Targets:
     """The rules; `multiply` names the kernels whose products must be on tensor cores."""
     targets = Targets()
     for arch, limit in ARCHS.items():
-        binaries = [(name[0], each[arch]) for name, each in found.items() if arch in each]
-        without = {kernel for kernel, binary in binaries if not binary.products}
-        without |= multiply - {kernel for kernel, _ in binaries}
-        known = [b[arch].spilled for (_, case), b in found.items() if SPILLS in case and arch in b]
-        spilled = max(
-            (b[arch].spilled for (_, case), b in found.items() if SPILLS not in case and arch in b),
-            default=0,
-        )
-        shared = max(binary.shared for _, binary in binaries)
-        targets.add(f"sm_{arch}: bytes spilled", spilled, 0)
-        if known:
-            targets.add(f"sm_{arch}: bytes spilled by {SPILLS}", max(known), 0)
+        products, spilled, shared = {}, {"": 0}, 0
+        for (kernel, case), each in found.items():
+            if arch not in each:
+                continue
+            binary = each[arch]
+            products[kernel] = min(products.get(kernel, binary.products), binary.products)
+            by = f" by {SPILLS}" if SPILLS in case else ""
+            spilled[by] = max(spilled.get(by, 0), binary.spilled)
+            shared = max(shared, binary.shared)
+        for by, most in spilled.items():
+            targets.add(f"sm_{arch}: bytes spilled{by}", most, 0)
         targets.add(f"sm_{arch}: KiB shared", shared / 1024, limit)
-        targets.add(f"sm_{arch}: kernels off tensor cores", len(without & multiply), 0)
+        off = sum(not products.get(kernel) for kernel in multiply)
+        targets.add(f"sm_{arch}: kernels off tensor cores", off, 0)
     return targets
 
 

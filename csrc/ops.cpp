@@ -14,6 +14,26 @@
 
 #include "cpu/isa.h"
 
+// KVTOOLS_CUDA: 0 without csrc/cuda, 1 with it, 2 with it for the CPU (csrc/testing).
+#if KVTOOLS_CUDA == 0
+#define KVTOOLS_CUDA_DEVICE ""
+#else
+#include <torch/csrc/stable/accelerator.h>
+
+#include "cuda/kernels.h"
+
+#if KVTOOLS_CUDA == 1
+#define KVTOOLS_CUDA_DEVICE "cuda"
+#define KVTOOLS_CUDA_KEY CUDA
+#else
+#define KVTOOLS_CUDA_DEVICE "cpu"
+#define KVTOOLS_CUDA_KEY CPU
+#endif
+
+// Weak: torch lacks it on a machine without CUDA, where the library has to load all the same.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
+#endif
+
 namespace kvtools {
 namespace {
 
@@ -41,7 +61,7 @@ Type type_of(const Tensor& x) {
     case ScalarType::Bool:
       return Type::u8;
     default:
-      STD_TORCH_CHECK(false, "impl='cpu' does not take this dtype: use impl='reference'");
+      STD_TORCH_CHECK(false, "kernels in C++ do not take this dtype: use impl='reference'");
   }
 }
 
@@ -56,7 +76,8 @@ Strided<N> strided(const Tensor& x) {
 
 template <int N>
 Strided<N> floats(const Tensor& x) {
-  STD_TORCH_CHECK(type_of(x) <= Type::f16, "impl='cpu' takes float32, float16 and bfloat16 here");
+  STD_TORCH_CHECK(type_of(x) <= Type::f16,
+                  "kernels in C++ take float32, float16 and bfloat16 here");
   return strided<N>(x);
 }
 
@@ -143,6 +164,27 @@ void run(int64_t tasks, const std::function<void(int64_t)>& body) {
 
 Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run}; }
 
+enum class Impl { cpu, cuda };
+
+#if KVTOOLS_CUDA
+// Calls `kernel` on the device and the current stream of x.
+template <class Problem>
+void run_cuda(void (*kernel)(const Problem&, void* stream), const Tensor& x, const Problem& p) {
+  if (KVTOOLS_CUDA == 2) return kernel(p, nullptr);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  kernel(p, stream);
+}
+#define KVTOOLS_RUN_ON(impl, kernel, x, ...) \
+  if constexpr (impl == Impl::cuda)          \
+    run_cuda(cuda::kernel, x, __VA_ARGS__);  \
+  else                                       \
+    KVTOOLS_RUN(kernel, __VA_ARGS__, pool())
+#else
+#define KVTOOLS_RUN_ON(impl, kernel, x, ...) KVTOOLS_RUN(kernel, __VA_ARGS__, pool())
+#endif
+
 // Heads as one page of one KV head.
 Content heads(const Tensor& codes, const Tensor& scale, Format format) {
   return {{static_cast<char*>(codes.data_ptr()), 0, 0, codes.size(-1)},
@@ -155,6 +197,7 @@ Strided<2> rows_of(const Tensor& x) {
   return {static_cast<char*>(x.data_ptr()), floats<1>(x).type, {x.size(-1), 1}};
 }
 
+template <Impl impl>
 std::tuple<Tensor, Tensor> quantize_kv(Tensor x, std::string name) {
   const auto i = std::find(kNames, kNames + kFormats, name) - kNames;
   const auto format = static_cast<Format>(i);
@@ -166,8 +209,10 @@ std::tuple<Tensor, Tensor> quantize_kv(Tensor x, std::string name) {
       x, shape, format == Format::fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
   shape.pop_back();
   Tensor scale = torch::stable::new_empty(x, shape, ScalarType::Half);
-  if (x.numel())
-    KVTOOLS_RUN(quantize_kv, {rows_of(x), heads(codes, scale, format), scale.numel(), d}, pool());
+  if (x.numel()) {
+    KVTOOLS_RUN_ON(impl, quantize_kv, x,
+                   {rows_of(x), heads(codes, scale, format), scale.numel(), d});
+  }
   return {codes, scale};
 }
 
@@ -183,6 +228,7 @@ Tensor dequantize_kv(Tensor codes, Tensor scale, int64_t d, ScalarType dtype) {
   return out;
 }
 
+template <Impl impl>
 void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, Optional k_scale,
                Optional v_scale, Optional position_t, Optional position, Optional importance,
                Optional history) {
@@ -196,8 +242,9 @@ void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, O
              pages_of(k, v, k_scale, v_scale, position, importance, history, k_thd.size(2)),
              k_thd.size(0)};
   if (position) p.position = integers<1>(*position_t);
-  check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
-  KVTOOLS_RUN(append_kv, p, pool());
+  if (impl == Impl::cpu)
+    check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
+  KVTOOLS_RUN_ON(impl, append_kv, k_thd, p);
 }
 
 const int32_t* int32(const Tensor& x) {
@@ -384,9 +431,9 @@ std::string cpu_isa(std::string name) {
 }  // namespace kvtools
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
-  m.impl("quantize_kv.cpu", TORCH_BOX(&kvtools::quantize_kv));
+  m.impl("quantize_kv.cpu", TORCH_BOX(&kvtools::quantize_kv<kvtools::Impl::cpu>));
   m.impl("dequantize_kv.cpu", TORCH_BOX(&kvtools::dequantize_kv));
-  m.impl("append_kv.cpu", TORCH_BOX(&kvtools::append_kv));
+  m.impl("append_kv.cpu", TORCH_BOX(&kvtools::append_kv<kvtools::Impl::cpu>));
   m.impl("tree_attention.cpu", TORCH_BOX(&kvtools::tree_attention));
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
   m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
@@ -397,12 +444,22 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("token_logprobs.cpu", TORCH_BOX(&kvtools::token_logprobs));
 }
 
+#if KVTOOLS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(kvtools, KVTOOLS_CUDA_KEY, m) {
+  m.impl("quantize_kv.cuda", TORCH_BOX(&kvtools::quantize_kv<kvtools::Impl::cuda>));
+  m.impl("append_kv.cuda", TORCH_BOX(&kvtools::append_kv<kvtools::Impl::cuda>));
+}
+#endif
+
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&kvtools::cpu_isa));
 }
 
-// Importing the module runs the registrations above; it holds nothing.
+// Importing the module runs the registrations above. CUDA is the device whose tensors impl="cuda"
+// takes: "cuda", "cpu" where kernels are run on the host for tests, or "" without them.
 PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-  return PyModule_Create(&module);
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  PyObject* module = PyModule_Create(&definition);
+  if (module) PyModule_AddStringConstant(module, "CUDA", KVTOOLS_CUDA_DEVICE);
+  return module;
 }

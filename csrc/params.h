@@ -5,14 +5,19 @@
 #include <cstdint>
 #include <functional>
 
+#ifdef __CUDACC__
+#define KVTOOLS_ANYWHERE __host__ __device__  // on a GPU, too
+#else
+#define KVTOOLS_ANYWHERE
+#endif
+
 namespace kvtools {
 
 enum class Type { f32, bf16, f16, i64, i32, i16, i8, u8 };
 enum class Format { none, fp8, int8, int6, int4, int3, int2 };
 
-inline int64_t size_of(Type type) {
-  constexpr int64_t kSize[] = {4, 2, 2, 8, 4, 2, 1, 1};
-  return kSize[static_cast<int>(type)];
+KVTOOLS_ANYWHERE inline int64_t size_of(Type type) {
+  return 0x11248224 >> 4 * static_cast<int>(type) & 15;
 }
 
 // A tensor; strides in elements. `data` is null where it is absent.
@@ -24,7 +29,7 @@ struct Strided {
 
   // The element, or the first of those along the axes that are left out.
   template <class... Index>
-  char* at(Index... index) const {
+  KVTOOLS_ANYWHERE char* at(Index... index) const {
     static_assert(sizeof...(index) <= N);
     int64_t offset = 0;
     int axis = 0;
@@ -35,7 +40,7 @@ struct Strided {
 
 // An element of a tensor of int32 or int64.
 template <int N, class... Index>
-int64_t integer_at(const Strided<N>& x, Index... index) {
+KVTOOLS_ANYWHERE int64_t integer_at(const Strided<N>& x, Index... index) {
   const char* p = x.at(index...);
   return x.type == Type::i32 ? *reinterpret_cast<const int32_t*>(p)
                              : *reinterpret_cast<const int64_t*>(p);
@@ -43,12 +48,14 @@ int64_t integer_at(const Strided<N>& x, Index... index) {
 
 // A vector of int32 or int64.
 struct Integers : Strided<1> {
-  int64_t operator[](int64_t i) const { return integer_at(*this, i); }
+  KVTOOLS_ANYWHERE int64_t operator[](int64_t i) const { return integer_at(*this, i); }
 };
 
 // A vector of fp32.
 struct Floats : Strided<1> {
-  float operator[](int64_t i) const { return *reinterpret_cast<const float*>(at(i)); }
+  KVTOOLS_ANYWHERE float operator[](int64_t i) const {
+    return *reinterpret_cast<const float*>(at(i));
+  }
 };
 
 // A tensor whose first axes are page, KV head and slot; strides in bytes.
@@ -56,7 +63,9 @@ struct Paged {
   char* data = nullptr;
   int64_t page = 0, head = 0, slot = 0;
 
-  char* at(int64_t p, int64_t h, int64_t s) const { return data + p * page + h * head + s * slot; }
+  KVTOOLS_ANYWHERE char* at(int64_t p, int64_t h, int64_t s) const {
+    return data + p * page + h * head + s * slot;
+  }
 };
 
 // Keys or values of a layer; `type` is that of unquantised ones.

@@ -12,7 +12,7 @@ torch.set_num_threads(1)  # tests are small and run side by side
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
-from kvtools.ops import COMPILED, TRITON, Op  # noqa: E402
+from kvtools.ops import COMPILED, CUDA, TRITON, Op  # noqa: E402
 
 
 def pytest_configure(config):
@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 
 # The C++ kernels run once per instruction set that this processor has.
-IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton"]
+IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton", "cuda"]
 
 
 @pytest.fixture(params=IMPLS)
@@ -35,13 +35,17 @@ def impl(request, monkeypatch):
     """An implementation; one that this machine cannot run is skipped.
 
     Triton's kernels are interpreted where there is no GPU, else every call is taken to the GPU.
+    Those of csrc/cuda run on the CPU in a build for it: `make sanitize`.
     """
     name, _, isa = request.param.partition("-")
-    if name == "triton":
-        if not TRITON:
-            pytest.skip("triton is not installed")
-        if torch.cuda.is_available():
-            monkeypatch.setattr(Op, "__call__", on_gpu(Op.__call__))
+    if name == "triton" and not TRITON:
+        pytest.skip("triton is not installed")
+    if name == "cuda" and (not CUDA or (CUDA == "cuda" and not torch.cuda.is_available())):
+        pytest.skip("kvtools was built without csrc/cuda" if not CUDA else "needs a CUDA device")
+    if name in ("triton", "cuda") and torch.cuda.is_available():
+        monkeypatch.setattr(Op, "__call__", on_gpu(Op.__call__))
+    if name == "cuda":
+        monkeypatch.setattr(Op, "_lacks", lambda op, impl: pytest.skip(f"{op.name} has no {impl}"))
     if not isa:
         yield name
         return
@@ -59,7 +63,7 @@ def on_gpu(call):
     """`call` with its tensors on the GPU: strides, overlaps and what it writes are kept."""
 
     def wrapper(op, impl, *args):
-        if impl != "triton":
+        if impl not in ("triton", "cuda"):
             return call(op, impl, *args)
         moved = {}
 

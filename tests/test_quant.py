@@ -334,7 +334,10 @@ def test_pages_grow_and_keep(device):
             r"scale has shape \(2,\)",
         ),
         (lambda x: kvtools.quantize_kv(x, "int4", impl="fast"), "impl='fast': expected one of"),
-        (lambda x: kvtools.quantize_kv(x, "int4", impl="cuda"), "impl='cuda' does not exist for"),
+        (
+            lambda x: kvtools.dequantize_kv(x.byte(), x[..., 0].half(), 8, impl="cuda"),
+            "impl='cuda' does not exist for",
+        ),
         (lambda x: kvtools.quantize_kv(x.requires_grad_(), "int4"), "inference only"),
     ],
 )
@@ -376,10 +379,12 @@ def test_append_kv_raises():
 @pytest.mark.parametrize("format", QUANTISED)
 def test_quant_contract(format, device, impl):
     x = torch.randn(3, 2, 8, device=device)
-    quantize, dequantize, append = (
-        getattr(getattr(torch.ops.kvtools, name), "default" if impl == "reference" else impl)
-        for name in ("quantize_kv", "dequantize_kv", "append_kv")
-    )
+
+    def overload(name):
+        packet = getattr(torch.ops.kvtools, name)
+        return getattr(packet, impl if impl in packet.overloads() else "default")
+
+    quantize, dequantize, append = map(overload, ("quantize_kv", "dequantize_kv", "append_kv"))
     # The schema test compares by arithmetic that float8 does not have.
     every = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     checks = {"test_utils": every[1:] if format == "fp8" else every}

@@ -30,10 +30,10 @@ from .format import (
     rotate_back,
     slot_start,
     tanh,
-)  # fmt: skip
+    triton_dtype,
+)
 
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
-
 
 PLANES = {FLOAT: 0, 3: 2, 6: 2}  # of codes, one for other formats
 
@@ -106,8 +106,7 @@ def tree_attention(
     work = Work(page_indptr, page, first, length, base, own, token_indptr, token, item)
     mask = Mask(position_t, before_t, sliding or 2**31 - 1)
     softcap = softcap or None
-    k_dtype, v_dtype = _triton_dtype(k_dtype), _triton_dtype(v_dtype)
-    reads = dict(shape, K_FORMAT=k_format, K_DTYPE=k_dtype, PAGE_SIZE=page_size)
+    reads = dict(shape, K_FORMAT=k_format, K_DTYPE=triton_dtype(k_dtype), PAGE_SIZE=page_size)
     # Flat tuples only: Triton 3.6 mistakes tuples in tuples inside loops.
     keys = (*content(k, k_scale), paged(position))
 
@@ -116,16 +115,14 @@ def tree_attention(
     if len(item):
         _attend_kernel[(len(item), heads)](
             q, mask, work, *keys, *content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
-            **reads, V_FORMAT=v_format, V_DTYPE=v_dtype,
-            **_blocks(t * hq // heads, d, tl.float32 in (k_dtype, v_dtype), planes),
+            **reads, V_FORMAT=v_format, V_DTYPE=triton_dtype(v_dtype),
+            **_blocks(t * hq // heads, d, torch.float32 in (k_dtype, v_dtype), planes),
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
     state = state_sum = None
     if state_out is not None:
-        state, state_sum = (
-            Rows(state_out, *state_out.stride()),
-            Sums(state_lse, *state_lse.stride()),
-        )
+        state = Rows(state_out, *state_out.stride())
+        state_sum = Sums(state_lse, *state_lse.stride())
     _merge_parts_kernel[(t, heads)](
         out_phd, lse_ph, seen_ph, part_indptr, part, state, state_sum,
         None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()),
@@ -145,12 +142,6 @@ def _dot_dtype(q_thd: Tensor, x: Tensor, format: int) -> torch.dtype:
     if format == FLOAT:
         return torch.promote_types(q_thd.dtype, x.dtype)
     return torch.float32 if q_thd.dtype == torch.float32 else torch.float16
-
-
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[
-        dtype
-    ]
 
 
 def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
@@ -378,8 +369,9 @@ def _merge_parts_kernel(
         mass = mass * old + tl.sum(weight, 0)
         peak = greatest
 
-    acc = acc / tl.where(mass == 0, 1.0, mass)[:, None]
-    lse = tl.where(mass == 0, float("-inf"), peak + tl.log(tl.where(mass == 0, 1.0, mass)))
+    total = tl.where(mass == 0, 1.0, mass)
+    acc = acc / total[:, None]
+    lse = tl.where(mass == 0, float("-inf"), peak + tl.log(total))
     of_pages = lse
     if V_FORMAT != 0:
         acc = rotate_back(acc, D)
@@ -409,10 +401,9 @@ def _merge_parts_kernel(
 @triton.jit
 def _track_kernel(
     q: Rows, mask: Mask, work: Work, k: Paged, k_scale: Paged, position: Paged, importance: Paged,
-    history: Paged, lse_ptr,
-    mean_ptr, scale, softcap, window, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    K_FORMAT: tl.constexpr, K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, ALL: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    history: Paged, lse_ptr, mean_ptr, scale, softcap, window,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
+    K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, ALL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """An item of a row's own node, and a KV head: what its slots got from all the node's tokens."""
     item = work.item + tl.program_id(0).to(tl.int64) * 6

@@ -61,6 +61,10 @@ def format_of(x: Tensor, d: int) -> int:
     return FP8 if x.dtype == torch.float8_e4m3fn else FLOAT
 
 
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 def capability() -> int:
     """Compute capability of the current device, 90 for Hopper, as which the interpreter counts."""
     if INTERPRETED.value:

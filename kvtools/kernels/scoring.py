@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .format import dot, tanh
+from .format import dot, tanh, triton_dtype
 
 IGNORED = tl.constexpr(-100)
 # A program takes TILE_T tokens by SPLIT_V ids, whatever the batch, so that a token's bits depend on
@@ -95,7 +95,7 @@ def _partial(
             hidden_tm, *hidden_tm.stride(), weight_vm, *weight_vm.stride(),
             target_t, target_t.stride(0), bias_v, 0 if bias_v is None else bias_v.stride(0),
             partial, t, m, v, softcap or None,
-            DTYPE=getattr(tl, str(dtype).removeprefix("torch.")), SPLIT_V=SPLIT_V, GROUP=GROUP,
+            DTYPE=triton_dtype(dtype), SPLIT_V=SPLIT_V, GROUP=GROUP,
             BLOCK_T=TILE_T, BLOCK_V=256 // dtype.itemsize, BLOCK_M=128 // dtype.itemsize,
             num_warps=8, num_stages=3,
         )  # fmt: skip

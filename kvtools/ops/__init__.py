@@ -8,17 +8,18 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 try:
-    from .. import _C  # noqa: F401  registers the C++ kernels
+    from .. import _C  # registers the kernels in C++
 except ModuleNotFoundError:  # anything else, such as a library that is missing, is said
-    COMPILED = False
+    COMPILED, CUDA = False, ""
 else:
-    COMPILED = True
+    COMPILED, CUDA = True, _C.CUDA
 
 Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 
@@ -26,7 +27,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 _LIBRARY = torch.library.Library("kvtools", "DEF")
 _LIBRARY.define("cpu_isa(str isa) -> str")  # the instruction set that `cpu` uses; for tests
-NATIVE = {"cpu": "cpu", "cuda": "triton"}  # device to implementation
+NATIVE = {"cpu": "cpu", "cuda": "triton"}  # device to what `auto` takes there
+IN_CUDA = ("quantize_kv", "append_kv")  # what csrc/cuda has
 OPS: dict[str, "Op"] = {}
 
 
@@ -35,7 +37,8 @@ class Op:
 
     The Triton kernel has the name and the module's name of the reference, and is imported when it
     first runs. `impl="auto"` is "triton" on a CUDA device and "cpu" on a CPU, where there is one
-    and no tensor is float64; the reference elsewhere.
+    and no tensor is float64; the reference elsewhere. "cuda" is never chosen: no measurement says
+    yet where it is faster than "triton".
     """
 
     def __init__(self, name: str, schema: str, fake: Callable, *, reference: Callable) -> None:
@@ -46,6 +49,8 @@ class Op:
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         if COMPILED:
             self._add("cpu", schema, fake)
+        if CUDA and name in IN_CUDA:
+            self._add("cuda", schema, fake)
         if TRITON:
             row = reference.__module__.rpartition(".")[2]
             self._add("triton", schema, fake)
@@ -82,7 +87,7 @@ class Op:
         overload = self._overloads.get(impl)
         if overload is None:
             self._lacks(impl)
-        if impl != "reference" and (double or (impl != best and not _interpreted(impl, place))):
+        if impl != "reference" and (double or not _runs_on(impl, place)):
             raise RuntimeError(
                 f"impl={impl!r} of {self.name} takes float32, float16 and bfloat16 on "
                 f"{'a CPU' if impl == 'cpu' else 'a CUDA device'}, got "
@@ -101,6 +106,11 @@ class Op:
                 ". kvtools was installed without its C++ kernels: with torch, setuptools and "
                 "pybind11 installed, reinstall it with pip install --no-build-isolation"
             )
+        elif impl == "cuda" and not CUDA:
+            remedy = (
+                ". kvtools was installed without its CUDA kernels: with nvcc and a CUDA build of "
+                "torch, reinstall it with pip install --no-build-isolation"
+            )
         raise RuntimeError(
             f"impl={impl!r} does not exist for {self.name}; available: auto, "
             f"{', '.join(self.impls)}{remedy}"
@@ -108,16 +118,23 @@ class Op:
 
 
 def _lazy(row: str, name: str) -> Callable:
+    @cache
+    def launcher() -> Callable:
+        return getattr(importlib.import_module(f"kvtools.kernels.{row}"), name)
+
     def run(*args: Any) -> Any:
         with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-            return getattr(importlib.import_module(f"kvtools.kernels.{row}"), name)(*args)
+            return launcher()(*args)
 
     return run
 
 
-def _interpreted(impl: str, place: str) -> bool:
-    """Whether Triton's interpreter runs `impl` on a CPU, for tests: TRITON_INTERPRET=1."""
-    return (impl, place, os.environ.get("TRITON_INTERPRET")) == ("triton", "cpu", "1")
+def _runs_on(impl: str, place: str) -> bool:
+    if impl == "cuda":
+        return place == CUDA
+    if impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1":  # for tests
+        return True
+    return impl == NATIVE.get(place)
 
 
 def check(condition: bool, message: str | Callable[[], str]) -> None:

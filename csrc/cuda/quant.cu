@@ -1,0 +1,248 @@
+// Rotate, quantise and store: a warp per head.
+#include <cmath>
+
+#include "format.h"
+#include "kernels.h"
+#include "rotate.h"
+
+namespace kvtools::cuda {
+namespace {
+
+constexpr int kWarps = 4;
+constexpr float kTiny = 5.9604644775390625e-8f;  // 2^-24, the least scale in fp16
+
+struct Shared {
+  uint8_t codes[kWarps][kMostD];
+};
+
+__device__ float to_scale(float x) {
+  return __half2float(__float2half_rn(fminf(fmaxf(x, kTiny), 65504.0f)));
+}
+
+// The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
+// lower.
+template <int Bits>
+__device__ float nearest(float v) {
+  using G = Grid<Bits>;
+  v = fminf(v, G::kGreatest);
+  // The border below level r lies at r (1 + 3/4 kCubic + kCubic r²). A polynomial inverts this to
+  // less than half a step; then one comparison decides.
+  float guess = v;
+  if (G::kBend > 0) {
+    const float t = v * (1 / G::kGreatest), t2 = t * t;
+    guess = G::kTop * t * (1.4393f + t2 * (-0.7805f + t2 * 0.3477f));
+  }
+  const float r = rintf(guess);
+  const float border = G::kBend > 0 ? r * (1 + G::kCubic * (0.75f + r * r)) : r;
+  return border < v ? r : r - 1;
+}
+
+// Codes and scale of rotated x: of a few ranges, that with the least error.
+template <int Bits, int E>
+__device__ float encode(const float (&x)[E], int d, float peak, uint8_t* codes) {
+  using G = Grid<Bits>;
+  constexpr int kTries = Bits == 6 ? 3 : Bits == 4 ? 7 : Bits == 3 ? 10 : Bits == 2 ? 12 : 1;
+  constexpr int N = kTries <= 1 ? 1 : kTries <= 4 ? 4 : kTries <= 8 ? 8 : 16;
+  const int lane = lane_index();
+  auto inverse_of = [peak](int i) {
+    const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
+    return 1 / (peak * (reach / G::kGreatest) + kTiny);
+  };
+  // Magnitudes will do: levels lie symmetrically.
+  float level[kTries][E], product[N], square[N], error[N];
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    product[i] = square[i] = error[i] = 0;
+    if (i >= kTries) continue;
+    const float inverse = inverse_of(i);
+#pragma unroll
+    for (int j = 0; j < E; ++j) {
+      const float magnitude = fabsf(x[j]);
+      const float y = lane * E + j < d ? G::level(nearest<Bits>(magnitude * inverse) + 0.5f) : 0;
+      level[i][j] = y;
+      product[i] += magnitude * y, square[i] += y * y;
+    }
+  }
+  // From here on, lane i has what try i % N needs. For these codes, the best scale:
+  const float scale = to_scale(sums(product) / sums(square));
+#pragma unroll
+  for (int i = 0; i < kTries; ++i) {
+    const float here = __shfl_sync(kAll, scale, i);
+#pragma unroll
+    for (int j = 0; j < E; ++j) {
+      const float difference = level[i][j] * here - fabsf(x[j]);
+      error[i] += difference * difference;
+    }
+  }
+  float least = sums(error);
+  int best = lane % N;
+  if (best >= kTries) least = INFINITY;
+#pragma unroll
+  for (int distance = 1; distance < N; distance *= 2) {
+    const float other = __shfl_xor_sync(kAll, least, distance);
+    const int other_best = __shfl_xor_sync(kAll, best, distance);
+    if (other < least || (other == least && other_best < best)) least = other, best = other_best;
+  }
+  const float inverse = inverse_of(best);
+#pragma unroll
+  for (int j = 0; j < E; ++j)
+    if (lane * E + j < d) {
+      const float r = nearest<Bits>(fabsf(x[j]) * inverse);
+      codes[lane * E + j] =
+          static_cast<uint8_t>(x[j] < 0 ? G::kTop - 0.5f - r : G::kTop + 0.5f + r);
+    }
+  return __shfl_sync(kAll, scale, best);
+}
+
+// Of at most 448 in magnitude; half to even.
+__device__ uint8_t to_fp8(float x) {
+  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffff;
+  // Normal: rebias, round. Small: adding 2^14 lines the bits up, and rounds.
+  const uint32_t normal = (magnitude - (120u << 23) + 0x7ffff + (magnitude >> 20 & 1)) >> 20;
+  const uint32_t small = __float_as_uint(__uint_as_float(magnitude) + 16384.0f) - 0x46800000;
+  return (magnitude < (121u << 23) ? small : normal) | (bits >> 24 & 0x80);
+}
+
+// A plane holds `bits` bits of every code, from bit `low` on, in w = d bits / 8 bytes: those of
+// elements j, j + w, ... in byte j, lowest bits first.
+__device__ void store_plane(const uint8_t* codes, int d, int bits, int low, char* plane) {
+  const int w = d * bits / 8;
+  for (int j = lane_index(); j < w; j += kWarp) {
+    int byte = 0;
+    for (int i = 0; i * bits < 8; ++i)
+      byte |= (codes[j + i * w] >> low & ((1 << bits) - 1)) << (bits * i);
+    plane[j] = static_cast<char>(byte);
+  }
+}
+
+// Store the head x, whose elements are `stride` apart, in slot s of page p.
+template <int E>
+__device__ void put(const char* x, Type type, int64_t stride, int d, float norm, const Content& to,
+                    int64_t p, int64_t h, int64_t s, uint8_t* staged) {
+  const int lane = lane_index();
+  char* codes = to.codes.at(p, h, s);
+  const int64_t step = stride * size_of(type);
+  if (to.format == Format::none) {
+    for (int i = lane; i < d; i += kWarp)
+      put_number(number_at(x + i * step, type), codes + i * size_of(to.type), to.type);
+    return;
+  }
+  float y[E], peak = 0;
+#pragma unroll
+  for (int j = 0; j < E; ++j) {
+    const int i = lane * E + j;
+    y[j] = i < d ? number_at(x + i * step, type) : 0;
+  }
+  rotate(y, d, norm);
+#pragma unroll
+  for (int j = 0; j < E; ++j) peak = fmaxf(peak, fabsf(y[j]));
+  peak = greatest(peak);
+  float scale;
+  auto pack = [&](auto bits) {
+    using G = Grid<decltype(bits)::value>;
+    scale = encode<decltype(bits)::value>(y, d, peak, staged);
+    __syncwarp();
+    store_plane(staged, d, G::kLow, 0, codes);
+    if (G::kHigh) store_plane(staged, d, G::kHigh, G::kLow, codes + d * G::kLow / 8);
+  };
+  switch (to.format) {
+    case Format::fp8:
+      scale = to_scale(peak / 448);
+#pragma unroll
+      for (int j = 0; j < E; ++j)
+        if (lane * E + j < d)
+          codes[lane * E + j] =
+              static_cast<char>(to_fp8(fmaxf(fminf(y[j] / scale, 448.0f), -448.0f)));
+      break;
+    case Format::int8:
+      pack(std::integral_constant<int, 8>{});
+      break;
+    case Format::int6:
+      pack(std::integral_constant<int, 6>{});
+      break;
+    case Format::int4:
+      pack(std::integral_constant<int, 4>{});
+      break;
+    case Format::int3:
+      pack(std::integral_constant<int, 3>{});
+      break;
+    default:
+      pack(std::integral_constant<int, 2>{});
+  }
+  if (lane == 0) *reinterpret_cast<__half*>(to.scale.at(p, h, s)) = __float2half_rn(scale);
+}
+
+template <int E>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    quantize_kv_kernel(__grid_constant__ const QuantizeKv p, float norm) {
+  KVTOOLS_SHARED(Shared, shared);
+  const int warp = threadIdx.x / kWarp;
+  const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
+  if (row >= p.rows) return;
+  put<E>(p.x.at(row), p.x.type, p.x.stride[1], p.d, norm, p.to, 0, 0, row, shared.codes[warp]);
+}
+
+// A head of a token: its keys, and what else belongs to the slot, or its values.
+template <int E>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    append_kv_kernel(__grid_constant__ const AppendKv p, float norm) {
+  KVTOOLS_SHARED(Shared, shared);
+  const int warp = threadIdx.x / kWarp, lane = lane_index();
+  const int64_t row = int64_t(blockIdx.x) * kWarps + warp, heads = p.pages.heads;
+  const int64_t t = row / heads, h = row % heads;
+  if (t >= p.t || integer_at(p.slot, t, 0) < 0) return;
+  const int64_t slot = integer_at(p.slot, t, h);
+  const int64_t page = slot / p.pages.page_size, s = slot % p.pages.page_size;
+  if (blockIdx.y) {
+    put<E>(p.v.at(t, h), p.v.type, p.v.stride[2], p.pages.d, norm, p.pages.v, page, h, s,
+           shared.codes[warp]);
+    return;
+  }
+  put<E>(p.k.at(t, h), p.k.type, p.k.stride[2], p.pages.d, norm, p.pages.k, page, h, s,
+         shared.codes[warp]);
+  if (lane == 0) {
+    if (p.pages.position.data)
+      *reinterpret_cast<int32_t*>(p.pages.position.at(page, h, s)) =
+          static_cast<int32_t>(integer_at(p.position, t));
+    if (p.pages.importance.data) *reinterpret_cast<float*>(p.pages.importance.at(page, h, s)) = 0;
+  }
+  if (p.pages.history.data)
+    for (int i = lane; i < p.pages.words; i += kWarp)
+      reinterpret_cast<int32_t*>(p.pages.history.at(page, h, s))[i] = 0;
+}
+
+// Call f with the elements per lane that heads of size d need, as a type.
+template <class F>
+void with_elements(int64_t d, F f) {
+  if (d <= 32)
+    f(std::integral_constant<int, 1>{});
+  else if (d <= 64)
+    f(std::integral_constant<int, 2>{});
+  else if (d <= 128)
+    f(std::integral_constant<int, 4>{});
+  else
+    f(std::integral_constant<int, 8>{});
+}
+
+float norm_of(int64_t d) { return static_cast<float>(1 / std::sqrt(double(d & -d))); }
+
+unsigned blocks_of(int64_t heads) { return static_cast<unsigned>((heads + kWarps - 1) / kWarps); }
+
+}  // namespace
+
+void quantize_kv(const QuantizeKv& p, void* stream) {
+  with_elements(p.d, [&](auto e) {
+    launch("quantize_kv", quantize_kv_kernel<decltype(e)::value>, dim3(blocks_of(p.rows)),
+           kWarps * kWarp, sizeof(Shared), stream, p, norm_of(p.d));
+  });
+}
+
+void append_kv(const AppendKv& p, void* stream) {
+  with_elements(p.pages.d, [&](auto e) {
+    launch("append_kv", append_kv_kernel<decltype(e)::value>,
+           dim3(blocks_of(p.t * p.pages.heads), 2), kWarps * kWarp, sizeof(Shared), stream, p,
+           norm_of(p.pages.d));
+  });
+}
+
+}  // namespace kvtools::cuda
