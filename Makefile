@@ -31,7 +31,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test sanitize lint format bench bench-cpu bench-gpu resources quality search clean ext
+.PHONY: help demo test sanitize lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -65,8 +65,12 @@ bench-cpu: ext $(MODEL) $(RIVALS) ## measure speed on this CPU, rewrite the READ
 	@$(PY) -m bench.cpu --json bench/results/cpu.json --readme README.md $(ARGS)
 	@$(PY) -m bench.plots
 
-resources: ext ## compile the Triton kernels for three GPU architectures: registers, spills, shared memory
-	@$(PY) -m bench.resources --json bench/results/resources.json $(ARGS)
+cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures, and audit the library
+	@KVTOOLS_CUDA=1 $(PY) setup.py -q build --build-base build/cuda --build-lib build/cuda/lib
+	@cd build/cuda/lib && $(abspath $(PY)) -m pytest -q -p no:cacheprovider --rootdir $(CURDIR) $(CURDIR)/tests/test_layers.py
+
+resources: ext cuda ## what kernels take of a GPU, compiled for each architecture: registers, spills, shared memory
+	@$(PY) -m bench.resources --json bench/results/resources.json --cuda build/cuda/lib/kvtools/_C.abi3.so $(ARGS)
 
 bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--dry runs the code without one
 	@$(PY) -m bench.gpu --out bench/out/gpu $(ARGS)

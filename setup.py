@@ -14,7 +14,6 @@ import importlib.util
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -114,24 +113,17 @@ def extensions() -> dict:
                     codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(ARCHS[-1]))
                     ext.extra_objects += self.compile_each(
                         sources("cuda", "cu"), [f"{home}/bin/nvcc", "-std=c++17", "-O3", *codes],
-                        ["-fmad=false", "-lineinfo", "-Xcompiler=-fPIC", "-Xptxas=-v"],
+                        ["-fmad=false", "-lineinfo", "-Xcompiler=-fPIC", "--threads=0"],
                     )  # fmt: skip
             super().build_extension(ext)
 
         def compile_each(self, files: list[str], command: list[str], flags: list[str]) -> list[str]:
-            """What is said of each goes to a .log beside its object."""
-
             def compile(source: str) -> str:
-                target = Path(self.build_temp, "cuda", Path(source).stem + ".o")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if stale(str(target), source):
-                    run = [*command, *flags, "-c", source, "-o", str(target)]
-                    result = subprocess.run(run, capture_output=True, text=True)
-                    target.with_suffix(".log").write_text(result.stdout + result.stderr)
-                    if result.returncode:
-                        target.unlink(missing_ok=True)
-                        raise CompileError(result.stdout + result.stderr)
-                return str(target)
+                target = str(Path(self.build_temp, "cuda", Path(source).stem + ".o"))
+                if stale(target, source):
+                    self.mkpath(os.path.dirname(target))
+                    self.spawn([*command, *flags, "-c", source, "-o", target])
+                return target
 
             with ThreadPool(os.cpu_count()) as pool:
                 return pool.map(compile, files)

@@ -1,8 +1,8 @@
-"""What the Triton kernels take of a GPU, read from binaries compiled for it on any machine.
+"""What the kernels take of a GPU, read from binaries compiled for it on any machine.
 
-Every kernel is compiled as its launcher would launch it, for each architecture. None may spill, but
-for a case that is named, or ask for more shared memory than there is, and products of matrices must
-be on tensor cores.
+Every Triton kernel is compiled as its launcher would launch it, for each architecture; those in
+CUDA C++ are read from a library (`make cuda`). None may spill, but for a case that is named, or ask
+for more shared memory than there is, and products of matrices must be on tensor cores.
 """
 
 import argparse
@@ -43,14 +43,16 @@ from kvtools.ops.scoring import LINKS, REDUCES, step_scores, token_logprobs
 from . import bench_attention, bench_evict, bench_quant, bench_sampling, bench_scoring
 from .targets import Targets
 
-# Shared memory that a program may have, in KiB, by compute capability.
+# Shared memory that a program may have, in KiB, by architecture: for Triton, and of csrc/cuda.
 ARCHS = {80: 163, 90: 227, 100: 227}
+CUDA_ARCHS = {"80": 163, "90a": 227, "100": 227, "120": 99}
 FORMATS = ["none", "fp8", "int8", "int6", "int4", "int3", "int2"]
 SIZES = [64, 128, 256]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Cases that spill for now, and what of. They are shown, and judged apart.
 SPILLS = "fp32 heads of 256, in attention"
 PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.")
+CUDA_PRODUCTS = re.compile(r"\b[HIQU]G?MMA\b")
 
 Case = tuple[str, Callable]  # what it is, and a call that lacks its `impl`
 
@@ -95,23 +97,57 @@ def compiling(arch: int) -> Iterator[dict[tuple[str, str], Binary]]:
     with (
         patch.object(triton.runtime.driver, "_active", Device(arch)),
         patch.object(JITFunction, "run", compile),
-        patch.object(ops, "_interpreted", lambda impl, place: True),
+        patch.object(ops, "_runs_on", lambda impl, place: True),
     ):
         yield binaries
+
+
+def cuobjdump(*args: str | Path) -> str:
+    return subprocess.check_output([triton.knobs.nvidia.cuobjdump.path, *args], text=True)
+
+
+def usage_of(line: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
 
 
 def read(compiled) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        listing = subprocess.check_output([tool, "--dump-resource-usage", file.name], text=True)
-    line = re.search(rf"Function {compiled.metadata.name}:\s*(.*)", listing)[1]
-    usage = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+        listing = cuobjdump("--dump-resource-usage", file.name)
+    usage = usage_of(re.search(rf"Function {compiled.metadata.name}:\s*(.*)", listing)[1])
     return Binary(
         usage["REG"], usage["STACK"] + usage["LOCAL"], compiled.metadata.shared,
         len(PRODUCTS.findall(compiled.asm["ptx"])),
     )  # fmt: skip
+
+
+def read_library(library: Path) -> dict[tuple[str, str], dict]:
+    """Binaries of csrc/cuda by kernel and template arguments, then by architecture. Their shared
+    memory is asked for at the launch, and checked as they are compiled."""
+    products, found = Counter(), {}
+    for line in cuobjdump("-sass", library).splitlines():
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = sm_")
+        elif "Function : " in line:
+            name = line.split()[-1]
+        elif CUDA_PRODUCTS.search(line):
+            products[arch, name] += 1
+    listing = cuobjdump("--dump-resource-usage", library)
+    readable = subprocess.run(["c++filt"], input=listing, capture_output=True, text=True).stdout
+    for line, plain in zip(listing.splitlines(), readable.splitlines(), strict=True):
+        if line.startswith("arch = "):
+            arch = line.removeprefix("arch = sm_")
+        elif line.startswith(" Function "):
+            name = line.split()[1].rstrip(":")
+            kernel, case = re.search(r"::(\w+)(?:<(.*)>)?\(", plain).groups(default="")
+        elif line.strip().startswith("REG:"):
+            usage = usage_of(line)
+            found.setdefault((kernel, case), {})[arch] = Binary(
+                usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"],
+                products[arch, name],
+            )  # fmt: skip
+    return found
 
 
 def quant() -> Iterator[Case]:
@@ -212,6 +248,7 @@ def scoring() -> Iterator[Case]:
     yield "bf16 and fp32", partial(token_logprobs, hidden_tm.bfloat16(), weight_vm, target_t)
 
 
+CUDA_MULTIPLY = set()  # as above, of csrc/cuda
 # Each row's cases, and its kernels that multiply matrices.
 ROWS = {
     "quant": (quant, set()),
@@ -269,10 +306,10 @@ def build_all(rows: list[str], jobs: int, console: Console) -> dict[tuple[str, s
     return found
 
 
-def judge(found: dict[tuple[str, str], dict], multiply: set[str]) -> Targets:
+def judge(found: dict[tuple[str, str], dict], multiply: set[str], archs: dict = ARCHS) -> Targets:
     """The rules; `multiply` names the kernels whose products must be on tensor cores."""
     targets = Targets()
-    for arch, limit in ARCHS.items():
+    for arch, limit in archs.items():
         products, spilled, shared = {}, {"": 0}, 0
         for (kernel, case), each in found.items():
             if arch not in each:
@@ -290,12 +327,12 @@ def judge(found: dict[tuple[str, str], dict], multiply: set[str]) -> Targets:
     return targets
 
 
-def table(found: dict[tuple[str, str], dict]) -> Table:
+def table(found: dict[tuple[str, str], dict], archs: dict = ARCHS) -> Table:
     """Registers per architecture; of the others the worst."""
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     result.add_column("kernel", no_wrap=True)
     result.add_column("case")
-    for name in ("registers " + "/".join(map(str, ARCHS)), "spilled", "KiB", "products"):
+    for name in ("registers " + "/".join(map(str, archs)), "spilled", "KiB", "products"):
         result.add_column(name, justify="right")
     order = list(dict.fromkeys(kernel for kernel, _ in found))
     for kernel, case in sorted(found, key=lambda name: order.index(name[0])):
@@ -319,19 +356,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {', '.join(ROWS)}")  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count(), help="processes")
+    parser.add_argument("--cuda", type=Path, metavar="PATH", help="library with csrc/cuda")
     args = parser.parse_args(argv)
 
     console = Console()
     found = build_all(args.rows, args.jobs, console)
     targets = judge(found, set().union(*(ROWS[row][1] for row in args.rows)))
     console.print(table(found))
+    of_cuda = {}
+    if args.cuda:
+        of_cuda = read_library(args.cuda)
+        console.print(table(of_cuda, CUDA_ARCHS))
+        for target in judge(of_cuda, CUDA_MULTIPLY, CUDA_ARCHS):
+            targets.append(target | {"name": f"CUDA, {target['name']}"})
     targets.show(console)
     if args.json:
-        kernels = [
-            {"kernel": kernel, "case": case} | {f"sm_{a}": asdict(b) for a, b in each.items()}
-            for (kernel, case), each in found.items()
-        ]
-        result = {"triton": triton.__version__, "kernels": kernels, "targets": targets}
+
+        def rows(found):
+            return [
+                {"kernel": kernel, "case": case} | {f"sm_{a}": asdict(b) for a, b in each.items()}
+                for (kernel, case), each in found.items()
+            ]
+
+        result = {
+            "triton": triton.__version__, "kernels": rows(found), "cuda": rows(of_cuda),
+            "targets": targets,
+        }  # fmt: skip
         args.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(target["ok"] or SPILLS in target["name"] for target in targets) else 1
 

@@ -1,6 +1,8 @@
 """The layers of the package, and that importing it is light."""
 
 import ast
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import kvtools
+from kvtools import ops
 
 PACKAGE = Path(kvtools.__file__).parent
 # What each layer may import of the package; see the picture in the README.
@@ -125,10 +128,24 @@ def test_without_kernels_the_reference_runs():
 
 
 def test_kernels_see_no_torch():
-    sources = [x for x in (PACKAGE.parent / "csrc").rglob("*.*") if x.name != "ops.cpp"]
+    folder = Path(__file__).parent.parent / "csrc"
+    sources = [x for x in folder.rglob("*.*") if x.name != "ops.cpp"]
     assert len(sources) > 10
     for source in sources:
         assert "#include <torch" not in source.read_text(), source
+
+
+@pytest.mark.skipif(not ops.COMPILED, reason="kvtools was built without its C++ kernels")
+def test_kernels_are_bound_by_the_stable_abi():
+    """What the library wants of torch has C names, so that every torch from 2.10 on loads it."""
+    tool = shutil.which("nm")
+    if not tool:
+        pytest.skip("nm is not installed")
+    said = subprocess.check_output([tool, "-D", "--undefined-only", ops._C.__file__], text=True)
+    names = [line.split()[-1] for line in said.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    torch = re.compile(r"^_Z\w*(2at|3c10|5torch)\d")
+    assert not [name for name in names if torch.match(name)]
 
 
 def test_public_names_exist():

@@ -49,11 +49,9 @@ __device__ float encode(const float (&x)[E], int d, float peak, uint8_t* codes) 
     return 1 / (peak * (reach / G::kGreatest) + kTiny);
   };
   // Magnitudes will do: levels lie symmetrically.
-  float level[kTries][E], product[N], square[N], error[N];
+  float level[kTries][E], product[N] = {}, square[N] = {}, error[N] = {};
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    product[i] = square[i] = error[i] = 0;
-    if (i >= kTries) continue;
+  for (int i = 0; i < kTries; ++i) {
     const float inverse = inverse_of(i);
 #pragma unroll
     for (int j = 0; j < E; ++j) {
@@ -173,7 +171,7 @@ __device__ void put(const char* x, Type type, int64_t stride, int d, float norm,
 }
 
 template <int E>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     quantize_kv_kernel(__grid_constant__ const QuantizeKv p, float norm) {
   KVTOOLS_SHARED(Shared, shared);
   const int warp = threadIdx.x / kWarp;
@@ -184,7 +182,7 @@ __global__ void __launch_bounds__(kWarps* kWarp)
 
 // A head of a token: its keys, and what else belongs to the slot, or its values.
 template <int E>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 2)
     append_kv_kernel(__grid_constant__ const AppendKv p, float norm) {
   KVTOOLS_SHARED(Shared, shared);
   const int warp = threadIdx.x / kWarp, lane = lane_index();

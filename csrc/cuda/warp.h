@@ -25,20 +25,25 @@ __device__ inline float greatest(float x) {
   return reduce(x, [](float a, float b) { return fmaxf(a, b); });
 }
 
+// A step of `sums`: lanes whose index has the bit Half take the upper half of 2 Half values.
+template <int Half, int N>
+__device__ inline void fold(float (&x)[N]) {
+  if constexpr (Half > 0) {
+    const bool upper = lane_index() & Half;
+#pragma unroll
+    for (int i = 0; i < Half; ++i) {
+      const float given = upper ? x[i] : x[i + Half], kept = upper ? x[i + Half] : x[i];
+      x[i] = kept + __shfl_xor_sync(kAll, given, Half);
+    }
+    fold<Half / 2>(x);
+  }
+}
+
 // N sums at once, N a power of two: lane l gets that of x[l % N]. Takes a shuffle per value, not
 // one per value and step, and consumes x.
 template <int N>
 __device__ inline float sums(float (&x)[N]) {
-  const int lane = lane_index();
-#pragma unroll
-  for (int half = N / 2; half > 0; half /= 2) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
-      x[i] = kept + __shfl_xor_sync(kAll, given, half);
-    }
-  }
+  fold<N / 2>(x);
 #pragma unroll
   for (int distance = N; distance < kWarp; distance *= 2)
     x[0] += __shfl_xor_sync(kAll, x[0], distance);
