@@ -265,6 +265,10 @@ def obstacle(op: Any, impl: str) -> str | None:
     """Why `impl` of `op` cannot run here, or None."""
     if impl == "triton" and not kvtools.ops.TRITON:
         return "pip install triton"
+    if impl == "cpu" and not kvtools.ops.COMPILED:
+        return "not built"
+    if impl == "cuda" and op.name in kvtools.ops.IN_CUDA and not kvtools.ops.CUDA:
+        return "built without CUDA"
     if impl not in op.impls:
         return "not written"
     if impl in ("triton", "cuda") and not torch.cuda.is_available():

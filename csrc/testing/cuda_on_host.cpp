@@ -2,7 +2,8 @@
 // - accesses of one byte by two threads, of which one writes, that no barrier orders;
 // - shared memory that is read before it is written;
 // - accesses that are not aligned, or outside memory where AddressSanitizer's library is loaded;
-// - barriers and warp operations that some threads of the block, or lanes, never reach.
+// - barriers and warp operations that some threads of the block, or lanes, never reach;
+// - more shared memory than every architecture has.
 //
 // Accesses are seen because the kernels are compiled with -fsanitize=thread, whose calls end here
 // instead of in its library.
@@ -54,6 +55,7 @@ namespace kvtools::testing {
 namespace {
 
 constexpr size_t kStack = 128 << 10, kMostThreads = 1024;
+constexpr size_t kMostShared = 99 << 10;  // that a block may have where it is least, on sm_120
 
 // When a thread last touched a byte.
 struct Stamp {
@@ -98,6 +100,7 @@ class Grid {
         warps_(block.x / 32) {
     if (block.x % 32 || block.x > kMostThreads || block.y != 1 || block.z != 1)
       throw std::invalid_argument("a block must have 32 to 1024 threads, whole warps, in x");
+    if (shared > kMostShared) throw std::invalid_argument("more shared memory than sm_120 has");
     stacks_ = static_cast<char*>(mmap(nullptr, kStack * block.x, PROT_READ | PROT_WRITE,
                                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (stacks_ == MAP_FAILED) throw std::bad_alloc();
