@@ -314,15 +314,17 @@ std::tuple<Tensor, Tensor> key_scores(Tensor q, Tensor k, Optional sink_h, int64
   return {mass, low};
 }
 
+template <Impl impl>
 Tensor select_victims(Tensor score, Tensor tie, Tensor position, Tensor below, Tensor from,
                       int64_t count) {
-  const int64_t n = score.size(0), h = score.size(1);
+  const int64_t n = score.size(0), h = score.size(1), s = score.size(2);
+  STD_TORCH_CHECK(impl == Impl::cpu || s <= 1 << 30, "rows have more than 2^30 tokens");
   Tensor index = torch::stable::new_empty(score, {n, h, count}, ScalarType::Int);
-  if (index.numel())
-    KVTOOLS_RUN(select_victims,
-                {strided<3>(score), strided<3>(tie), integers<3>(position), strided<3>(index),
-                 integers<1>(below), integers<1>(from), n, h, score.size(2), count},
-                pool());
+  if (index.numel()) {
+    KVTOOLS_RUN_ON(impl, select_victims, score,
+                   {strided<3>(score), strided<3>(tie), integers<3>(position), strided<3>(index),
+                    integers<1>(below), integers<1>(from), n, h, s, count});
+  }
   return index;
 }
 
@@ -379,6 +381,7 @@ Enum named(const std::string& name, std::initializer_list<const char*> names) {
   return static_cast<Enum>(found - names.begin());
 }
 
+template <Impl impl>
 std::tuple<Tensor, Tensor, Tensor> step_scores(Tensor hidden, Tensor step, Tensor cu_steps,
                                                Tensor weight, Optional bias, std::string link,
                                                std::string reduce, double temperature) {
@@ -386,16 +389,25 @@ std::tuple<Tensor, Tensor, Tensor> step_scores(Tensor hidden, Tensor step, Tenso
   Tensor margin = torch::stable::new_empty(hidden, {s}, ScalarType::Float);
   Tensor prob = torch::stable::new_empty(hidden, {s}, ScalarType::Float);
   Tensor score = torch::stable::new_empty(hidden, {r}, ScalarType::Float);
-  KVTOOLS_RUN(
-      step_scores,
-      {strided<2>(hidden), strided<2>(weight), strided<1>(bias), vector_of_integers(step),
-       vector_of_integers(cu_steps),
-       named<Link>(link, {"sigmoid", "difference", "tanh", "identity"}),
-       named<Reduce>(
-           reduce, {"last", "min", "max", "mean", "sum", "prod", "gmean", "sum_logit", "softmin"}),
-       temperature, static_cast<float*>(margin.data_ptr()), static_cast<float*>(prob.data_ptr()),
-       static_cast<float*>(score.data_ptr()), s, r, weight.size(0), weight.size(1)},
-      pool());
+  const StepScores p{strided<2>(hidden),
+                     strided<2>(weight),
+                     strided<1>(bias),
+                     vector_of_integers(step),
+                     vector_of_integers(cu_steps),
+                     named<Link>(link, {"sigmoid", "difference", "tanh", "identity"}),
+                     named<Reduce>(reduce, {"last", "min", "max", "mean", "sum", "prod", "gmean",
+                                            "sum_logit", "softmin"}),
+                     temperature,
+                     static_cast<float*>(margin.data_ptr()),
+                     static_cast<float*>(prob.data_ptr()),
+                     static_cast<float*>(score.data_ptr()),
+                     s,
+                     r,
+                     weight.size(0),
+                     weight.size(1)};
+  if (r) {
+    KVTOOLS_RUN_ON(impl, step_scores, hidden, p);
+  }
   return {margin, prob, score};
 }
 
@@ -437,10 +449,10 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("tree_attention.cpu", TORCH_BOX(&kvtools::tree_attention));
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
   m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
-  m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims));
+  m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims<kvtools::Impl::cpu>));
   m.impl("compact_kv.cpu", TORCH_BOX(&kvtools::compact_kv));
   m.impl("sample.cpu", TORCH_BOX(&kvtools::sample));
-  m.impl("step_scores.cpu", TORCH_BOX(&kvtools::step_scores));
+  m.impl("step_scores.cpu", TORCH_BOX(&kvtools::step_scores<kvtools::Impl::cpu>));
   m.impl("token_logprobs.cpu", TORCH_BOX(&kvtools::token_logprobs));
 }
 
@@ -448,6 +460,8 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(kvtools, KVTOOLS_CUDA_KEY, m) {
   m.impl("quantize_kv.cuda", TORCH_BOX(&kvtools::quantize_kv<kvtools::Impl::cuda>));
   m.impl("append_kv.cuda", TORCH_BOX(&kvtools::append_kv<kvtools::Impl::cuda>));
+  m.impl("select_victims.cuda", TORCH_BOX(&kvtools::select_victims<kvtools::Impl::cuda>));
+  m.impl("step_scores.cuda", TORCH_BOX(&kvtools::step_scores<kvtools::Impl::cuda>));
 }
 #endif
 

@@ -115,7 +115,7 @@ def test_step_scores(steps, dtype, k, device, impl):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("M", [1, 1100])
+@pytest.mark.parametrize("M", [1, 1100, 2072])
 def test_margins_of_any_width(M, dtype, k, device, impl):
     args = make_steps([20, 40], dtype, device, k, M)
     actual_s, *_ = step_scores(*args, link="identity", impl=impl)
@@ -137,13 +137,26 @@ def test_step_scores_without_bias_and_strided(device, impl):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@pytest.mark.parametrize("weight", DTYPES, ids=str)
+@pytest.mark.parametrize("hidden", DTYPES, ids=str)
+def test_step_scores_of_mixed_dtypes(hidden, weight, device, impl):
+    hidden_tm, step_s, cu_steps, weight_km, bias_k = make_steps([2, 5], hidden, device, M=600)
+    args = hidden_tm, step_s, cu_steps, weight_km.to(weight), bias_k.float()
+    actual_s, *_ = step_scores(*args, impl=impl)
+    exact_s, eager_s = (
+        plain_step_scores(*args, "sigmoid", "last", d)[0] for d in (torch.float64, torch.float32)
+    )
+    assert_within_budget("margin", actual_s, exact_s, eager_s)
+
+
+@pytest.mark.parametrize("at", [0, 7])
 @pytest.mark.parametrize("reduce", REDUCES)
-def test_a_nan_stays(reduce, device, impl):
-    """In the first step of the first rollout; the other rollouts do not see it."""
+def test_a_nan_stays(reduce, at, device, impl):
+    """In a step of the first rollout; the other rollouts do not see it."""
     hidden_tm, step_s, *rest = make_steps([20, 3, 2], torch.float32, device)
-    hidden_tm[step_s[0]] = torch.nan
+    hidden_tm[step_s[at]] = torch.nan
     _, prob_s, score_r = step_scores(hidden_tm, step_s, *rest, reduce=reduce, impl=impl)
-    assert prob_s.isnan().nonzero().tolist() == [[0]]
+    assert prob_s.isnan().nonzero().tolist() == [[at]]
     assert score_r.isnan().tolist() == [reduce != "last", False, False]
 
 
@@ -421,6 +434,8 @@ def test_step_scores_contract(device):
 
 def test_token_logprobs_opcheck(device, impl):
     overload = "default" if impl == "reference" else impl
+    if impl == "cuda" and impl not in torch.ops.kvtools.token_logprobs.overloads():
+        pytest.skip("token_logprobs has no cuda")
     operator = getattr(torch.ops.kvtools.token_logprobs, overload)
     hidden_tm, weight_vm, target_t, bias_v = make_tokens(7, 8, 50, torch.float32, device)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
