@@ -5,7 +5,19 @@
 
 namespace kvtools::cuda {
 
+// What the launches of `sample` leave for one another; see sampling.cu.
+struct Sampling {
+  static constexpr int kGroup = 256, kBins = 128;
+  struct Group {
+    float peak, sum, bound;  // the greatest z, sum of e^(z - peak), of what z + noise can be
+  };
+  Sample p;
+  Group* group;             // [b, v / kGroup, rounded up]
+  unsigned long long* bin;  // [b, kBins]
+};
+
 void quantize_kv(const QuantizeKv&, void* stream);
 void append_kv(const AppendKv&, void* stream);
+void sample(const Sampling&, void* stream);
 
 }  // namespace kvtools::cuda
