@@ -9,7 +9,7 @@ namespace kvtools::cuda {
 struct Sampling {
   static constexpr int kGroup = 256, kBins = 128;
   struct Group {
-    float peak, sum, bound;  // the greatest z, sum of e^(z - peak), of what z + noise can be
+    float peak, sum, bound;  // the greatest z; sum of e^(z - peak), greatest e^(z + noise - peak)
   };
   Sample p;
   Group* group;             // [b, v / kGroup, rounded up]
