@@ -350,6 +350,7 @@ Floats vector_of_floats(const Tensor& x) {
   return {strided<1>(x)};
 }
 
+template <Impl impl>
 std::tuple<Tensor, Tensor, Tensor> sample(Tensor logits, Tensor seed, Tensor position,
                                           Tensor temperature, Tensor top_k, Tensor top_p,
                                           Tensor min_p) {
@@ -357,14 +358,32 @@ std::tuple<Tensor, Tensor, Tensor> sample(Tensor logits, Tensor seed, Tensor pos
   Tensor token = torch::stable::new_empty(logits, {b}, ScalarType::Long);
   Tensor logprob = torch::stable::new_empty(logits, {b}, ScalarType::Float);
   Tensor filtered = torch::stable::new_empty(logits, {b}, ScalarType::Float);
-  if (b)
-    KVTOOLS_RUN(
-        sample,
-        {strided<2>(logits), vector_of_integers(seed), vector_of_integers(position),
-         vector_of_integers(top_k), vector_of_floats(temperature), vector_of_floats(top_p),
-         vector_of_floats(min_p), static_cast<int64_t*>(token.data_ptr()),
-         static_cast<float*>(logprob.data_ptr()), static_cast<float*>(filtered.data_ptr()), b, v},
-        pool());
+  if (!b) return {token, logprob, filtered};
+  const Sample p{floats<2>(logits),
+                 vector_of_integers(seed),
+                 vector_of_integers(position),
+                 vector_of_integers(top_k),
+                 vector_of_floats(temperature),
+                 vector_of_floats(top_p),
+                 vector_of_floats(min_p),
+                 static_cast<int64_t*>(token.data_ptr()),
+                 static_cast<float*>(logprob.data_ptr()),
+                 static_cast<float*>(filtered.data_ptr()),
+                 b,
+                 v};
+  if constexpr (impl == Impl::cpu) {
+    KVTOOLS_RUN(sample, p, pool());
+  } else {
+#if KVTOOLS_CUDA
+    using S = cuda::Sampling;
+    const int64_t groups = (v + S::kGroup - 1) / S::kGroup;
+    Tensor group = torch::stable::new_empty(logits, {b, groups, 3}, ScalarType::Float);
+    Tensor bin = torch::stable::new_empty(logits, {b, S::kBins}, ScalarType::Long);
+    run_cuda<S>(cuda::sample, logits,
+                {p, static_cast<S::Group*>(group.data_ptr()),
+                 static_cast<unsigned long long*>(bin.data_ptr())});
+#endif
+  }
   return {token, logprob, filtered};
 }
 
@@ -451,7 +470,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
   m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims<kvtools::Impl::cpu>));
   m.impl("compact_kv.cpu", TORCH_BOX(&kvtools::compact_kv));
-  m.impl("sample.cpu", TORCH_BOX(&kvtools::sample));
+  m.impl("sample.cpu", TORCH_BOX(&kvtools::sample<kvtools::Impl::cpu>));
   m.impl("step_scores.cpu", TORCH_BOX(&kvtools::step_scores<kvtools::Impl::cpu>));
   m.impl("token_logprobs.cpu", TORCH_BOX(&kvtools::token_logprobs));
 }
@@ -462,6 +481,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, KVTOOLS_CUDA_KEY, m) {
   m.impl("append_kv.cuda", TORCH_BOX(&kvtools::append_kv<kvtools::Impl::cuda>));
   m.impl("select_victims.cuda", TORCH_BOX(&kvtools::select_victims<kvtools::Impl::cuda>));
   m.impl("step_scores.cuda", TORCH_BOX(&kvtools::step_scores<kvtools::Impl::cuda>));
+  m.impl("sample.cuda", TORCH_BOX(&kvtools::sample<kvtools::Impl::cuda>));
 }
 #endif
 

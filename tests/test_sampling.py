@@ -30,8 +30,8 @@ filters = pytest.mark.parametrize("kwargs", FILTERS.values(), ids=FILTERS.keys()
 
 
 def interpreted(impl):
-    """Whether Triton's interpreter runs `impl`: some milliseconds a row, so fewer of them."""
-    return impl == "triton" and not torch.cuda.is_available()
+    """Whether a CPU stands for the GPU of `impl`: some milliseconds a row, so fewer of them."""
+    return impl in ("triton", "cuda") and not torch.cuda.is_available()
 
 
 def make_rows(B, V, dtype, device, scale=3.0):
@@ -238,6 +238,44 @@ def test_implementations_agree(kwargs, device, impl):
         assert torch.equal(actual[0], expected[0])
         for ours, theirs in zip(actual[1:], expected[1:], strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def test_large_vocabulary(device, impl):
+    """Of a language model, and rows that take all ways through the kernels."""
+    if impl == "triton" and interpreted(impl):
+        pytest.skip("takes minutes")
+    options = {
+        "temperature": [0.7, 0.0, 1.0, 1.5, 0.9, 0.8],
+        "top_k": [0, 0, 50, 0, 3000, 20],
+        "top_p": [1.0, 1.0, 0.9, 0.95, 0.5, 1.0],
+        "min_p": [0.0, 0.0, 0.0, 0.0, 0.0, 0.1],
+    }
+    args = make_rows(6, 151_936, torch.bfloat16, device, scale=4.0)
+    args[0][5, 2000:] = -torch.inf  # in fewer parts than top-k keeps tokens
+    args[0][5, 100_000] = args[0][5].max()
+    tensors = {name: torch.tensor(values, device=device) for name, values in options.items()}
+    expected = sample(*args, **tensors, impl="reference")
+    actual = sample(*args, **tensors, impl=impl)
+    assert torch.equal(actual[0], expected[0])
+    for ours, theirs in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_division_is_rounded(device, impl):
+    """Logits that are next to each other are equal after division, or are not: top-k tells."""
+    B, V = 40 if interpreted(impl) else 300, 4
+    generator = torch.Generator().manual_seed(0)
+    _, seed_b, position_b = make_rows(B, V, torch.float32, device)
+    exponent_b1 = torch.randint(-6, 7, (B, 1), generator=generator)
+    exponent_b1[::10] *= 20
+    logit_b1 = (1 + torch.rand(B, 1, generator=generator)) * 2.0**exponent_b1
+    logits_bv = (logit_b1.view(torch.int32) + torch.arange(V)).view(torch.float32).to(device)
+    temperature_b = (1 + torch.rand(B, generator=generator)).to(device)
+    args = logits_bv, seed_b, position_b
+    kwargs = {"temperature": temperature_b, "top_k": 1}
+    expected_b, _, _ = sample(*args, **kwargs, impl="reference")
+    actual_b, _, _ = sample(*args, **kwargs, impl=impl)
+    assert torch.equal(actual_b, expected_b)
 
 
 def test_implementations_agree_at_the_boundary(device, impl):

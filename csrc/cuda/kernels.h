@@ -5,9 +5,21 @@
 
 namespace kvtools::cuda {
 
+// What the launches of `sample` leave for one another; see sampling.cu.
+struct Sampling {
+  static constexpr int kGroup = 256, kBins = 128;
+  struct Group {
+    float peak, sum, bound;  // the greatest z; sum of e^(z - peak), greatest e^(z + noise - peak)
+  };
+  Sample p;
+  Group* group;             // [b, v / kGroup, rounded up]
+  unsigned long long* bin;  // [b, kBins]
+};
+
 void quantize_kv(const QuantizeKv&, void* stream);
 void append_kv(const AppendKv&, void* stream);
 void select_victims(const SelectVictims&, void* stream);
 void step_scores(const StepScores&, void* stream);
+void sample(const Sampling&, void* stream);
 
 }  // namespace kvtools::cuda

@@ -1,0 +1,623 @@
+// Sampling in three launches.
+//
+// One block per row would leave most of a GPU idle, since noise for a whole vocabulary is a matter
+// of arithmetic, not of memory. So `scan` spreads the rows over all of it: it reads the logits, a
+// warp per group of 256, and leaves a few facts about each group. `finish`, a block per row, then
+// reads again the few groups that matter: by their greatest where there are filters, else by a
+// bound on what their tokens can score. What top-p alone keeps depends on all tokens: for such rows
+// `weigh` reads the logits once more in between, and says in which narrow bin the floor lies. All
+// of it is exact: bounds only tell where to look, and sums that decide are those of integers.
+#include <cfloat>
+#include <climits>
+
+#include "format.h"
+#include "kernels.h"
+#include "ptx.h"
+#include "warp.h"
+
+namespace kvtools::cuda {
+namespace {
+
+using Group = Sampling::Group;
+using Mass = unsigned long long;  // 2^40 e^(z - best), rounded; or a number of tokens
+
+constexpr int kEach = 8;  // tokens of a lane
+constexpr int kGroup = Sampling::kGroup, kBins = Sampling::kBins;
+static_assert(kGroup == kEach * kWarp);
+
+constexpr int kWarps = 8;           // of a block
+constexpr int kFinishWarps = 16;    // of one of `finish`, if the row has as many groups
+constexpr int kRounds = 4;          // groups that a warp weighs
+constexpr int kListed = 4096;       // values that a search keeps in shared memory
+constexpr float kMassless = 29;     // so far below the best, mass rounds to zero
+constexpr float kSlack = 0x1p-10f;  // for the errors of bounds on scores
+constexpr float kLog2e = 0x1.715476p0f;
+
+// x / y for all x, rounded as division is. Where nothing can overflow these are the steps that the
+// compiler takes, too, but it would find the inverse anew for each x.
+__device__ void divide(float (&x)[kEach], float y) {
+  float inverse = reciprocal_approximately(y);
+  inverse = fmaf(inverse, fmaf(-y, inverse, 1.0f), inverse);
+  const float most = 0x1p-20f < y && y < 0x1p20f ? 0x1p100f : 0;
+  unsigned left = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const bool fits = (0x1p-100f < fabsf(x[i])) & (fabsf(x[i]) < most);
+    const float q = x[i] * inverse;
+    x[i] = fits ? fmaf(inverse, fmaf(-y, q, x[i]), q) : x[i];
+    left |= !fits << i;
+  }
+  if (!left) return;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i)
+    if (left >> i & 1 && 0 < fabsf(x[i]) && fabsf(x[i]) < INFINITY) x[i] /= y;
+}
+
+// A row: its logits, and how it is sampled.
+struct Row {
+  const char* logits;
+  Type type;
+  int64_t step;  // bytes from a logit to the next
+  int v, groups;
+  bool vectors;  // whether 16 bytes may be read at once
+  float temperature, top_p, min_p;
+  int64_t top_k;
+
+  __device__ Row(const Sample& p, int64_t i)
+      : logits(p.logits.at(i)),
+        type(p.logits.type),
+        step(p.logits.stride[1] * size_of(type)),
+        v(static_cast<int>(p.v)),
+        groups((v + kGroup - 1) / kGroup),
+        vectors(p.logits.stride[1] == 1 && reinterpret_cast<uintptr_t>(logits) % 16 == 0),
+        temperature(p.temperature[i]),
+        top_p(p.top_p[i]),
+        min_p(p.min_p[i]),
+        top_k(p.top_k[i]) {}
+
+  // No && and ||, whose branches would have the logits wait for what decides.
+  __device__ bool greedy() const { return temperature == 0; }
+  __device__ bool cut() const { return (top_k > 0) & (top_k < v); }
+  __device__ bool filtered() const { return !greedy() & (cut() | (top_p < 1) | (min_p > 0)); }
+  __device__ bool noisy() const { return !greedy() & !filtered(); }
+
+  // Whether `weigh` puts tokens into bins: by mass, or by number where top-k is so large that the
+  // greatest of the groups tell little.
+  __device__ bool binned() const { return filtered() && (cut() ? top_k > groups / 2 : top_p < 1); }
+
+  // z, which is logit / temperature, of tokens `first` to `first` + 7; -inf beyond the last.
+  __device__ void load(int first, float (&z)[kEach]) const {
+    const char* x = logits + first * step;
+    uint32_t bits[kEach];
+    if (vectors && first + kEach <= v) {
+      const uint4* words = reinterpret_cast<const uint4*>(x);
+      const uint4 low = words[0];
+      const uint32_t in_low[] = {low.x, low.y, low.z, low.w};
+      if (type == Type::f32) {
+        const uint4 high = words[1];
+        const uint32_t in_high[] = {high.x, high.y, high.z, high.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) bits[i] = in_low[i], bits[i + 4] = in_high[i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) bits[i] = i % 2 ? in_low[i / 2] >> 16 : in_low[i / 2];
+      }
+    } else {
+      const uint32_t none = type == Type::f32 ? 0xff800000 : type == Type::bf16 ? 0xff80 : 0xfc00;
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) {
+        bits[i] = none;
+        if (first + i < v)
+          bits[i] = type == Type::f32 ? *reinterpret_cast<const uint32_t*>(x + i * step)
+                                      : *reinterpret_cast<const uint16_t*>(x + i * step);
+      }
+    }
+    if (type == Type::f32) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) z[i] = __uint_as_float(bits[i]);
+    } else if (type == Type::bf16) {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) z[i] = __uint_as_float(bits[i] << 16);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) z[i] = __half2float(__ushort_as_half(bits[i] & 0xffff));
+    }
+    if (temperature != 0 && temperature != 1) divide(z, temperature);
+  }
+};
+
+// Philox4x32-10 of a row.
+struct Noise {
+  uint32_t position, key_0, key_1;
+
+  __device__ Noise(const Sample& p, int64_t i)
+      : position(static_cast<uint32_t>(p.position[i])),
+        key_0(static_cast<uint32_t>(p.seed[i])),
+        key_1(static_cast<uint32_t>(p.seed[i] >> 32)) {}
+
+  // The words of tokens `first` to `first` + 3, of which `first` is a multiple of 4.
+  __device__ void draw(int first, uint32_t* word) const {
+    uint32_t c0 = first / 4, c1 = position, c2 = 0, c3 = 0;
+#pragma unroll
+    for (uint32_t round = 0; round < 10; ++round) {
+      const uint64_t product_0 = uint64_t(c0) * 0xD2511F53, product_1 = uint64_t(c2) * 0xCD9E8D57;
+      c0 = static_cast<uint32_t>(product_1 >> 32) ^ c1 ^ (key_0 + round * 0x9E3779B9);
+      c2 = static_cast<uint32_t>(product_0 >> 32) ^ c3 ^ (key_1 + round * 0xBB67AE85);
+      c1 = static_cast<uint32_t>(product_1), c3 = static_cast<uint32_t>(product_0);
+    }
+    word[0] = c0, word[1] = c1, word[2] = c2, word[3] = c3;
+  }
+};
+
+__device__ float relative(float z, float base) { return exp2_approximately((z - base) * kLog2e); }
+
+// e^score is e / -log(1 - u), which is at most this, as -log(1 - u) >= 2 u / (2 - u). Few can win
+// by it, and fp64 decides among them.
+__device__ float bound_of(float e, uint32_t word) {
+  const float u = fmaf(static_cast<float>(word), 0x1p-32f, 0x1p-33f);
+  return e * (reciprocal_approximately(u) - 0.5f);
+}
+
+__device__ double score_of(float z, uint32_t word) {
+  // 1 - u is exact, so its logarithm is as good as log1p(-u).
+  return z - log(-log(1 - (word + 0.5) * 0x1p-32));
+}
+
+// 2^40 e^(z - best) as an integer; each step rounds as that of the reference.
+__device__ Mass mass_of(float z, float best) {
+  const float x = fminf((best - z) * kLog2e, 64.0f);
+  const float shifted = x + 0x1.8p23f, r = (shifted - 0x1.8p23f) - x;
+  float y = 0x1.41fbbcp-13f * r + 0x1.5f3e54p-10f;
+  y = y * r + 0x1.3b2d4cp-7f;
+  y = y * r + 0x1.c6aee8p-5f;
+  y = y * r + 0x1.ebfbdcp-3f;
+  y = y * r + 0x1.62e430p-1f;
+  y = y * r + 1.0f;
+  return llrintf(__uint_as_float(__float_as_uint(y) + ((40 - __float_as_uint(shifted)) << 23)));
+}
+
+// Bins are equally wide, from the best down; all that is lower is in the last.
+struct Bins {
+  bool by_mass;
+  float best, per_z;
+
+  // The nucleus holds no token with less than an equal share of what may be left out.
+  __device__ Bins(const Row& row, float best)
+      : by_mass(!row.cut()),
+        best(best),
+        per_z((kBins - 1) / (by_mass ? logf(row.v / (1 - row.top_p)) : kMassless)) {}
+
+  __device__ int of(float z) const {
+    return static_cast<int>(fminf((best - z) * per_z, kBins - 1));
+  }
+  // No more than what is in bin i, however that was rounded.
+  __device__ float low(int i) const {
+    return i == kBins - 1 ? -FLT_MAX : fmaxf(best - (i + 2) / per_z, -FLT_MAX);
+  }
+};
+
+template <class T>
+__device__ T across(T x, int distance) {
+  return __shfl_xor_sync(kAll, x, distance);
+}
+
+// f of all threads' x, in every thread; `none` is what f ignores. f must not mind the order.
+template <class T, class F>
+__device__ T over_block(T x, T none, F f, void* staged) {
+  T* of_warp = static_cast<T*>(staged);
+  const int lane = lane_index(), warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) x = f(x, across(x, distance));
+  __syncthreads();  // others may still read what was staged before
+  if (lane == 0) of_warp[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  x = lane < warps ? of_warp[lane] : none;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) x = f(x, across(x, distance));
+  return x;
+}
+
+template <class T>
+__device__ T greatest_of_block(T x, void* staged) {
+  return over_block(x, -static_cast<T>(INFINITY), [](T a, T b) { return a > b ? a : b; }, staged);
+}
+
+template <class T>
+__device__ T sum_of_block(T x, void* staged) {
+  return over_block(x, T(0), [](T a, T b) { return a + b; }, staged);
+}
+
+__device__ float best_of(const Group* group, int groups, void* staged) {
+  float best = -INFINITY;
+  for (int g = threadIdx.x; g < groups; g += blockDim.x) best = fmaxf(best, group[g].peak);
+  return greatest_of_block(best, staged);
+}
+
+// The facts about each group.
+__global__ void __launch_bounds__(kWarps* kWarp) scan_kernel(__grid_constant__ const Sampling s) {
+  const int64_t i = blockIdx.x;
+  const Row row(s.p, i);
+  if (blockIdx.y == 0 && threadIdx.x < kBins) s.bin[i * kBins + threadIdx.x] = 0;
+  const int g = blockIdx.y * kWarps + threadIdx.x / kWarp;
+  if (g >= row.groups) return;
+  const int first = g * kGroup + lane_index() * kEach;
+  float z[kEach], peak = -INFINITY, total = 0;
+  row.load(first, z);
+#pragma unroll
+  for (float here : z) peak = fmaxf(peak, here);
+  peak = greatest(peak);
+  const float base = peak == -INFINITY ? 0 : peak;
+#pragma unroll
+  for (float& here : z) here = relative(here, base), total += here;
+  total = sum(total);  // NaN if any z is
+  float bound = 0;
+  if (row.noisy()) {
+    const Noise noise(s.p, i);
+    uint32_t word[kEach];
+    noise.draw(first, word), noise.draw(first + 4, word + 4);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) bound = fmaxf(bound, bound_of(z[j], word[j]));
+    bound = greatest(bound);
+  }
+  if (lane_index() == 0) s.group[i * row.groups + g] = {peak, total, bound};
+}
+
+struct WeighShared {
+  uint32_t low[kRounds][kBins], high[kRounds][kBins];
+  double staged[kWarps];
+};
+
+// What is in each bin of a row.
+__global__ void __launch_bounds__(kWarps* kWarp) weigh_kernel(__grid_constant__ const Sampling s) {
+  KVTOOLS_SHARED(WeighShared, shared);
+  const int64_t i = blockIdx.x;
+  const Row row(s.p, i);
+  if (!row.binned()) return;
+  const Group* group = s.group + i * row.groups;
+  const Bins bins(row, best_of(group, row.groups, shared.staged));
+  for (int j = threadIdx.x; j < kRounds * kBins; j += kWarps * kWarp)
+    shared.low[0][j] = shared.high[0][j] = 0;
+  __syncthreads();
+  // Sums of 2,048 masses: of their low 21 bits, and of those above. Both fit in 32 bits, of which
+  // shared memory adds fast.
+  constexpr int kLow = 21;
+  static_assert(kWarps * kGroup <= 1 << (32 - kLow));
+  Mass rest = 0;
+  for (int round = 0; round < kRounds; ++round) {
+    const int g = (blockIdx.y * kRounds + round) * kWarps + threadIdx.x / kWarp;
+    if (g >= row.groups || !(bins.best - group[g].peak < kMassless)) continue;
+    float z[kEach];
+    row.load(g * kGroup + lane_index() * kEach, z);
+#pragma unroll
+    for (float here : z) {
+      const Mass mass = bins.by_mass ? mass_of(here, bins.best) : 1;
+      const int bin = bins.of(here);
+      if (bin == kBins - 1) {
+        rest += mass;
+      } else {
+        atomicAdd(&shared.low[round][bin], static_cast<uint32_t>(mass) & ((1u << kLow) - 1));
+        atomicAdd(&shared.high[round][bin], static_cast<uint32_t>(mass >> kLow));
+      }
+    }
+  }
+  rest = sum(rest);
+  Mass* all = s.bin + i * kBins;
+  if (lane_index() == 0 && rest) atomicAdd(&all[kBins - 1], rest);
+  __syncthreads();
+  if (threadIdx.x < kBins - 1) {
+    Mass mass = 0;
+    for (int round = 0; round < kRounds; ++round)
+      mass += (static_cast<Mass>(shared.high[round][threadIdx.x]) << kLow) +
+              shared.low[round][threadIdx.x];
+    if (mass) atomicAdd(&all[threadIdx.x], mass);
+  }
+}
+
+// What a round of a search finds: the weight above its pivot, and the values next to it.
+struct Cut {
+  Mass weight;
+  float below, above;
+};
+
+__device__ Cut across(Cut x, int distance) {
+  return {across(x.weight, distance), across(x.below, distance), across(x.above, distance)};
+}
+
+struct Draw {
+  double score;
+  int token;
+};
+
+__device__ Draw across(Draw x, int distance) {
+  return {across(x.score, distance), across(x.token, distance)};
+}
+
+struct FinishShared {
+  float list[kListed];
+  int size;
+  alignas(16) char staged[kFinishWarps * sizeof(Cut)];
+};
+
+// The block of a row.
+struct Finish {
+  const Row row;
+  const Noise noise;
+  const Group* group;
+  const Mass* bin;
+  FinishShared& shared;
+  float best;
+
+  __device__ Finish(const Sampling& s, int64_t i, FinishShared& shared)
+      : row(s.p, i),
+        noise(s.p, i),
+        group(s.group + i * row.groups),
+        bin(s.bin + i * kBins),
+        shared(shared),
+        best(best_of(group, row.groups, shared.staged)) {}
+
+  // Sum of e^(z - best).
+  __device__ double total() const {
+    double total = 0;
+    for (int g = threadIdx.x; g < row.groups; g += blockDim.x)
+      total += group[g].sum * expf(group[g].peak - best);
+    return sum_of_block(total, shared.staged);
+  }
+
+  // Of z, or where there are no filters of z + noise: no token of group g has more.
+  __device__ float bound(int g) const {
+    return row.noisy() ? group[g].peak + logf(group[g].bound) : group[g].peak;
+  }
+
+  // f(first token, z of it and of the seven behind it) for the groups whose bound reaches `low`.
+  // Warps are whole when they call f.
+  template <class F>
+  __device__ void sweep(float low, F f) const {
+    const int warps = blockDim.x / kWarp, warp = threadIdx.x / kWarp;
+    for (int base = warp; base < row.groups; base += blockDim.x) {
+      const int g = base + lane_index() * warps;
+      unsigned left = __ballot_sync(kAll, g < row.groups && bound(g) >= low);
+      for (; left; left &= left - 1) {
+        const int first = (base + (__ffs(left) - 1) * warps) * kGroup + lane_index() * kEach;
+        float z[kEach];
+        row.load(first, z);
+        f(first, z);
+      }
+    }
+  }
+
+  // A search goes on among values between `least` and `most`: tokens, perhaps of one bin only, or
+  // the greatest of the groups. Their weight is mass or number; `above` is that of greater ones.
+  struct Search {
+    bool peaks, by_mass;
+    int bin;  // or -1
+    float least, most;
+    Mass above;
+  };
+
+  // f of all values of a search, and of some that are not between its ends.
+  template <class F>
+  __device__ void each(const Search& in, const Bins& bins, F f) const {
+    if (in.peaks) {
+      for (int g = threadIdx.x; g - lane_index() < row.groups; g += blockDim.x)
+        f(g < row.groups ? group[g].peak : -INFINITY);
+    } else {
+      sweep(in.least, [&](int, const float (&z)[kEach]) {
+#pragma unroll
+        for (float here : z) f(in.bin < 0 || bins.of(here) == in.bin ? here : -INFINITY);
+      });
+    }
+  }
+
+  // Puts the values of a search into the list; how many there are, even if not all fit.
+  __device__ int list(const Search& in, const Bins& bins) const {
+    if (threadIdx.x == 0) shared.size = 0;
+    __syncthreads();
+    each(in, bins, [&](float z) {
+      const bool inside = in.least <= z && z <= in.most;
+      const unsigned who = __ballot_sync(kAll, inside);
+      if (!who) return;
+      int start = 0;
+      if (lane_index() == 0) start = atomicAdd(&shared.size, __popc(who));
+      const int at = __shfl_sync(kAll, start, 0) + __popc(who & ((1u << lane_index()) - 1));
+      if (inside && at < kListed) shared.list[at] = z;
+    });
+    __syncthreads();
+    return shared.size;
+  }
+
+  // The least value whose strictly greater ones weigh less than `wanted`; `least` if all do.
+  __device__ float find(Search in, const Bins& bins, double wanted) const {
+    int size = INT_MAX;
+    while (in.least < in.most) {
+      if (size > kListed) size = list(in, bins);
+      float pivot = in.least / 2 + in.most / 2;
+      if (!(in.least <= pivot && pivot < in.most)) pivot = in.least;
+      const Cut none{0, in.least, in.most};
+      Cut found = none;
+      auto meet = [&](float z) {
+        if (!(in.least <= z && z <= in.most)) return;
+        if (z > pivot) {
+          found.weight += in.by_mass ? mass_of(z, best) : 1;
+          found.above = fminf(found.above, z);
+        } else {
+          found.below = fmaxf(found.below, z);
+        }
+      };
+      if (size > kListed)
+        each(in, bins, meet);
+      else
+        for (int i = threadIdx.x; i < size; i += blockDim.x) meet(shared.list[i]);
+      auto join = [](Cut a, Cut b) {
+        return Cut{a.weight + b.weight, fmaxf(a.below, b.below), fminf(a.above, b.above)};
+      };
+      found = over_block(found, none, join, shared.staged);
+      const Mass greater = in.above + found.weight;
+      if (static_cast<double>(greater) < wanted)
+        in.most = found.below, in.above = greater;
+      else
+        in.least = found.above;
+    }
+    return in.most;
+  }
+
+  // Narrows a search to the bin in which it ends. For mass, `wanted` is a share, and is turned into
+  // that of all.
+  __device__ void narrow(Search& in, const Bins& bins, double& wanted) const {
+    constexpr int kOwn = kBins / kWarp;  // bins of a lane
+    const int lane = lane_index();
+    Mass own[kOwn], sum = 0;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) sum += own[j] = bin[lane * kOwn + j];
+    Mass before = sum;
+#pragma unroll
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const Mass other = __shfl_up_sync(kAll, before, distance);
+      if (lane >= distance) before += other;
+    }
+    if (in.by_mass) wanted *= static_cast<double>(__shfl_sync(kAll, before, kWarp - 1));
+    before -= sum;
+#pragma unroll
+    for (int j = 0; j < kOwn; ++j) {
+      if (static_cast<double>(before) < wanted) in.bin = lane * kOwn + j, in.above = before;
+      before += own[j];
+    }
+    const unsigned reached = __ballot_sync(kAll, in.bin >= 0);
+    const int last = kWarp - 1 - __clz(static_cast<int>(reached));
+    in.bin = __shfl_sync(kAll, in.bin, last), in.above = __shfl_sync(kAll, in.above, last);
+    in.least = bins.low(in.bin);
+  }
+
+  // The least z that passes the filters.
+  __device__ float lowest_kept() const {
+    const Bins bins(row, best);
+    float low = -FLT_MAX;
+    // The k-th greatest peak, which is no greater than the k-th greatest z; that; the nucleus.
+#pragma unroll 1
+    for (int step = 0; step < 3; ++step) {
+      const bool by_mass = step == 2;
+      if (by_mass ? row.top_p >= 1 : !row.cut() || (step == 0 && row.binned())) continue;
+      Search in{step == 0, by_mass, -1, low, best, 0};
+      double wanted = by_mass ? row.top_p : static_cast<double>(row.top_k);
+      if (row.binned() && by_mass == bins.by_mass)
+        narrow(in, bins, wanted);
+      else if (by_mass)
+        wanted *= static_cast<double>(mass_from(low));
+      low = find(in, bins, wanted);
+    }
+    const double behind = log(static_cast<double>(row.min_p));
+    return fmaxf(low, static_cast<float>(best + behind));
+  }
+
+  __device__ Mass mass_from(float floor) const {
+    Mass mass = 0;
+    sweep(floor, [&](int, const float (&z)[kEach]) {
+#pragma unroll
+      for (float here : z)
+        if (here >= floor) mass += mass_of(here, best);
+    });
+    return sum_of_block(mass, shared.staged);
+  }
+
+  // The token with the greatest z + noise of those that reach `floor`, the lowest on ties; -1 if
+  // none does, for parameters out of range. And the mass of them all, where there are filters.
+  __device__ int draw(float floor, Mass& kept) const {
+    // Groups that may hold the winner: at first, those with the greatest bound.
+    float low = floor;
+    if (row.noisy()) {
+      low = -INFINITY;
+      for (int g = threadIdx.x; g < row.groups; g += blockDim.x) low = fmaxf(low, bound(g));
+      low = greatest_of_block(low, shared.staged);
+    }
+    Mass mass = 0;
+    float most = -1, z_of_most = 0, enough = 0;
+    uint32_t word_of_most = 0;
+    const Draw none{-INFINITY, -1};
+    Draw winner = none;
+    auto better = [](Draw a, Draw b) {
+      return a.score > b.score || (a.score == b.score && a.token < b.token) ? a : b;
+    };
+    // First whoever has the greatest bound, whose score is one to beat; then those that may.
+#pragma unroll 1
+    for (bool decide = row.greedy();; decide = true) {
+      // With filters, a warp meets the tokens that it has met before.
+      if (!decide || !row.filtered() || __any_sync(kAll, most >= enough))
+        sweep(low, [&](int first, const float (&z)[kEach]) {
+#pragma unroll
+          for (int j = 0; j < kEach; j += 4) {
+            if (!(fmaxf(fmaxf(z[j], z[j + 1]), fmaxf(z[j + 2], z[j + 3])) >= floor)) continue;
+            uint32_t word[4];
+            noise.draw(first + j, word);
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+              const float here = z[j + k];
+              if (!(here >= floor)) continue;
+              const float bound = bound_of(relative(here, best), word[k]);
+              if (!decide) {
+                if (row.filtered()) mass += mass_of(here, best);
+                if (bound > most) most = bound, z_of_most = here, word_of_most = word[k];
+              } else if (bound >= enough) {
+                const double score = row.greedy() ? 0 : score_of(here, word[k]);
+                winner = better(winner, {score, first + j + k});
+              }
+            }
+          }
+        });
+      if (decide) break;
+      double score = -INFINITY;
+      if (most == greatest_of_block(most, shared.staged)) score = score_of(z_of_most, word_of_most);
+      score = greatest_of_block(score, shared.staged);
+      // Sums in fp64 are rounded, too, which shows if logits are huge; as are those in `bound`.
+      enough = expf(static_cast<float>(score - best) - kSlack - 0x1p-51f * fabsf(best));
+      if (row.noisy()) low = static_cast<float>(score) - kSlack - 0x1p-22f * fabsf(best);
+    }
+    kept = sum_of_block(mass, shared.staged);
+    return over_block(winner, none, better, shared.staged).token;
+  }
+};
+
+// The token of a row and its log-probabilities.
+__global__ void __launch_bounds__(kFinishWarps* kWarp, 1)
+    finish_kernel(__grid_constant__ const Sampling s) {
+  KVTOOLS_SHARED(FinishShared, shared);
+  const int64_t i = blockIdx.x;
+  const Finish finish(s, i, shared);
+  const Row& row = finish.row;
+  const float best = finish.best;
+  const double total = finish.total();
+  int token = -1;
+  float logprob = NAN, filtered_logprob = NAN;
+  if (fabsf(best) < INFINITY && total == total) {
+    float floor = row.greedy() ? best : -FLT_MAX;
+    if (row.filtered()) floor = finish.lowest_kept();
+    Mass kept;
+    token = finish.draw(floor, kept);
+    if (threadIdx.x == 0 && token >= 0) {
+      float z = number_at(row.logits + token * row.step, row.type);
+      if (!row.greedy()) z /= row.temperature;
+      const double behind = z - best;
+      logprob = static_cast<float>(behind - log(total));
+      filtered_logprob = row.greedy()     ? 0
+                         : row.filtered() ? static_cast<float>(behind - log(kept * 0x1p-40))
+                                          : logprob;
+    }
+  }
+  if (threadIdx.x == 0) {
+    s.p.token[i] = token;
+    s.p.logprob[i] = logprob, s.p.filtered_logprob[i] = filtered_logprob;
+  }
+}
+
+}  // namespace
+
+void sample(const Sampling& s, void* stream) {
+  const auto rows = static_cast<unsigned>(s.p.b);
+  const auto groups = static_cast<unsigned>((s.p.v + kGroup - 1) / kGroup);
+  auto parts = [&](unsigned size) { return dim3(rows, (groups + size - 1) / size); };
+  launch("sample, scan", scan_kernel, parts(kWarps), kWarps * kWarp, 0, stream, s);
+  launch("sample, weigh", weigh_kernel, parts(kWarps * kRounds), kWarps * kWarp,
+         sizeof(WeighShared), stream, s);
+  launch("sample, finish", finish_kernel, dim3(rows), std::min<int>(groups, kFinishWarps) * kWarp,
+         sizeof(FinishShared), stream, s);
+}
+
+}  // namespace kvtools::cuda
