@@ -28,13 +28,10 @@ TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("kvtools", "DEF")
 _LIBRARY.define("cpu_isa(str isa) -> str")  # the instruction set that `cpu` uses; for tests
 NATIVE = {"cpu": "cpu", "cuda": "triton"}  # device to what `auto` takes there
-IN_CUDA = (
-    "quantize_kv",
-    "append_kv",
-    "select_victims",
-    "step_scores",
-    "sample",
-)  # what csrc/cuda has
+# What csrc/cuda has.
+IN_CUDA = {
+    "quantize_kv", "append_kv", "tree_attention", "select_victims", "sample", "step_scores",
+}  # fmt: skip
 OPS: dict[str, "Op"] = {}
 
 
