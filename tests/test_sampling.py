@@ -269,18 +269,20 @@ def test_division_is_rounded(device, impl):
     exponent_b1 = torch.randint(-6, 7, (B, 1), generator=generator)
     exponent_b1[::10] *= 20
     logit_b1 = (1 + torch.rand(B, 1, generator=generator)) * 2.0**exponent_b1
-    logits_bv = (logit_b1.view(torch.int32) + torch.arange(V)).view(torch.float32).to(device)
+    bits_bv = logit_b1.view(torch.int32) + torch.arange(V, dtype=torch.int32)
+    logits_bv = bits_bv.view(torch.float32).to(device)
     temperature_b = (1 + torch.rand(B, generator=generator)).to(device)
     args = logits_bv, seed_b, position_b
     kwargs = {"temperature": temperature_b, "top_k": 1}
-    expected_b, _, _ = sample(*args, **kwargs, impl="reference")
-    actual_b, _, _ = sample(*args, **kwargs, impl=impl)
-    assert torch.equal(actual_b, expected_b)
+    expected = sample(*args, **kwargs, impl="reference")
+    actual = sample(*args, **kwargs, impl=impl)
+    assert torch.equal(actual[0], expected[0])
+    torch.testing.assert_close(actual[2], expected[2])  # - log of how many are equal
 
 
 def test_implementations_agree_at_the_boundary(device, impl):
     """top_p on the edge of a token: one unit of mass would keep one token more or fewer."""
-    B, V = 40 if interpreted(impl) else 300, 500
+    B, V = 40 if impl == "triton" and interpreted(impl) else 300, 500
     logits_bv, seed_b, position_b = make_rows(B, V, torch.float32, device)
     mass_bv = reference._relative_mass(logits_bv.sort(descending=True).values).cumsum(-1)
     kept_b = torch.arange(B, device=device) % 50
