@@ -1,5 +1,5 @@
 // Runs a grid on the CPU, and refuses what a GPU would not do, or not do reliably:
-// - accesses of one byte by two threads, of which one writes, that no barrier orders;
+// - accesses of one byte by two threads that no barrier orders, unless both read or are atomic;
 // - shared memory that is read before it is written;
 // - accesses that are not aligned, or outside memory where AddressSanitizer's library is loaded;
 // - barriers and warp operations that some threads of the block, or lanes, never reach;
@@ -62,6 +62,7 @@ struct Stamp {
   int32_t block = -1, epoch;  // barriers that its block had passed
   int16_t thread;
   uint16_t warp_epoch;  // __syncwarp that its warp had passed
+  bool atomic;
 };
 
 struct Byte {
@@ -111,7 +112,7 @@ class Grid {
   void yield(Fiber::State state);
   void release_warp();
   [[noreturn]] void fail(const std::string& what);
-  void access(const void* p, size_t bytes, bool write, bool aligned);
+  void access(const void* p, size_t bytes, bool write, bool aligned, bool atomic = false);
   void check_bounds(const void* p, size_t bytes, const char* verb);
 
   bool running() const { return running_; }
@@ -238,7 +239,7 @@ void Grid::check_bounds(const void* p, size_t bytes, const char* verb) {
   }
 }
 
-void Grid::access(const void* p, size_t bytes, bool write, bool aligned) {
+void Grid::access(const void* p, size_t bytes, bool write, bool aligned, bool atomic) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   const auto begin = reinterpret_cast<uintptr_t>(stacks_);
   if (begin <= address && address < begin + kStack * fibers_.size()) return;
@@ -251,7 +252,7 @@ void Grid::access(const void* p, size_t bytes, bool write, bool aligned) {
   check_bounds(p, bytes, verb);
   const auto shared = reinterpret_cast<uintptr_t>(shared_.get());
   const bool is_shared = shared <= address && address < shared + shared_bytes_;
-  const Stamp now{block_, epoch_, static_cast<int16_t>(current), warp().syncs};
+  const Stamp now{block_, epoch_, static_cast<int16_t>(current), warp().syncs, atomic};
   for (uintptr_t a = address; a < address + bytes; ++a) {
     if (a / kPage != last_page_ || !last_) {
       std::unique_ptr<Byte[]>& page = memory_[a / kPage];
@@ -263,7 +264,7 @@ void Grid::access(const void* p, size_t bytes, bool write, bool aligned) {
     // Shared memory is a block's own.
     auto clashes = [&](const Stamp& before) {
       if (is_shared && before.block != block_) return false;
-      return !ordered(before);
+      return !(atomic && before.atomic) && !ordered(before);
     };
     if (clashes(byte.write)) other = &byte.write;
     if (write && clashes(byte.read)) other = &byte.read;
@@ -350,8 +351,8 @@ void wait_for_copies(int groups_left) {
     }
 }
 
-void check_bounds(const void* p, size_t bytes) {
-  if (grid) grid->check_bounds(p, bytes, "updates");
+void see_atomic(const void* p, size_t bytes) {
+  if (grid) grid->access(p, bytes, true, true, true);
 }
 
 }  // namespace kvtools::testing

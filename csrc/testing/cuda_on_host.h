@@ -43,7 +43,7 @@ void copy_later(void* to, const void* from, int bytes, int valid);
 void commit_copies();
 void wait_for_copies(int groups_left);
 
-void check_bounds(const void* p, size_t bytes);
+void see_atomic(const void* p, size_t bytes);
 
 template <class T>
 KVTOOLS_UNSEEN T exchange(T value, int from) {
@@ -68,7 +68,7 @@ KVTOOLS_UNSEEN uint32_t ballot(bool vote) {
 
 template <class T, class F>
 KVTOOLS_UNSEEN T update(T* p, F f) {
-  check_bounds(p, sizeof(T));
+  see_atomic(p, sizeof(T));
   const T before = *p;
   *p = f(before);
   return before;
