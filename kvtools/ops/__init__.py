@@ -28,7 +28,7 @@ TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("kvtools", "DEF")
 _LIBRARY.define("cpu_isa(str isa) -> str")  # the instruction set that `cpu` uses; for tests
 NATIVE = {"cpu": "cpu", "cuda": "triton"}  # device to what `auto` takes there
-IN_CUDA = ("quantize_kv", "append_kv")  # what csrc/cuda has
+IN_CUDA = ("quantize_kv", "append_kv", "tree_attention")  # what csrc/cuda has
 OPS: dict[str, "Op"] = {}
 
 
