@@ -14,6 +14,12 @@ namespace {
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLeastUnit = 5.9604644775390625e-8f;  // 2^-24, the least scale in fp16
 
+// On a multiprocessor at once, so that the compiler does not save more registers than that takes.
+template <int D, bool Exact>
+constexpr int kBlocks = D <= 64 && !Exact ? 4
+                        : D <= 128        ? 3
+                                          : 2;
+
 using Shared = char;  // the first of many
 
 // A head of a token to `queries`, rotated where keys are.
@@ -118,11 +124,9 @@ struct Found {
   }
 };
 
-// Rows lane / 4 and lane / 4 + 8 of a warp.
-struct Rows {
-  int64_t token[2];
-  int head[2];               // query head
-  int position[2], last[2];  // sees those above position - sliding up to last
+// What rows lane / 4 and lane / 4 + 8 of a warp see: positions above position - sliding up to last.
+struct Bounds {
+  int position[2], last[2];
 };
 
 // Scores in base 2 of 16 slots from `first` on of a tile: of what multiply_keys returns.
@@ -143,7 +147,7 @@ __device__ void score(const Attention& o, const Stage& tile, int first,
 // Add 16 slots from `first` on of a tile to what rows have found.
 template <int D, bool Exact>
 __device__ void attend(const Attention& o, const Stage& tile, int first,
-                       const Queries<D, Exact>& queries, const Rows& rows, Found<D>& found) {
+                       const Queries<D, Exact>& queries, const Bounds& rows, Found<D>& found) {
   const int column = first + lane_index() % 4 * 2;
   bool visible[2][4], any = false;
 #pragma unroll
@@ -210,7 +214,8 @@ __device__ void attend(const Attention& o, const Stage& tile, int first,
 
 // Output, log-sum-exp and number of visible slots of each token of a work item, for a KV head.
 template <int D, bool Exact>
-__global__ void __launch_bounds__(kThreads) attend_kernel(__grid_constant__ const Attention o) {
+__global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
+    attend_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(Shared, shared);
   const int32_t* item = o.item + 6 * int64_t(blockIdx.x);
   const int node = item[0], tokens_begin = item[1], part = item[5], head = blockIdx.y;
@@ -224,17 +229,17 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(__grid_constant__ cons
     const int left = rows - row0, side = left <= kStep ? 1 : left <= 2 * kStep ? 2 : 4;
     const int deep = kWarps / side, depth = warp / side, place = warp % side;
     const int row = row0 + place * kStep + lane / 4;
-    Rows r;
+    Bounds bounds;
+    const char* query[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int here = min(row + 8 * i, rows - 1);
-      r.token[i] = o.token[tokens_begin + here / o.group];
-      r.head[i] = head * o.group + here % o.group;
-      r.position[i] = o.position[r.token[i]];
-      r.last[i] = last_seen(o, r.token[i]);
+      const int here = min(row + 8 * i, rows - 1), token = o.token[tokens_begin + here / o.group];
+      query[i] = o.q.at(token, head * o.group + here % o.group);
+      bounds.position[i] = o.position[token];
+      bounds.last[i] = last_seen(o, token);
     }
     Queries<D, Exact> queries;
-    queries.load(o, o.q.at(r.token[0], r.head[0]), o.q.at(r.token[1], r.head[1]), memory);
+    queries.load(o, query[0], query[1], memory);
     Found<D> found;
     found.clear(!Exact && o.pages.v.format != Format::none);
     Tiles<D, Exact, true> tiles(o, stages, node, head, begin, end);
@@ -242,7 +247,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(__grid_constant__ cons
     for (int i = 0; i < tiles.count(); ++i) {
       const Stage tile = tiles.wait(i);
       for (int first = depth * kStep; first < o.layout.slots; first += deep * kStep)
-        attend<D, Exact>(o, tile, first, queries, r, found);
+        attend<D, Exact>(o, tile, first, queries, bounds, found);
       tiles.release(i);
     }
     found.finish();
@@ -260,8 +265,10 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(__grid_constant__ cons
     if (depth > 0) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      if (row + 8 * i >= rows) continue;
-      const int64_t result = part + (row + 8 * i) / o.group, at = result * o.heads_q + r.head[i];
+      const int here = row + 8 * i, g = here % o.group;
+      if (here >= rows) continue;
+      const int64_t result = part + here / o.group;
+      const int64_t at = result * o.heads_q + head * o.group + g;
       const float mass = found.mass[i], inverse = mass > 0 ? 1 / mass : 0;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
@@ -272,7 +279,7 @@ __global__ void __launch_bounds__(kThreads) attend_kernel(__grid_constant__ cons
         }
       if (lane % 4) continue;
       o.part_lse[at] = mass > 0 ? (found.peak[i] + log2f(mass)) * kLn2 : -INFINITY;
-      if (r.head[i] == head * o.group) o.part_seen[result * o.pages.heads + head] = found.seen[i];
+      if (g == 0) o.part_seen[result * o.pages.heads + head] = found.seen[i];
     }
   }
 }
@@ -347,7 +354,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // What slots of a row's own node received from all of the node's tokens, for a KV head.
 template <int D, bool Exact>
-__global__ void __launch_bounds__(kThreads) track_kernel(__grid_constant__ const Attention o) {
+__global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
+    track_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(Shared, shared);
   const int32_t* item = o.item + 6 * int64_t(blockIdx.x);
   const int node = item[0], head = blockIdx.y;

@@ -161,8 +161,7 @@ __device__ inline float element_at(const Content& x, const char* row, int e, int
 
 // Where a slot is.
 struct Place {
-  int64_t page;
-  int offset;
+  int page, offset;
 };
 
 __device__ inline Place find(const Attention& o, int node, int slot) {
