@@ -5,8 +5,8 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "products.h"
 #include "rotate.h"
-#include "tile.h"
 
 namespace kvtools::cuda {
 namespace {
