@@ -258,12 +258,16 @@ Strided<2> log_sums(const Tensor& lse) {
   return strided<2>(lse);
 }
 
-std::tuple<Tensor, Tensor> tree_attention(
-    Tensor q, Tensor position_t, Tensor k, Tensor v, Optional k_scale, Optional v_scale,
-    Optional position, Optional importance, Optional history, Tensor page_indptr, Tensor page,
-    Tensor first, Tensor length, Tensor base, Tensor own, Tensor, Tensor token, Tensor item, Tensor,
-    Tensor, Optional before_t, Optional state_out, Optional state_lse, Optional sink_h,
-    double scale, double softcap, int64_t sliding, int64_t window, std::string group) {
+template <Impl impl>
+std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k, Tensor v,
+                                          Optional k_scale, Optional v_scale, Optional position,
+                                          Optional importance, Optional history, Tensor page_indptr,
+                                          Tensor page, Tensor first, Tensor length, Tensor base,
+                                          Tensor own, Tensor token_indptr, Tensor token,
+                                          Tensor item, Tensor part_indptr, Tensor part,
+                                          Optional before_t, Optional state_out, Optional state_lse,
+                                          Optional sink_h, double scale, double softcap,
+                                          int64_t sliding, int64_t window, std::string group) {
   q = with_unit_stride(q);
   if (state_out) state_out = with_unit_stride(*state_out);
   Tensor out = torch::stable::new_empty(q, q.sizes());
@@ -280,7 +284,20 @@ std::tuple<Tensor, Tensor> tree_attention(
   if (sink_h) p.sink = floats<1>(*sink_h);
   p.scale = scale, p.softcap = softcap, p.sliding = sliding, p.window = window;
   p.whole_group = group == "all";
-  if (q.numel()) KVTOOLS_RUN(tree_attention, p, pool());
+#if KVTOOLS_CUDA
+  Optional scratch;
+  if (impl == Impl::cuda && q.numel()) {
+    STD_TORCH_CHECK(p.pages.d <= 256 && p.pages.d % 8 == 0, "heads of size ", p.pages.d,
+                    ": impl='cuda' takes multiples of 8 up to 256, use impl='triton'");
+    p.token_indptr = int32(token_indptr), p.part_indptr = int32(part_indptr);
+    p.part = int32(part), p.parts = part.size(0);
+    scratch = torch::stable::new_empty(q, {cuda::tree_attention_scratch(p)}, ScalarType::Byte);
+    p.scratch = static_cast<char*>(scratch->data_ptr());
+  }
+#endif
+  if (q.numel()) {
+    KVTOOLS_RUN_ON(impl, tree_attention, q, p);
+  }
   return {out, lse};
 }
 
@@ -465,7 +482,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, CPU, m) {
   m.impl("quantize_kv.cpu", TORCH_BOX(&kvtools::quantize_kv<kvtools::Impl::cpu>));
   m.impl("dequantize_kv.cpu", TORCH_BOX(&kvtools::dequantize_kv));
   m.impl("append_kv.cpu", TORCH_BOX(&kvtools::append_kv<kvtools::Impl::cpu>));
-  m.impl("tree_attention.cpu", TORCH_BOX(&kvtools::tree_attention));
+  m.impl("tree_attention.cpu", TORCH_BOX(&kvtools::tree_attention<kvtools::Impl::cpu>));
   m.impl("merge_states.cpu", TORCH_BOX(&kvtools::merge_states));
   m.impl("key_scores.cpu", TORCH_BOX(&kvtools::key_scores));
   m.impl("select_victims.cpu", TORCH_BOX(&kvtools::select_victims<kvtools::Impl::cpu>));
@@ -482,6 +499,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, KVTOOLS_CUDA_KEY, m) {
   m.impl("select_victims.cuda", TORCH_BOX(&kvtools::select_victims<kvtools::Impl::cuda>));
   m.impl("step_scores.cuda", TORCH_BOX(&kvtools::step_scores<kvtools::Impl::cuda>));
   m.impl("sample.cuda", TORCH_BOX(&kvtools::sample<kvtools::Impl::cuda>));
+  m.impl("tree_attention.cuda", TORCH_BOX(&kvtools::tree_attention<kvtools::Impl::cuda>));
 }
 #endif
 

@@ -135,6 +135,10 @@ struct TreeAttention {
   float scale, softcap;
   int64_t sliding, window;
   bool whole_group;  // low for a KV head means low for all of its query heads
+  // The rest is for csrc/cuda.
+  const int32_t *token_indptr, *part_indptr, *part;
+  int64_t parts;
+  char* scratch;
 };
 
 struct KeyScores {

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import kvtools
 from kvtools import KVPages, Plan, _host
+from kvtools.ops import CUDA
 from kvtools.ops.quant import FORMATS
 from kvtools.reference import attention as reference
 from kvtools.reference import quant
@@ -158,6 +159,11 @@ def native(impl):
     return torch.float64 if impl == "reference" else torch.float32
 
 
+def emulated(impl):
+    """Whether csrc/cuda runs on the host, some thousand times slower than on a GPU."""
+    return impl == "cuda" and CUDA == "cpu"
+
+
 def some_items(plan, which):
     """The plan with a part of its work items, and the lists of partial results that go with it."""
     item, tokens = plan.item[which].clone(), len(plan.part_indptr) - 1
@@ -197,7 +203,7 @@ def assert_all_within_budget(impl, pages, actual, exact, eager):
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_tree_attention_equals_expanded(options, page_size, impl):
-    for seed in range(4):
+    for seed in range(2 if emulated(impl) else 4):
         case = Case(seed, page_size=page_size, dtype=native(impl))
         how = {**options}
         if "before" in how:
@@ -210,7 +216,7 @@ def test_tree_attention_equals_expanded(options, page_size, impl):
 @pytest.mark.parametrize("k_format,v_format", [(f, f) for f in FORMATS] + [("int8", "int4")])
 @pytest.mark.parametrize("D", [16, 64, 80])
 def test_tree_attention_formats(k_format, v_format, D, impl):
-    for seed in range(4):
+    for seed in range(2 if emulated(impl) else 4):
         case = Case(10 + seed, k_format=k_format, v_format=v_format, scatter=seed % 2 == 0, D=D,
                     dtype=native(impl))  # fmt: skip
         check(case, impl, case.expanded())
@@ -222,6 +228,35 @@ def test_tree_attention_formats(k_format, v_format, D, impl):
 def test_tree_attention_within_budget(format, dtype, G, D, impl):
     case = Case(3, k_format=format, v_format=format, dtype=dtype, G=G, D=D)
     check(case, impl, case.expanded())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "k_format,v_format,D",
+    [("none", "none", 256), ("none", "int4", 160), ("int4", "none", 200), ("int3", "int2", 96),
+     ("int2", "int6", 256), ("fp8", "int8", 40), ("int6", "int3", 64)],
+)  # fmt: skip
+def test_tree_attention_mixes_formats(k_format, v_format, D, dtype, impl):
+    """Keys and values each in a format of their own; products of 16 bits."""
+    case = Case(3, k_format=k_format, v_format=v_format, dtype=dtype, G=5, D=D, tile=4, most=5)
+    check(case, impl, case.expanded())
+
+
+@pytest.mark.parametrize("pad", [1, 2, 4])
+@pytest.mark.parametrize("format", ["none", "int8", "int6"])
+def test_tree_attention_of_unaligned_slots(format, pad, impl):
+    """Slots, and queries, so many elements apart that few can be read at once."""
+    case = Case(9, k_format=format, v_format=format, dtype=torch.float16, D=32)
+    expected = attend(case, impl)
+
+    def spread(x):
+        wide = x.new_zeros(*x.shape[:-1], x.shape[-1] + pad)
+        wide[..., pad:] = x
+        return wide[..., pad:]
+
+    case.q, case.pages.k, case.pages.v = map(spread, (case.q, case.pages.k, case.pages.v))
+    for x, y in zip(attend(case, impl), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize(
@@ -482,6 +517,28 @@ def test_importance(group, most, impl):
         assert mass.sum() > 0 and low.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("G,D", [(3, 64), (20, 128), (2, 256)])
+def test_importance_of_16_bits(G, D, dtype, impl):
+    case = Case(2, dtype=dtype, G=G, D=D, most=3)
+    shape = case.pages.k.shape[:3]
+
+    def tracked(q, impl):
+        case.pages.importance = torch.zeros(shape)
+        case.pages.history = torch.zeros(*shape, 1, dtype=torch.int32)
+        kvtools.tree_attention(
+            q, case.position, case.pages, case.plan, window=29, softcap=20.0, impl=impl,
+            group="mean" if G > 16 else "all",
+        )  # fmt: skip
+        return case.pages.importance, case.pages.history
+
+    exact, history = tracked(case.q.double(), "reference")
+    eager, _ = tracked(case.q, "reference")
+    actual, actual_history = tracked(case.q, impl)
+    assert_within_budget("importance", actual, exact.double(), eager)
+    assert torch.equal(actual_history, history) and history.any()
+
+
 def tree_args(case):
     plan = case.plan
     return (
@@ -492,20 +549,19 @@ def tree_args(case):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("overload", ["default", "cpu", "triton"])
+@pytest.mark.parametrize("overload", ["default", "cpu", "triton", "cuda"])
 def test_attention_contract(overload):
-    if overload not in torch.ops.kvtools.merge_states.overloads():
-        pytest.skip("this implementation is not installed")
-    tree, merge = (
-        getattr(x, overload)
-        for x in (torch.ops.kvtools.tree_attention, torch.ops.kvtools.merge_states)
-    )
+    tree, merge = torch.ops.kvtools.tree_attention, torch.ops.kvtools.merge_states
+    if overload not in tree.overloads() or (overload == "cuda" and CUDA != "cpu"):
+        pytest.skip("this implementation is not installed, or not for a CPU")
     case = Case(1, dtype=torch.float32)
     for pages in (case.pages.k, case.pages.v):
         pages.nan_to_num_()
-    torch.library.opcheck(tree, tree_args(case))
-    args = make_states(3, 2, 8, torch.float32, "cpu")
-    torch.library.opcheck(merge, [x.nan_to_num(0, neginf=-9) for x in args])
+    torch.library.opcheck(getattr(tree, overload), tree_args(case))
+    if overload in merge.overloads():
+        args = make_states(3, 2, 8, torch.float32, "cpu")
+        args = [x.nan_to_num(0, neginf=-9) for x in args]
+        torch.library.opcheck(getattr(merge, overload), args)
 
 
 def test_attention_compiles():
@@ -544,6 +600,17 @@ def test_tree_attention_raises(change, message):
     )  # fmt: skip
     with pytest.raises((ValueError, RuntimeError), match=message):
         kvtools.tree_attention(**{**args, **change})
+
+
+def test_tree_attention_of_large_heads_raises():
+    if "cuda" not in torch.ops.kvtools.tree_attention.overloads():
+        pytest.skip("kvtools was built without csrc/cuda")
+    for D in (60, 264):
+        case = Case(0, dtype=torch.float32, D=D)
+        device = "cuda" if CUDA == "cuda" else "cpu"
+        args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in tree_args(case)]
+        with pytest.raises(RuntimeError, match=f"heads of size {D}.*impl='triton'"):
+            torch.ops.kvtools.tree_attention.cuda(*args)
 
 
 def test_plan_from_block_table_raises():

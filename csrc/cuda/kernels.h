@@ -22,4 +22,8 @@ void select_victims(const SelectVictims&, void* stream);
 void step_scores(const StepScores&, void* stream);
 void sample(const Sampling&, void* stream);
 
+// Needs tree_attention_scratch bytes at `scratch`.
+void tree_attention(const TreeAttention&, void* stream);
+int64_t tree_attention_scratch(const TreeAttention&);
+
 }  // namespace kvtools::cuda

@@ -83,7 +83,7 @@ struct Fiber {
 };
 
 struct WarpState {
-  uint64_t values[2][32];
+  uint64_t values[2][32 * kMostValues];
   int arrived = 0;
   uint32_t operations = 0;
   uint16_t syncs = 0;

@@ -32,9 +32,10 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared,
 void* shared_memory();
 void block_barrier();
 // Wait for the whole warp. All of it must have come by the same `operation`.
-enum class Warp { sync, shuffle, vote };
+enum class Warp { sync, shuffle, vote, product };
 void warp_barrier(Warp operation);
-// Values of the lanes of this thread's warp in its present operation.
+// Values of the lanes of this thread's warp in its present operation, kMostValues for each.
+constexpr int kMostValues = 6;
 uint64_t* lane_values();
 int lane();
 
@@ -64,6 +65,31 @@ KVTOOLS_UNSEEN uint32_t ballot(bool vote) {
   uint32_t bits = 0;
   for (int i = 0; i < 32; ++i) bits |= static_cast<uint32_t>(values[i]) << i;
   return bits;
+}
+
+// mma.sync.m16n8k16: see csrc/cuda/ptx.h.
+template <class T>
+KVTOOLS_UNSEEN void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Fragment {
+    float a[8], b[4];
+  };
+  static_assert(sizeof(Fragment) == 8 * kMostValues);
+  auto* lanes = reinterpret_cast<Fragment*>(lane_values());
+  const uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const T* halves = reinterpret_cast<const T*>(words);
+  Fragment& mine = lanes[lane()];
+  for (int i = 0; i < 8; ++i) mine.a[i] = static_cast<float>(halves[i]);
+  for (int i = 0; i < 4; ++i) mine.b[i] = static_cast<float>(halves[8 + i]);
+  warp_barrier(Warp::product);
+  const int i = lane() / 4, j = lane() % 4;
+  for (int n = 0; n < 4; ++n) {
+    const int down = n / 2, column = 2 * j + n % 2;
+    float sum = 0;
+    for (int k = 0; k < 16; ++k)
+      sum += lanes[4 * i + k % 8 / 2].a[4 * (k / 8) + 2 * down + k % 2] *
+             lanes[4 * column + k % 8 / 2].b[2 * (k / 8) + k % 2];
+    c[n] += sum;
+  }
 }
 
 template <class T, class F>
@@ -121,11 +147,22 @@ inline T __ldg(const T* p) {
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+// Bytes of y:x, chosen by the lowest three bits of each hexadecimal digit of `selector`.
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t(y) << 32 | x;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) result |= (bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return result;
+}
 inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t(a) * b >> 32; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __floats2half2_rn(fmaf(x.x, y.x, z.x), fmaf(x.y, y.y, z.y));
+}
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __int_as_float(int x) {
