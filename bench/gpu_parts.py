@@ -30,6 +30,7 @@ from bench import (
 from bench.bench_attention import Shape, Tree
 from bench.cpu import CONFIGS, OURS, once
 from bench.timing import Skip
+from kvtools import ops
 from kvtools.ops.attention import tree_attention
 from kvtools.ops.quant import FORMATS, append_kv, dequantize_kv, quantize_kv
 from kvtools.ops.sampling import sample
@@ -37,6 +38,7 @@ from kvtools.ops.scoring import step_scores, token_logprobs
 from kvtools.quality import elements
 
 IMPL = "triton"  # ours; interpreted in dry runs
+IN_CPP = ", CUDA C++"  # ours by impl="cuda"
 DTYPE = torch.bfloat16
 ROOT = Path(__file__).resolve().parent.parent
 ROWS = ("quant", "attention", "evict", "sampling", "scoring")
@@ -69,6 +71,7 @@ class Scale:
 
     tests: dict[str, list[str]] = field(default_factory=lambda: {
         **{row: [f"tests/test_{row}.py", "-k", "triton"] for row in ROWS},
+        **{row + IN_CPP: [f"tests/test_{row}.py", "-k", "cuda"] for row in ROWS},
         "marked gpu": ["tests", "-m", "gpu"],
     })  # fmt: skip
     copied: int = 2**31  # bytes
@@ -130,7 +133,7 @@ def cell(name: str, measure: Callable, bench, *args: Any, **options: Any) -> tup
 
 
 def tests(bench) -> Cells:
-    """The tests of the Triton kernels, on this device."""
+    """The tests of our kernels, on this device."""
     for name, args in bench.scale.tests.items():
         yield cell(name, run_tests, bench, args)
 
@@ -154,6 +157,17 @@ def run_tests(bench, name: str, args: list[str]) -> dict:
             if sum(isinstance(x, str) for x in found.values()) < 20:
                 found[case.get("name")] = " ".join(error.get("message", "").split())[:200]
     return found
+
+
+def in_cpp(make: Callable[[], Callable]) -> Callable[[], Callable]:
+    """`make`, where there are kernels in CUDA C++."""
+
+    def checked() -> Callable:
+        if ops.CUDA != "cuda":
+            raise Skip("kvtools was built without csrc/cuda")
+        return make()
+
+    return checked
 
 
 def rates(bench) -> Cells:
@@ -203,16 +217,18 @@ def attend(bench, name: str, shape: Shape | Tree, formats: list[str], rivals: bo
     step = bench_attention.inputs(shape, DTYPE, bench.device)
     flops = bench_attention.flops(shape)
 
-    def ours(format: str) -> Callable[[], torch.Tensor]:
+    def ours(format: str, impl: str) -> Callable[[], torch.Tensor]:
         position, pages, plan = step.pages(format)
         q_thd = step.q.squeeze(2)
-        return lambda: tree_attention(q_thd, position, pages, plan, impl=bench.impl)[0]
+        return lambda: tree_attention(q_thd, position, pages, plan, impl=impl)[0]
 
     def entry(make: Callable, format: str = "none", package: str = "") -> Entry:
         check = partial(bench_attention.check, step, format=format)
         return Entry(make, check, bench_attention.nbytes(shape, DTYPE, format), flops, package)
 
-    entries = {label(x): entry(partial(ours, x), x) for x in ["none", *formats]}
+    formats = ["none", *formats]
+    entries = {label(x): entry(partial(ours, x, bench.impl), x) for x in formats}
+    entries |= {label(x) + IN_CPP: entry(in_cpp(partial(ours, x, "cuda")), x) for x in formats}
     for rival, make in gpu_rivals.ATTENTION.items() if rivals else ():
         if rival == "flex_attention" and name not in bench.scale.flex:
             make = elsewhere
@@ -237,7 +253,7 @@ def quant(bench) -> Cells:
 
 
 def append(bench, name: str, shape: bench_quant.Shape) -> dict:
-    def entry(format: str, run: Callable) -> Entry:
+    def entry(format: str, run: Callable, where: Callable = lambda make: make) -> Entry:
         args = bench_quant.inputs(shape, format, DTYPE, bench.device)
         k_thd, v_thd, slot_t, pages, _ = args
 
@@ -250,10 +266,14 @@ def append(bench, name: str, shape: bench_quant.Shape) -> dict:
                     found = dequantize_kv(found, scale[where], shape.d, impl="reference")
                 close(found, x, bench_attention.CLOSE[format])
 
-        return Entry(lambda: partial(run, *args), check, bench_quant.nbytes(shape, format, DTYPE))
+        make = where(lambda: partial(run, *args))
+        return Entry(make, check, bench_quant.nbytes(shape, format, DTYPE))
 
-    ours = partial(append_kv, impl=bench.impl)
-    entries = {label(format): entry(format, ours) for format in FORMATS}
+    entries = {}
+    for format in FORMATS:
+        entries[label(format)] = entry(format, partial(append_kv, impl=bench.impl))
+        cpp = entry(format, partial(append_kv, impl="cuda"), in_cpp)
+        entries[label(format) + IN_CPP] = cpp
     return bench.race(name, entries | {"index_put": entry("none", bench_quant.index_put)})
 
 
@@ -266,10 +286,10 @@ def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
         codes = quantize_kv(x_thd, format, impl="reference")
         read = partial(dequantize_kv, d=shape.d, dtype=DTYPE)
         if op == "quantize_kv":
-            run = partial(quantize_kv, x_thd, format, impl=bench.impl)
+            run = partial(quantize_kv, x_thd, format)
             value = partial(read, impl="reference")
         else:
-            run = partial(read, *codes, impl=bench.impl)
+            run = partial(read, *codes)
             value = first
 
         def check(out: Any, format: str = format, value: Callable = value) -> None:
@@ -277,7 +297,10 @@ def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
             close(value(*parts), x_thd, bench_attention.CLOSE[format])
 
         size = sum(x.nbytes for x in (x_thd, *codes))
-        entries[f"kvtools {format}"] = Entry(lambda run=run: run, check, size)
+        entries[label(format)] = Entry(partial(partial, run, impl=bench.impl), check, size)
+        if op in ops.IN_CUDA:
+            make = in_cpp(partial(partial, run, impl="cuda"))
+            entries[label(format) + IN_CPP] = Entry(make, check, size)
     return bench.race(name, entries)
 
 
@@ -294,7 +317,7 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
     scores = op == "key_scores"
     flops = 2 * shape.n * shape.h * shape.g * shape.w * shape.s * shape.d if scores else 0
 
-    def entry(run: Callable) -> Entry:
+    def entry(run: Callable, where: Callable = lambda make: make) -> Entry:
         args = bench_evict.inputs(op, shape, DTYPE, bench.device)
         if op == "compact_kv":
             source_nh, target_nh, pages = args
@@ -309,7 +332,7 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
             def check(_: None) -> None:
                 assert torch.equal(at(target_nh), expected), "moved something else"
 
-            return Entry(lambda: partial(run, *args), check, size)
+            return Entry(where(lambda: partial(run, *args)), check, size)
         expected = first(ours(*args, impl="reference"))
 
         def check(out: Any) -> None:
@@ -318,10 +341,12 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
             else:
                 assert torch.equal(*(x.long().sort(-1).values for x in (first(out), expected)))
 
-        return Entry(lambda: partial(run, *args), check, size, flops)
+        return Entry(where(lambda: partial(run, *args)), check, size, flops)
 
-    entries = {"kvtools": entry(partial(ours, impl=bench.impl)), rival.__name__: entry(rival)}
-    return bench.race(name, entries)
+    entries = {"kvtools": entry(partial(ours, impl=bench.impl))}
+    if op in ops.IN_CUDA:
+        entries["kvtools" + IN_CPP] = entry(partial(ours, impl="cuda"), in_cpp)
+    return bench.race(name, entries | {rival.__name__: entry(rival)})
 
 
 def sampling(bench) -> Cells:
@@ -353,8 +378,9 @@ def draw(bench, name: str, shape: bench_sampling.Shape, filters: dict) -> dict:
         assert ((p_bv * above_bv).sum(1) < filters.get("top_p", 1) + 1e-3).all(), "beyond top_p"
 
     size = bench_sampling.nbytes(shape, torch.float32)
-    ours = partial(sample, *args, **filters, impl=bench.impl)
-    entries = {"kvtools": Entry(lambda: ours, same, size)}
+    ours = partial(partial, sample, *args, **filters)
+    entries = {"kvtools": Entry(partial(ours, impl=bench.impl), same, size)}
+    entries["kvtools" + IN_CPP] = Entry(in_cpp(partial(ours, impl="cuda")), same, size)
     for rival, make in gpu_rivals.SAMPLING.items():
         package = gpu_rivals.package(rival)
         entries[rival] = Entry(partial(make, args, filters), kept, size, package=package)
@@ -389,8 +415,11 @@ def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
         close((out[place] if isinstance(out, tuple) else out).flatten(), exact, 0.02)
 
     size = bench_scoring.nbytes(op, shape, DTYPE)
-    ours = partial(run, impl=bench.impl)
-    entries = {"kvtools": Entry(lambda: ours, check, size, flops)}
+    ours = partial(partial, run)
+    entries = {"kvtools": Entry(partial(ours, impl=bench.impl), check, size, flops)}
+    if op in ops.IN_CUDA:
+        make = in_cpp(partial(ours, impl="cuda"))
+        entries["kvtools" + IN_CPP] = Entry(make, check, size, flops)
     for rival, compute in rivals.items():
         package = gpu_rivals.package(rival)
         entries[rival] = Entry(partial(partial, compute, *args), check, size, flops, package)

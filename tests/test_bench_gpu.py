@@ -36,13 +36,16 @@ def test_every_part_runs_dry(here, tmp_path, capsys):
         cells = results(tmp_path, part)["cells"]
         assert cells and not any("failed" in rows for rows in cells.values())
         for rows in cells.values():
-            ours = [row for name, row in rows.items() if name.startswith("kvtools")]
+            cpp = {name for name in rows if name.endswith(gpu_parts.IN_CPP)}
+            assert all("skipped" in rows[name] for name in cpp)
+            ours = [rows[name] for name in set(rows) - cpp if name.startswith("kvtools")]
             assert all("ms" in row and row["of_floor"] > 0 for row in ours), ours
     rows = results(tmp_path, "attention")["cells"]["llama 2 x 16 + 8"]
     assert set(gpu_rivals.ATTENTION) < set(rows)  # those that are not installed too
     assert rows["flex_attention"]["ratio"] > 0
     assert rows["kvtools int4"]["bytes"] < rows["kvtools"]["bytes"]
     report = (tmp_path / "report.md").read_text()
+    assert "kvtools int4, CUDA C++" in rows
     assert "| sdpa flash |" in report and "nothing shared: over FlashInfer" in report
     assert "tests: not run" in capsys.readouterr().out
 
