@@ -6,8 +6,9 @@
 
 KVTOOLS_EXT=0 leaves both out and gives a pure-Python install. KVTOOLS_CUDA=1 compiles csrc/cuda
 with nvcc into `_C`, the default where there is nvcc and a CUDA build of torch; 0 leaves it out;
-`host` compiles it for the CPU, for tests (csrc/testing). KVTOOLS_SANITIZE=1 builds what is for the
-CPU with AddressSanitizer and UndefinedBehaviorSanitizer.
+`host` compiles it for the CPU, for tests (csrc/testing). KVTOOLS_CUDA_ARCHS=90a compiles for one
+architecture only. KVTOOLS_SANITIZE=1 builds what is for the CPU with AddressSanitizer and
+UndefinedBehaviorSanitizer.
 """
 
 import importlib.util
@@ -35,7 +36,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     ]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16"]
 # The architectures of csrc/cuda, and PTX of the last for those to come.
-ARCHS = ("80", "90a", "100", "120")
+ARCHS = os.environ.get("KVTOOLS_CUDA_ARCHS", "80 90a 100 120").split()
 FLAGS, SANITIZERS = ["-std=c++17", "-O3", "-g1", "-Wall"], []
 if os.environ.get("KVTOOLS_SANITIZE", "0") == "1":
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -6,10 +6,11 @@ function, so that one cell's memory is free before the next. `bench` is a `bench
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -138,20 +139,39 @@ def tests(bench) -> Cells:
         yield cell(name, run_tests, bench, args)
 
 
-def run_tests(bench, name: str, args: list[str]) -> dict:
+def sanitizers(bench) -> Cells:
+    """The tests of csrc/cuda under each of NVIDIA's sanitizers."""
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        for row in ROWS:
+            yield cell(f"{tool} {row}", sanitize, bench, tool, row)
+
+
+def sanitize(bench, name: str, tool: str, row: str) -> dict:
+    program = shutil.which("compute-sanitizer")
+    if ops.CUDA != "cuda" or program is None:
+        raise Skip("compute-sanitizer is missing" if ops.CUDA else "built without csrc/cuda")
+    watch = [program, "--tool", tool, "--error-exitcode", "99"]
+    return run_tests(bench, name, [f"tests/test_{row}.py", "-k", "cuda"], watch)
+
+
+def run_tests(bench, name: str, args: list[str], watch: Sequence[str] = ()) -> dict:
     xml, log = bench.folder.resolve() / "tests.xml", bench.folder / "tests.log"
     xml.unlink(missing_ok=True)
     spread = ["-n", str(min(os.cpu_count(), 8))] if importlib.util.find_spec("xdist") else []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-    command += [*args, *(spread if bench.device == "cuda" else [])]
+    command += [*args, *(spread if bench.device == "cuda" and not watch else [])]
     left = bench.deadline - time.monotonic()
     with log.open("a") as out:
-        subprocess.run(command, cwd=ROOT, stdout=out, stderr=out, timeout=max(60, left))
+        done = subprocess.run(
+            [*watch, *command], cwd=ROOT, stdout=out, stderr=out, timeout=max(60, left)
+        )
     suite = ElementTree.parse(xml).getroot().find("testsuite")
     count = {name: int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors")}
     bad = count["failures"] + count["errors"]
     found = {"passed": count["tests"] - count["skipped"] - bad, "failures": bad,
              "skipped": count["skipped"], "seconds": float(suite.get("time"))}  # fmt: skip
+    if watch:
+        found["status"] = done.returncode  # 99 for what the sanitizer found; see tests.log
     for case in suite.iter("testcase"):
         for error in [*case.iter("failure"), *case.iter("error")]:
             if sum(isinstance(x, str) for x in found.values()) < 20:
@@ -492,4 +512,5 @@ def close(out: torch.Tensor, exact: torch.Tensor, most: float) -> None:
 PARTS = {
     "tests": tests, "rates": rates, "attention": attention, "tree": tree, "quant": quant,
     "evict": evict, "sampling": sampling, "scoring": scoring, "end_to_end": end_to_end,
+    "sanitizers": sanitizers,
 }  # fmt: skip

@@ -156,6 +156,13 @@ void check_slots(const Strided<2>& slot, int64_t n, int64_t heads, int64_t slots
   }
 }
 
+enum class Impl { cpu, cuda };
+
+void check_head_size(Impl impl, int64_t d, int64_t multiple) {
+  STD_TORCH_CHECK(impl == Impl::cpu || (d <= 256 && d % multiple == 0), "heads of size ", d,
+                  ": impl='cuda' takes up to 256, in attention multiples of 8: use impl='triton'");
+}
+
 void run(int64_t tasks, const std::function<void(int64_t)>& body) {
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) body(i);
@@ -163,8 +170,6 @@ void run(int64_t tasks, const std::function<void(int64_t)>& body) {
 }
 
 Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run}; }
-
-enum class Impl { cpu, cuda };
 
 #if KVTOOLS_CUDA
 // Calls `kernel` on the device and the current stream of x.
@@ -204,6 +209,7 @@ std::tuple<Tensor, Tensor> quantize_kv(Tensor x, std::string name) {
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const int64_t d = shape.back();
+  check_head_size(impl, d, 1);
   shape.back() = d * kBits[i] / 8;
   Tensor codes = torch::stable::new_empty(
       x, shape, format == Format::fp8 ? ScalarType::Float8_e4m3fn : ScalarType::Byte);
@@ -242,6 +248,7 @@ void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, O
              pages_of(k, v, k_scale, v_scale, position, importance, history, k_thd.size(2)),
              k_thd.size(0)};
   if (position) p.position = integers<1>(*position_t);
+  check_head_size(impl, p.pages.d, 1);
   if (impl == Impl::cpu)
     check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
   KVTOOLS_RUN_ON(impl, append_kv, k_thd, p);
@@ -287,8 +294,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k,
 #if KVTOOLS_CUDA
   Optional scratch;
   if (impl == Impl::cuda && q.numel()) {
-    STD_TORCH_CHECK(p.pages.d <= 256 && p.pages.d % 8 == 0, "heads of size ", p.pages.d,
-                    ": impl='cuda' takes multiples of 8 up to 256, use impl='triton'");
+    check_head_size(impl, p.pages.d, 8);
     p.token_indptr = int32(token_indptr), p.part_indptr = int32(part_indptr);
     p.part = int32(part), p.parts = part.size(0);
     scratch = torch::stable::new_empty(q, {cuda::tree_attention_scratch(p)}, ScalarType::Byte);

@@ -308,6 +308,21 @@ def test_append_kv_into_spread_out_pages(format, device, impl):
         assert not whole.view(torch.uint8).any()
 
 
+def test_large_heads(device, impl):
+    x = torch.randn(3, 2, 264, device=device)
+    pages = make_pages(2, 264, "int4", "int8", device)
+    if impl == "cuda":
+        with pytest.raises(RuntimeError, match="takes up to 256"):
+            kvtools.quantize_kv(x, "int4", impl=impl)
+        with pytest.raises(RuntimeError, match="takes up to 256"):
+            kvtools.append_kv(x, x, torch.arange(3, device=device), pages, impl=impl)
+    else:
+        kvtools.append_kv(x, x, torch.arange(3, device=device), pages, impl=impl)
+        codes, scale = kvtools.quantize_kv(x, "int4", impl=impl)
+        assert torch.equal(pages.k[0].transpose(0, 1), codes)
+        assert torch.equal(pages.k_scale[0].T, scale)
+
+
 def test_pages_grow_and_keep(device):
     pages = make_pages(2, 8, "int4", "none", device, position=True)
     k, v = torch.randn(2, 12, 2, 8, device=device)

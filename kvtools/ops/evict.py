@@ -117,7 +117,7 @@ def select_victims(
         protect_below_n: tokens at positions below are protected, int32.
         protect_from_n: tokens at positions from there on are protected, int32.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64.
+            and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
     Returns:
         index_nhm, int32, in the order in which they should go. Protected tokens appear only where

@@ -155,7 +155,7 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
         x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8. Must be finite.
         format: "fp8", "int8", "int6", "int4", "int3" or "int2".
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64.
+            and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
     Returns:
         codes [..., D · bits / 8]: float8_e4m3fn, or uint8 with one run of bytes per bit plane: of 4
@@ -237,7 +237,7 @@ def append_kv(
         pages: where to; changed in place. `importance` and `history` of the slots become zero.
         position_t: true positions, int32; required where `pages.position` exists.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64.
+            and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
     Numerics: as `quantize_kv`; unquantised pages take a cast.
     """

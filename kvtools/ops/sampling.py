@@ -65,7 +65,7 @@ def sample(
         top_p: in (0, 1]; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64.
+            and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
     Returns:
         token_b in int64; logprob_b in fp32, log softmax(z) of the token before any filter (at

@@ -75,7 +75,7 @@ def step_scores(
             prob). "prod" and "gmean" need link="sigmoid".
         temperature: of "softmin". > 0.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64.
+            and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
     Returns:
         margin_s, prob_s and score_r, all fp32. A rollout without steps has the score NaN.
