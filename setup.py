@@ -114,7 +114,8 @@ def extensions() -> dict:
                     codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(ARCHS[-1]))
                     ext.extra_objects += self.compile_each(
                         sources("cuda", "cu"), [f"{home}/bin/nvcc", "-std=c++17", "-O3", *codes],
-                        ["-fmad=false", "-lineinfo", "-Xcompiler=-fPIC", "--threads=0"],
+                        ["-fmad=false", "-lineinfo", "-Xcompiler=-fPIC", "-Xfatbin=-compress-all",
+                         "--threads=0"],
                     )  # fmt: skip
             super().build_extension(ext)
 
