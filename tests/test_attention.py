@@ -301,6 +301,15 @@ def test_tree_attention_splits_over_threads(format, dtype, most, impl):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_tree_attention_keeps_a_nan_of_fp8(dtype, impl):
+    case = Case(5, k_format="fp8", v_format="fp8", dtype=dtype)
+    page, offset = divmod(int(case.forest.row_slots(0)[0]), case.pages.page_size)
+    case.pages.v.view(torch.uint8)[page, 0, offset, 3] = 0x7F
+    out, expected = (attend(case, x)[0].isnan() for x in (impl, "reference"))
+    assert expected.any() and not expected.all() and torch.equal(out, expected)
+
+
 def test_tree_attention_merges_many_parts(impl):
     """A slot per work item: more partial results than a kernel takes at once."""
     case = Case(4, page_size=1, chunk=1, D=64, G=12, H=1, dtype=native(impl))

@@ -50,11 +50,13 @@ struct Integers {
   __device__ static uint32_t bits(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
 };
 
-// fp8 (e4m3) as fp16. It has the layout of fp16 with an exponent less by 8.
+// fp8 (e4m3) as fp16. It has the layout of fp16 with an exponent less by 8, but for NaN.
 struct Fp8 : Integers<8> {
   __device__ static uint32_t pair(const Word& word, int, int byte) {
     const uint32_t x = byte ? word.low : word.low << 8;
-    return bits(__hmul2(halves((x & 0x80008000) | (x & 0x7f007f00) >> 1), __float2half2_rn(256)));
+    const uint32_t magnitude = x & 0x7f007f00, nan = (magnitude + 0x01000100) & 0x80008000;
+    const uint32_t y = (x & 0x80008000) | magnitude >> 1 | nan >> 1;
+    return bits(__hmul2(halves(y), __float2half2_rn(256)));
   }
 };
 
@@ -106,6 +108,7 @@ __device__ inline float element_at(const Content& x, const char* row, int e, int
   if (high) code |= plane(d * low / 8, high) << low;
   switch (x.format) {
     case Format::fp8:
+      if ((code & 0x7f) == 0x7f) return NAN;
       return __uint_as_float((code & 0x80) << 24 | (code & 0x7f) << 20) * 0x1p120f;
     case Format::int8:
       return Grid<8>::level(code - Grid<8>::kTop);
