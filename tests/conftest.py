@@ -84,6 +84,22 @@ def on_gpu(call):
     return wrapper
 
 
+@pytest.fixture
+def opcheck(impl):
+    """opcheck(name, args, **options) of torch.library, of the overload that is `impl`."""
+
+    def run(name, args, **options):
+        packet = getattr(torch.ops.kvtools, name)
+        if impl not in ("reference", *packet.overloads()):
+            pytest.skip(f"{name} has no {impl}")
+        if impl in ("triton", "cuda") and torch.cuda.is_available():
+            args = [x.cuda() if isinstance(x, Tensor) else x for x in args]
+        overload = getattr(packet, "default" if impl == "reference" else impl)
+        torch.library.opcheck(overload, tuple(args), **options)
+
+    return run
+
+
 @pytest.fixture(autouse=True, scope="session")
 def rounding_interpreter():
     """Triton's interpreter truncates to bfloat16; a GPU rounds to the nearest."""

@@ -291,27 +291,20 @@ def test_evict_raises(device):
         kvtools.key_scores(q.requires_grad_(), k)
 
 
-def overload(name, impl):
-    packet = getattr(torch.ops.kvtools, name)
-    if impl == "cuda" and impl not in packet.overloads():
-        pytest.skip(f"{name} has no {impl}")
-    return getattr(packet, "default" if impl == "reference" else impl)
-
-
-def test_key_scores_contract(device, impl):
+def test_key_scores_contract(device, opcheck):
     sink_h = torch.zeros(4, device=device)
     args = (*make_window(1, 2, 2, 3, 5, 8, torch.float32, device), sink_h, 1, 0.5, 2.0, 3, "mean")
-    torch.library.opcheck(overload("key_scores", impl), args)
+    opcheck("key_scores", args)
     compiled = torch.compile(kvtools.key_scores, fullgraph=True, dynamic=True)
     for B in (3, 7):
         args = make_window(B, 2, 2, 3, 5 + B, 8, torch.float32, device)
         torch.testing.assert_close(compiled(*args, sinks=1), kvtools.key_scores(*args, sinks=1))
 
 
-def test_select_victims_contract(device, impl):
+def test_select_victims_contract(device, opcheck):
     score, tie, position, below, start = make_candidates(3, 2, 9, device)
     args = (score, tie, position, below, start, 4)
-    torch.library.opcheck(overload("select_victims", impl), args)
+    opcheck("select_victims", args)
     compiled = torch.compile(kvtools.select_victims, fullgraph=True, dynamic=True)
     for N in (3, 7):
         score, tie, position, below, start = make_candidates(N, 2, 9 + N, device)
@@ -320,7 +313,7 @@ def test_select_victims_contract(device, impl):
         assert torch.equal(compiled(score, position, 4, **options), expected)
 
 
-def test_compact_kv_contract(device, impl):
+def test_compact_kv_contract(device, opcheck):
     compiled = torch.compile(kvtools.compact_kv, fullgraph=True, dynamic=True)
     for n in (3, 7):
         source, target = torch.randperm(20).repeat(2, 1).T[: 2 * n].to(device).split(n)
@@ -332,4 +325,4 @@ def test_compact_kv_contract(device, impl):
     for x in contents(pages):
         x.fill_(1)
     args = (source, target, *pages.tensors())
-    torch.library.opcheck(overload("compact_kv", impl), args)
+    opcheck("compact_kv", args)

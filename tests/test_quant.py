@@ -392,20 +392,12 @@ def test_append_kv_raises():
 
 
 @pytest.mark.parametrize("format", QUANTISED)
-def test_quant_contract(format, device, impl):
+def test_quant_contract(format, device, opcheck):
     x = torch.randn(3, 2, 8, device=device)
-
-    def overload(name):
-        packet = getattr(torch.ops.kvtools, name)
-        return getattr(packet, impl if impl in packet.overloads() else "default")
-
-    quantize, dequantize, append = map(overload, ("quantize_kv", "dequantize_kv", "append_kv"))
     # The schema test compares by arithmetic that float8 does not have.
     every = ["test_schema", "test_faketensor", "test_aot_dispatch_dynamic"]
     checks = {"test_utils": every[1:] if format == "fp8" else every}
-    torch.library.opcheck(quantize, (x, format), **checks)
-    codes, scale = kvtools.quantize_kv(x, format)
-    torch.library.opcheck(dequantize, (codes, scale, 8, torch.float32), **checks)
+    opcheck("quantize_kv", (x, format), **checks)
     pages = make_pages(2, 8, format, format, device, position=True, importance=True, window=3)
     for tensor in pages.tensors():
         tensor.view(torch.uint8).zero_()
@@ -413,7 +405,9 @@ def test_quant_contract(format, device, impl):
     position = torch.arange(3, dtype=torch.int32, device=device)
     k, v, k_scale, v_scale, *rest = pages.tensors()
     args = (x, x, slot, k, v, k_scale, v_scale, position, *rest)
-    torch.library.opcheck(append, args, **checks)
+    opcheck("append_kv", args, **checks)
+    codes, scale = kvtools.quantize_kv(x, format)
+    opcheck("dequantize_kv", (codes, scale, 8, torch.float32), **checks)
 
 
 def test_quant_compiles(device):

@@ -415,12 +415,10 @@ def test_scoring_is_for_inference():
         token_logprobs(hidden_tm.requires_grad_(), *rest)
 
 
-def test_step_scores_opcheck(device, impl):
-    overload = "default" if impl == "reference" else impl
-    operator = getattr(torch.ops.kvtools.step_scores, overload)
+def test_step_scores_opcheck(device, opcheck):
     for k, (link, reduce) in zip((1, 2, 3), (PAIRS[0], PAIRS[5], PAIRS[-1]), strict=True):
         args = make_steps([3, 2, 7], torch.float32, device, k)  # opcheck takes NaN for a difference
-        torch.library.opcheck(operator, (*args, link, reduce, 0.1))
+        opcheck("step_scores", (*args, link, reduce, 0.1))
 
 
 def test_step_scores_contract(device):
@@ -432,16 +430,12 @@ def test_step_scores_contract(device):
             torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
-def test_token_logprobs_opcheck(device, impl):
-    overload = "default" if impl == "reference" else impl
-    if impl == "cuda" and impl not in torch.ops.kvtools.token_logprobs.overloads():
-        pytest.skip("token_logprobs has no cuda")
-    operator = getattr(torch.ops.kvtools.token_logprobs, overload)
+def test_token_logprobs_opcheck(device, opcheck):
     hidden_tm, weight_vm, target_t, bias_v = make_tokens(7, 8, 50, torch.float32, device)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
     optional = cu_seqlens, hidden_tm, weight_vm, bias_v
-    torch.library.opcheck(operator, (hidden_tm, weight_vm, target_t, bias_v, 2.0, *optional))
-    torch.library.opcheck(operator, (hidden_tm, weight_vm, target_t, None, 0.0) + (None,) * 4)
+    opcheck("token_logprobs", (hidden_tm, weight_vm, target_t, bias_v, 2.0, *optional))
+    opcheck("token_logprobs", (hidden_tm, weight_vm, target_t, None, 0.0) + (None,) * 4)
 
 
 def test_token_logprobs_contract(device):
