@@ -25,6 +25,7 @@
 extern "C" {
 // AddressSanitizer's, if it is there.
 void* __asan_region_is_poisoned(void*, size_t) __attribute__((weak));
+void __asan_unpoison_memory_region(const volatile void*, size_t) __attribute__((weak));
 
 // Save the registers that a call keeps on this stack, its top in *from, and take up the stack `to`.
 void kvtools_switch(void** from, void* to);
@@ -156,9 +157,12 @@ void entry() {
 void Grid::start(int thread) {
   Fiber& fiber = fibers_[thread];
   fiber.state = Fiber::ready;
+  // What the last fiber here left: it has never returned.
+  char* const stack = stacks_ + kStack * thread;
+  if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, kStack);
   fiber.copies.clear(), fiber.groups.clear();
   // As kvtools_switch leaves a stack: six registers, where to return to, and where `entry` would.
-  auto* top = reinterpret_cast<void**>(stacks_ + kStack * (thread + 1)) - 1;
+  auto* top = reinterpret_cast<void**>(stack + kStack) - 1;
   *top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
