@@ -106,8 +106,8 @@ def extensions() -> dict:
                     # g++ must be told that they are C++, and by which calls accesses are seen.
                     ext.extra_objects += self.compile_each(
                         sources("cuda", "cu"), [os.environ.get("CXX", "g++"), "-std=c++17", "-O1"],
-                        ["-fPIC", "-g1", "-Wall", "-fsanitize=thread", "-ffp-contract=off",
-                         "-isystem", f"{home}/include", "-xc++"],
+                        ["-fPIC", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fsanitize=thread",
+                         "-ffp-contract=off", "-isystem", f"{home}/include", "-xc++"],
                     )  # fmt: skip
                 elif cuda == "1":
                     codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in ARCHS]
