@@ -31,7 +31,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test sanitize lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
+.PHONY: help demo test sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -43,10 +43,16 @@ test: ext $(MODEL) ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
 
 sanitize: $(PACKAGE) ## the compiled parts' tests under sanitizers; CUDA kernels run on the CPU (KVTOOLS_CUDA=0: not)
-	@KVTOOLS_SANITIZE=1 KVTOOLS_CUDA=$${KVTOOLS_CUDA-host} $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	@KVTOOLS_SANITIZE=1 KVTOOLS_CUDA=0 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
 	@cd build/sanitize/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
 		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k "not triton" $(ARGS)
+
+host: $(PACKAGE) ## the tests of csrc/cuda, run on the CPU
+	@KVTOOLS_CUDA=host $(PY) setup.py -q build --build-base build/host --build-lib build/host/lib
+	@cd build/host/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
+		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k cuda $(ARGS)
 
 lint: $(PACKAGE) ## check style: ruff and clang-format
 	@$(PY) -m ruff check -q --output-format concise .
