@@ -111,7 +111,7 @@ def total(text: str) -> str | None:
 
 TASKS = (
     Task(
-        "word problems", lambda: models.load("smollm2", torch.bfloat16),
+        "word problems", lambda: models.load("smollm2", torch.float32),
         lambda count, seed: [question for question, _ in tasks.problem_items(count, seed)],
         left_over, two_steps, tasks.answer_of, numbers, asked, layers=22, temperature=0.8,
         delimiters=(",", ".", "\n"), end="\n",

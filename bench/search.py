@@ -301,7 +301,7 @@ def caption(result: dict) -> str:
             f"{probe['problems']} other problems)"
         )
     return " ".join([
-        "Word problems: SmolLM2-135M-Instruct, bfloat16, temperature 0.8; worked sums: the "
+        "Word problems: SmolLM2-135M-Instruct, float32, temperature 0.8; worked sums: the "
         "byte-level model, float32, temperature 1.9. Answers that are right, tokens generated and "
         "encoded by the scorer per problem, seconds per problem for all of it. The trained scorer "
         "is a logistic head on the policy's hidden states; that of worked sums sees "
