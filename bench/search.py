@@ -29,7 +29,7 @@ from kvtools import Rollouts, cli, demo, search
 from kvtools.quality import Journal, interval
 
 SEED = 7
-WIDTH = 16  # rows of the table's searches, and samples beside them
+WIDTH = 8  # rows of the table's searches, and samples beside them
 REDUCE = "prod"  # a step's score is the chance that it is right if those before it are
 STRATEGIES = {
     "beam": partial(search.beam, reduce=REDUCE),
@@ -45,7 +45,7 @@ class Scale:
     """How much is measured."""
 
     problems: int = 100
-    pool: int = 32  # samples of each problem
+    pool: int = 16  # samples of each problem
     trained_on: int = 150  # problems, 8 samples of each
     batch: int = 20  # problems at a time
     widths: tuple[int, ...] = (4, WIDTH)  # rows of a search; but for the exact check the last alone
