@@ -42,17 +42,20 @@ demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plai
 test: ext $(MODEL) ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
 
-sanitize: $(PACKAGE) ## the compiled parts' tests under sanitizers; CUDA kernels run on the CPU (KVTOOLS_CUDA=0: not)
-	@KVTOOLS_SANITIZE=1 KVTOOLS_CUDA=0 $(PY) setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	@cd build/sanitize/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
+# Builds in build/$(1), and runs the tests of the compiled parts there, with AddressSanitizer's library; the next arguments
+# are the settings of the build, and which tests.
+define checked
+	@$(2) $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
+	@cd build/$(1)/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
-		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k "not triton" $(ARGS)
+		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k '$(3)' $(ARGS)
+endef
 
-host: $(PACKAGE) ## the tests of csrc/cuda, run on the CPU
-	@KVTOOLS_CUDA=host $(PY) setup.py -q build --build-base build/host --build-lib build/host/lib
-	@cd build/host/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
-		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
-		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k cuda $(ARGS)
+sanitize: $(PACKAGE) ## the compiled parts' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(call checked,sanitize,KVTOOLS_SANITIZE=1 KVTOOLS_CUDA=0,not triton)
+
+host: $(PACKAGE) ## the tests of csrc/cuda, run on the CPU: races, bounds, barriers
+	$(call checked,host,KVTOOLS_CUDA=host,cuda)
 
 lint: $(PACKAGE) ## check style: ruff and clang-format
 	@$(PY) -m ruff check -q --output-format concise .

@@ -48,8 +48,8 @@ def sources(folder: str, suffix: str = "cpp") -> list[str]:
     return sorted(map(str, Path("csrc", folder).glob(f"*.{suffix}")))
 
 
-def cuda_of(version: str | None) -> tuple[str, Path | None]:
-    """How csrc/cuda is built, as KVTOOLS_CUDA says, and where CUDA is; `version` is torch's."""
+def cuda_build() -> tuple[str, Path | None]:
+    """How csrc/cuda is built, as KVTOOLS_CUDA says, and where CUDA is."""
     wanted, nvcc = os.environ.get("KVTOOLS_CUDA", "auto"), shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent]
     homes = [Path(x) for x in (*homes, "/usr/local/cuda") if x]
@@ -57,6 +57,8 @@ def cuda_of(version: str | None) -> tuple[str, Path | None]:
     if wanted not in ("auto", "0", "1", "host"):
         sys.exit(f"kvtools: KVTOOLS_CUDA={wanted}: expected 0, 1 or host")
     if wanted == "auto":
+        from torch.version import cuda as version
+
         wanted = "1" if version and home else "0"
         if version and not home:
             print("kvtools: nvcc is not here, so without impl='cuda'", file=sys.stderr)
@@ -104,31 +106,30 @@ def extensions() -> dict:
                 ]
                 if cuda == "host":
                     # g++ must be told that they are C++, and by which calls accesses are seen.
-                    ext.extra_objects += self.compile_each(
-                        sources("cuda", "cu"), [os.environ.get("CXX", "g++"), "-std=c++17", "-O1"],
-                        ["-fPIC", "-g1", "-Wall", "-Wno-unknown-pragmas", "-fsanitize=thread",
-                         "-ffp-contract=off", "-isystem", f"{home}/include", "-xc++"],
+                    ext.extra_objects += self.compile_cuda(
+                        os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g1", "-fPIC", "-Wall",
+                        "-Wno-unknown-pragmas", "-fsanitize=thread", "-ffp-contract=off",
+                        f"-isystem{home}/include", "-xc++",
                     )  # fmt: skip
                 elif cuda == "1":
                     codes = [f"-gencode=arch=compute_{x},code=sm_{x}" for x in ARCHS]
-                    codes.append("-gencode=arch=compute_{0},code=compute_{0}".format(ARCHS[-1]))
-                    ext.extra_objects += self.compile_each(
-                        sources("cuda", "cu"), [f"{home}/bin/nvcc", "-std=c++17", "-O3", *codes],
-                        ["-fmad=false", "-lineinfo", "-Xcompiler=-fPIC", "-Xfatbin=-compress-all",
-                         "--threads=0"],
+                    ext.extra_objects += self.compile_cuda(
+                        f"{home}/bin/nvcc", "-std=c++17", "-O3", "-lineinfo", "-fmad=false", *codes,
+                        f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}",
+                        "-Xcompiler=-fPIC", "-Xfatbin=-compress-all", "--threads=0",
                     )  # fmt: skip
             super().build_extension(ext)
 
-        def compile_each(self, files: list[str], command: list[str], flags: list[str]) -> list[str]:
+        def compile_cuda(self, *command: str) -> list[str]:
             def compile(source: str) -> str:
                 target = str(Path(self.build_temp, "cuda", Path(source).stem + ".o"))
                 if stale(target, source):
                     self.mkpath(os.path.dirname(target))
-                    self.spawn([*command, *flags, "-c", source, "-o", target])
+                    self.spawn([*command, "-c", source, "-o", target])
                 return target
 
             with ThreadPool(os.cpu_count()) as pool:
-                return pool.map(compile, files)
+                return pool.map(compile, sources("cuda", "cu"))
 
         def compiler_works(self) -> bool:
             """Tells a machine that cannot compile from sources that do not."""
@@ -162,9 +163,7 @@ def extensions() -> dict:
             file=sys.stderr,
         )
     else:
-        from torch.version import cuda as version
-
-        root, (cuda, home) = Path(torch.submodule_search_locations[0]), cuda_of(version)
+        root, (cuda, home) = Path(torch.submodule_search_locations[0]), cuda_build()
         kernels = Extension("kvtools._C", ["csrc/ops.cpp", "csrc/cpu/isa.cpp"], **shared)
         kernels.depends = depends + sources("cpu") + sources("cuda", "cu")
         kernels.include_dirs = [str(root / "include")]

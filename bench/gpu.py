@@ -29,6 +29,7 @@ from bench.gpu_report import report, targets
 from bench.timing import (
     Clock,
     DeviceClock,
+    Skip,
     against_floor,
     attempt,
     captured,
@@ -37,7 +38,7 @@ from bench.timing import (
     print_rows,
     summary,
 )
-from kvtools import demo
+from kvtools import demo, ops
 from kvtools.quality import Journal
 
 SECONDS = 480  # of a part
@@ -104,9 +105,9 @@ class Bench:
     def _crashes(self) -> Crashes:
         return Crashes(self.folder)
 
-    @property
-    def impl(self) -> str:
-        return gpu_parts.IMPL
+    def impls(self, op: str) -> list[tuple[str, str]]:
+        """What to add to the names of our contenders, and their implementations of `op`."""
+        return [("", gpu_parts.IMPL), *[(gpu_parts.IN_CPP, "cuda")] * (op in ops.IN_CUDA)]
 
     def times(self, runs: dict[str, Callable[[], Any]]) -> dict[str, dict]:
         return summary(interleave(runs, self.scale.rounds, self._clock))
@@ -135,6 +136,8 @@ class Bench:
     def _prepare(self, cell: str, name: str, entry: Entry, runs: dict, graphs: dict) -> dict:
         """Make, check and note a contender. Its output is checked before anything is timed."""
         row = {"version": gpu_rivals.version(entry.package)} if entry.package else {}
+        if name.endswith(gpu_parts.IN_CPP) and ops.CUDA != "cuda":
+            raise Skip("kvtools was built without csrc/cuda")
         with self._crashes.watch(cell, name):
             run = entry.make()
             entry.check(run())

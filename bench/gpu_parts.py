@@ -179,17 +179,6 @@ def run_tests(bench, name: str, args: list[str], watch: Sequence[str] = ()) -> d
     return found
 
 
-def in_cpp(make: Callable[[], Callable]) -> Callable[[], Callable]:
-    """`make`, where there are kernels in CUDA C++."""
-
-    def checked() -> Callable:
-        if ops.CUDA != "cuda":
-            raise Skip("kvtools was built without csrc/cuda")
-        return make()
-
-    return checked
-
-
 def rates(bench) -> Cells:
     """What this device does at best: a copy, bytes read and written, and a product."""
 
@@ -246,9 +235,11 @@ def attend(bench, name: str, shape: Shape | Tree, formats: list[str], rivals: bo
         check = partial(bench_attention.check, step, format=format)
         return Entry(make, check, bench_attention.nbytes(shape, DTYPE, format), flops, package)
 
-    formats = ["none", *formats]
-    entries = {label(x): entry(partial(ours, x, bench.impl), x) for x in formats}
-    entries |= {label(x) + IN_CPP: entry(in_cpp(partial(ours, x, "cuda")), x) for x in formats}
+    entries = {
+        label(x) + suffix: entry(partial(ours, x, impl), x)
+        for suffix, impl in bench.impls("tree_attention")
+        for x in ["none", *formats]
+    }
     for rival, make in gpu_rivals.ATTENTION.items() if rivals else ():
         if rival == "flex_attention" and name not in bench.scale.flex:
             make = elsewhere
@@ -273,7 +264,7 @@ def quant(bench) -> Cells:
 
 
 def append(bench, name: str, shape: bench_quant.Shape) -> dict:
-    def entry(format: str, run: Callable, where: Callable = lambda make: make) -> Entry:
+    def entry(format: str, run: Callable) -> Entry:
         args = bench_quant.inputs(shape, format, DTYPE, bench.device)
         k_thd, v_thd, slot_t, pages, _ = args
 
@@ -286,14 +277,13 @@ def append(bench, name: str, shape: bench_quant.Shape) -> dict:
                     found = dequantize_kv(found, scale[where], shape.d, impl="reference")
                 close(found, x, bench_attention.CLOSE[format])
 
-        make = where(lambda: partial(run, *args))
-        return Entry(make, check, bench_quant.nbytes(shape, format, DTYPE))
+        return Entry(lambda: partial(run, *args), check, bench_quant.nbytes(shape, format, DTYPE))
 
-    entries = {}
-    for format in FORMATS:
-        entries[label(format)] = entry(format, partial(append_kv, impl=bench.impl))
-        cpp = entry(format, partial(append_kv, impl="cuda"), in_cpp)
-        entries[label(format) + IN_CPP] = cpp
+    entries = {
+        label(format) + suffix: entry(format, partial(append_kv, impl=impl))
+        for suffix, impl in bench.impls("append_kv")
+        for format in FORMATS
+    }
     return bench.race(name, entries | {"index_put": entry("none", bench_quant.index_put)})
 
 
@@ -317,10 +307,9 @@ def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
             close(value(*parts), x_thd, bench_attention.CLOSE[format])
 
         size = sum(x.nbytes for x in (x_thd, *codes))
-        entries[label(format)] = Entry(partial(partial, run, impl=bench.impl), check, size)
-        if op in ops.IN_CUDA:
-            make = in_cpp(partial(partial, run, impl="cuda"))
-            entries[label(format) + IN_CPP] = Entry(make, check, size)
+        for suffix, impl in bench.impls(op):
+            make = partial(partial, run, impl=impl)
+            entries[label(format) + suffix] = Entry(make, check, size)
     return bench.race(name, entries)
 
 
@@ -337,7 +326,7 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
     scores = op == "key_scores"
     flops = 2 * shape.n * shape.h * shape.g * shape.w * shape.s * shape.d if scores else 0
 
-    def entry(run: Callable, where: Callable = lambda make: make) -> Entry:
+    def entry(run: Callable) -> Entry:
         args = bench_evict.inputs(op, shape, DTYPE, bench.device)
         if op == "compact_kv":
             source_nh, target_nh, pages = args
@@ -352,7 +341,7 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
             def check(_: None) -> None:
                 assert torch.equal(at(target_nh), expected), "moved something else"
 
-            return Entry(where(lambda: partial(run, *args)), check, size)
+            return Entry(lambda: partial(run, *args), check, size)
         expected = first(ours(*args, impl="reference"))
 
         def check(out: Any) -> None:
@@ -361,11 +350,9 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
             else:
                 assert torch.equal(*(x.long().sort(-1).values for x in (first(out), expected)))
 
-        return Entry(where(lambda: partial(run, *args)), check, size, flops)
+        return Entry(lambda: partial(run, *args), check, size, flops)
 
-    entries = {"kvtools": entry(partial(ours, impl=bench.impl))}
-    if op in ops.IN_CUDA:
-        entries["kvtools" + IN_CPP] = entry(partial(ours, impl="cuda"), in_cpp)
+    entries = {"kvtools" + x: entry(partial(ours, impl=impl)) for x, impl in bench.impls(op)}
     return bench.race(name, entries | {rival.__name__: entry(rival)})
 
 
@@ -399,8 +386,10 @@ def draw(bench, name: str, shape: bench_sampling.Shape, filters: dict) -> dict:
 
     size = bench_sampling.nbytes(shape, torch.float32)
     ours = partial(partial, sample, *args, **filters)
-    entries = {"kvtools": Entry(partial(ours, impl=bench.impl), same, size)}
-    entries["kvtools" + IN_CPP] = Entry(in_cpp(partial(ours, impl="cuda")), same, size)
+    entries = {
+        "kvtools" + x: Entry(partial(ours, impl=impl), same, size)
+        for x, impl in bench.impls("sample")
+    }
     for rival, make in gpu_rivals.SAMPLING.items():
         package = gpu_rivals.package(rival)
         entries[rival] = Entry(partial(make, args, filters), kept, size, package=package)
@@ -435,11 +424,10 @@ def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
         close((out[place] if isinstance(out, tuple) else out).flatten(), exact, 0.02)
 
     size = bench_scoring.nbytes(op, shape, DTYPE)
-    ours = partial(partial, run)
-    entries = {"kvtools": Entry(partial(ours, impl=bench.impl), check, size, flops)}
-    if op in ops.IN_CUDA:
-        make = in_cpp(partial(ours, impl="cuda"))
-        entries["kvtools" + IN_CPP] = Entry(make, check, size, flops)
+    entries = {
+        "kvtools" + x: Entry(partial(partial, run, impl=impl), check, size, flops)
+        for x, impl in bench.impls(op)
+    }
     for rival, compute in rivals.items():
         package = gpu_rivals.package(rival)
         entries[rival] = Entry(partial(partial, compute, *args), check, size, flops, package)

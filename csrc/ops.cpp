@@ -112,7 +112,6 @@ Paged paged(const Optional& x, ScalarType type) {
 
 constexpr int kFormats = 7;
 constexpr const char* kNames[kFormats] = {"none", "fp8", "int8", "int6", "int4", "int3", "int2"};
-constexpr int64_t kBits[kFormats] = {0, 8, 8, 6, 4, 3, 2};
 
 // The format for heads of size d, read off the dtype and the last axis.
 Format format_of(const Tensor& codes, int64_t d) {
@@ -447,7 +446,7 @@ std::tuple<Tensor, Tensor, Tensor> step_scores(Tensor hidden, Tensor step, Tenso
                      r,
                      weight.size(0),
                      weight.size(1)};
-  if (r) {
+  if (impl == Impl::cpu || r) {
     KVTOOLS_RUN_ON(impl, step_scores, hidden, p);
   }
   return {margin, prob, score};

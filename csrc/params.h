@@ -20,6 +20,8 @@ KVTOOLS_ANYWHERE inline int64_t size_of(Type type) {
   return 0x11248224 >> 4 * static_cast<int>(type) & 15;
 }
 
+inline constexpr int kBits[] = {0, 8, 8, 6, 4, 3, 2};  // of codes, by format
+
 // A tensor; strides in elements. `data` is null where it is absent.
 template <int N>
 struct Strided {

@@ -35,7 +35,7 @@ def impl(request, monkeypatch):
     """An implementation; one that this machine cannot run is skipped.
 
     Triton's kernels are interpreted where there is no GPU, else every call is taken to the GPU.
-    Those of csrc/cuda run on the CPU in a build for it: `make sanitize`.
+    Those of csrc/cuda run on the CPU in a build for it: `make host`.
     """
     name, _, isa = request.param.partition("-")
     if name == "triton" and not TRITON:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import readers
 import torch
-from models import COMMON, Counter, scaled
+from models import COMMON, Counter, scaled, tiny_model
 from rich.console import Console
 from tokenizers import (
     Regex,
@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from bench import prm as bench
-from kvtools import CacheConfig, prm
+from kvtools import CacheConfig, Rollouts, prm, search
 from kvtools.prm.families import PURE, QwenPRM, ReasonEval
 from kvtools.prm.qwen import Headed
 
@@ -605,6 +605,47 @@ def test_moving_tag(seed):
         )
     # A step adds its tokens, a blank line and a tag.
     assert sum(seen.forwards) < 16 * len(tree.nodes)
+
+
+class Letters:
+    """The tokenizer of a policy with random weights, which says what steps are made of."""
+
+    ALPHABET = sorted({*"".join(STEPS)})
+
+    def encode(self, text):
+        return [self.ALPHABET.index(x) for x in text if x in self.ALPHABET]
+
+    def decode(self, tokens):
+        return "".join(self.ALPHABET[token % len(self.ALPHABET)] for token in tokens)
+
+
+@pytest.mark.parametrize("family", ["qwen", "math-shepherd", "skywork", "reasoneval"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        functools.partial(search.beam, n=4, beam=2, lookahead=1),
+        functools.partial(search.dvts, n=6, beam=3),
+        functools.partial(search.particle_filter, n=6),
+        functools.partial(search.particle_gibbs, n=3, iterations=2),
+    ],
+    ids=["beam", "dvts", "filter", "gibbs"],
+)
+def test_search_scores_as_whole_solutions(strategy, family):
+    """Whatever was forked, dropped and taken back, by either cache."""
+    model, questions = reward_model(family), [QUESTION, "And how many has Ann?"]
+    steps = search.Steps(Letters(), [".", "!", "2"], step_tokens=8, tokens=24, depth=5)
+    with Counter(model.backbones[0]) as seen:
+        found = strategy(Rollouts(tiny_model()), questions, model, steps, seed=1)
+    assert found.encoded == sum(seen.forwards)
+    ends = set()
+    for question, candidates in zip(questions, found.candidates, strict=True):
+        bare = [[x[:-1] if x[-1] in ".!2" and x[:-1].strip() else x for x in c.steps]
+                for c in candidates]  # fmt: skip
+        want = model.score(question, bare)
+        assert_scores([c.margins for c in candidates], [x.tolist() for x in want.margins])
+        assert_scores([c.scores for c in candidates], [x.tolist() for x in want.probs])
+        ends |= {len(x) for x in bare}
+    assert len(ends) > 1 and max(ends) > 2
 
 
 def test_merged_tokens_are_encoded_again():

@@ -10,7 +10,7 @@ namespace kvtools::KVTOOLS_ISA {
 namespace {
 
 constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
-constexpr int kMostTries = 12;
+constexpr int kMostTries = Levels<2>::kTries;
 
 // What one thread needs for a head. Its vectors are whole: zero behind d.
 struct Scratch {
@@ -73,11 +73,7 @@ f32 nearest(f32 v) {
 template <int Bits>
 f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   using G = Grid<Bits>;
-  constexpr int kTries = Bits == 6   ? 3
-                         : Bits == 4 ? 7
-                         : Bits == 3 ? 10
-                         : Bits == 2 ? kMostTries
-                                     : 1;
+  constexpr int kTries = G::kTries;
   const f32 peak = peak_of(x, d);
   // One loop per stage, so that the tries do not wait for one another.
   f32 inverse[kTries], scale[kTries], error[kTries];

@@ -4,15 +4,14 @@
 // merged by a second kernel; a third tells what own slots received.
 #include <cmath>
 
+#include "head.h"
 #include "kernels.h"
 #include "products.h"
-#include "rotate.h"
 
 namespace kvtools::cuda {
 namespace {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kLeastUnit = 5.9604644775390625e-8f;  // 2^-24, the least scale in fp16
+constexpr float kLn2 = 0.6931471805599453f;
 
 // On a multiprocessor at once, so that the compiler does not save more registers than that takes.
 template <int D, bool Exact>
@@ -29,22 +28,11 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int E = D / kWarp;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= o.tokens * o.heads_q) return;
-  const int lane = lane_index(), d = static_cast<int>(o.pages.d);
-  const char* from = o.q.at(row / o.heads_q, row % o.heads_q);
-  const int64_t size = size_of(o.q.type);
+  const int d = static_cast<int>(o.pages.d);
   float x[E];
-#pragma unroll
-  for (int j = 0; j < E; ++j) {
-    const int e = lane * E + j;
-    x[j] = e < d ? number_at(from + e * size, o.q.type) : 0;
-  }
+  load_head(x, o.q.at(row / o.heads_q, row % o.heads_q), o.q.type, size_of(o.q.type), d);
   if (o.pages.k.format != Format::none) rotate(x, d, norm);
-  const int64_t put = size_of(type);
-#pragma unroll
-  for (int j = 0; j < E; ++j) {
-    const int e = lane * E + j;
-    if (e < d) put_number(x[j], o.queries + (row * d + e) * put, type);
-  }
+  store_head(x, o.queries + row * d * size_of(type), type, d);
 }
 
 // The last position that a token sees.
@@ -70,7 +58,7 @@ struct Found {
       for (int m = 0; m < 4; ++m) sum[n][m] = 0;
 #pragma unroll
     for (int r = 0; r < 2; ++r) peak[r] = -INFINITY, mass[r] = 0, seen[r] = 0;
-    unit = scaled ? kLeastUnit : 1;
+    unit = scaled ? kLeastScale : 1;
   }
 
   __device__ void multiply(const float (&by)[2]) {
@@ -316,11 +304,7 @@ __global__ void __launch_bounds__(kThreads)
   const float inverse = mass > 0 ? 1 / mass : 0, of_pages = mass > 0 ? peak + logf(mass) : peak;
 #pragma unroll
   for (int j = 0; j < E; ++j) x[j] *= inverse;
-  if (o.pages.v.format != Format::none) {
-    transform(x, d & -d);
-#pragma unroll
-    for (int j = 0; j < E; ++j) x[j] *= sign(lane * E + j, norm);
-  }
+  if (o.pages.v.format != Format::none) rotate_back(x, d, norm);
 
   float lse = of_pages;
   auto join = [&](float other, auto value) {
@@ -339,12 +323,7 @@ __global__ void __launch_bounds__(kThreads)
     });
   }
   if (o.sink.data) join(number_at(o.sink.at(head), o.sink.type), [](int) { return 0.0f; });
-  char* out = o.out.at(token, head);
-#pragma unroll
-  for (int j = 0; j < E; ++j) {
-    const int e = lane * E + j;
-    if (e < d) put_number(x[j], out + e * size_of(o.out.type), o.out.type);
-  }
+  store_head(x, o.out.at(token, head), o.out.type, d);
   if (o.mean) seen = sum(seen);
   if (lane) return;
   *reinterpret_cast<float*>(o.lse.at(token, head)) = lse;
@@ -478,7 +457,6 @@ int64_t place_scratch(Attention& o) {
 }
 
 int bits_of(const Content& x) {
-  constexpr int kBits[] = {0, 8, 8, 6, 4, 3, 2};
   return x.format == Format::none ? 8 * static_cast<int>(size_of(x.type))
                                   : kBits[static_cast<int>(x.format)];
 }
@@ -508,15 +486,13 @@ Layout layout_of(const Attention& o, int padded_d, bool exact) {
   return y;
 }
 
-unsigned blocks_of(int64_t rows) { return static_cast<unsigned>((rows + kWarps - 1) / kWarps); }
-
 template <int D, bool Exact>
 void attend_and_track(Attention& o, float norm, void* stream) {
   o.layout = layout_of(o, D, Exact);
   const size_t queries = Queries<D, Exact>::kShared, stages = o.layout.stages * o.layout.stage(),
                merged = 2 * Found<D>::kNumbers * kWarp * sizeof(float);
   const dim3 items(static_cast<unsigned>(o.items), static_cast<unsigned>(o.pages.heads));
-  const dim3 rows(blocks_of(o.tokens * o.heads_q));
+  const dim3 rows = blocks_of(o.tokens * o.heads_q, kWarps);
   if (o.items)
     launch("attend", attend_kernel<D, Exact>, items, kThreads, queries + std::max(stages, merged),
            stream, o);
@@ -531,12 +507,12 @@ void attend_and_track(Attention& o, float norm, void* stream) {
 template <int D>
 void run(Attention& o, void* stream) {
   const int64_t d = o.pages.d;
-  const float norm = static_cast<float>(1 / std::sqrt(double(d & -d)));
+  const float norm = norm_of(d);
   const bool exact = exact_products(o);
   if (o.queries) {
     const Type type = query_type(o);
-    launch("prepare", prepare_kernel<D>, dim3(blocks_of(o.tokens * o.heads_q)), kThreads, 0, stream,
-           o, type, norm);
+    launch("prepare", prepare_kernel<D>, blocks_of(o.tokens * o.heads_q, kWarps), kThreads, 0,
+           stream, o, type, norm);
     o.q = {o.queries, type, {o.heads_q * d, d, 1}};
   }
   if (exact)

@@ -27,6 +27,12 @@ namespace kvtools::cuda {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffff;  // lanes
+constexpr float kLog2e = 0x1.715476p0f;
+
+// Blocks of `warps` for a warp per row.
+inline dim3 blocks_of(int64_t rows, int warps, unsigned y = 1) {
+  return dim3(static_cast<unsigned>((rows + warps - 1) / warps), y);
+}
 
 #ifdef __CUDACC__
 inline void check(cudaError_t error, const char* kernel) {

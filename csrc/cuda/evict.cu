@@ -137,12 +137,7 @@ __device__ Range<Words> narrow(const Tokens<Words>& tokens, Range<Words> range, 
     int bin[kEach], total = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) total += bin[i] = shared.bins[threadIdx.x * kEach + i];
-    int before = total;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int other = __shfl_up_sync(kAll, before, distance);
-      if (lane >= distance) before += other;
-    }
+    int before = sum_so_far(total);
     if (lane == kWarp - 1) shared.totals[warp] = before;
     __syncthreads();
     before += range.before - total + sum(lane < warp ? shared.totals[lane] : 0);
@@ -202,7 +197,7 @@ __global__ void __launch_bounds__(kMostThreads)
     last = narrow(tokens, all, end - 1, shared);
   }
   const Key<Words> lowest = first.prefix, highest = last.last();
-  const int size = last.before + last.size - first.before, lane = lane_index();
+  const int size = last.before + last.size - first.before;
   if (threadIdx.x == 0) shared.gathered = 0;
   __syncthreads();
   for (int64_t start = 0; start < p.s; start += blockDim.x) {
@@ -210,11 +205,7 @@ __global__ void __launch_bounds__(kMostThreads)
     Key<Words> key;
     bool within = s < p.s;
     if (within) key = tokens.key(s), within = !(key < lowest || highest < key);
-    const unsigned lanes = __ballot_sync(kAll, within);
-    if (lanes == 0) continue;
-    int at = 0;
-    if (lane == 0) at = atomicAdd(&shared.gathered, __popc(lanes));
-    at = __shfl_sync(kAll, at, 0) + __popc(lanes & ((1u << lane) - 1));
+    const int at = place_in(shared.gathered, within);
     if (within) shared.keys[at] = key;
   }
   int padded = 1;

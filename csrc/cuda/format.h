@@ -1,23 +1,20 @@
-// Formats of stored heads, as in kvtools/reference/quant.py: levels, and where codes lie.
+// Numbers and levels, as they are stored.
 #pragma once
 
+#include "../levels.h"
 #include "cuda.h"
 
 namespace kvtools::cuda {
 
-constexpr int kMostD = 256;  // the largest heads that are taken
+constexpr int kMostD = 256;                            // the largest heads that are taken
+constexpr float kLeastScale = 5.9604644775390625e-8f;  // 2^-24, in fp16
 
-// Levels lie at c (1 + kBend (c / kTop)²), with c from -kTop to kTop in steps of one. Codes are
-// split into planes of kLow bits, the lowest, and kHigh bits.
 template <int Bits>
-struct Grid {
-  static constexpr float kTop = ((1 << Bits) - 1) / 2.0f;
-  static constexpr float kBend = Bits == 6 || Bits == 4 ? 0.5f : Bits == 3 ? 0.4f : 0;
-  static constexpr float kCubic = kBend / (kTop * kTop);
-  static constexpr float kGreatest = kTop * (1 + kBend);
-  static constexpr int kLow = Bits == 6 ? 4 : Bits == 3 ? 2 : Bits, kHigh = Bits - kLow;
-
-  __device__ static float level(float c) { return kBend > 0 ? c * (1 + kCubic * (c * c)) : c; }
+struct Grid : Levels<Bits> {
+  using L = Levels<Bits>;
+  __device__ static float level(float c) {
+    return L::kBend > 0 ? c * (1 + L::kCubic * (c * c)) : c;
+  }
 };
 
 // A number of any floating point type.

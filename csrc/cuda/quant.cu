@@ -1,22 +1,18 @@
 // Rotate, quantise and store: a warp per head.
-#include <cmath>
-
-#include "format.h"
+#include "head.h"
 #include "kernels.h"
-#include "rotate.h"
 
 namespace kvtools::cuda {
 namespace {
 
 constexpr int kWarps = 4;
-constexpr float kTiny = 5.9604644775390625e-8f;  // 2^-24, the least scale in fp16
 
 struct Shared {
   uint8_t codes[kWarps][kMostD];
 };
 
 __device__ float to_scale(float x) {
-  return __half2float(__float2half_rn(fminf(fmaxf(x, kTiny), 65504.0f)));
+  return __half2float(__float2half_rn(fminf(fmaxf(x, kLeastScale), 65504.0f)));
 }
 
 // The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
@@ -41,12 +37,12 @@ __device__ float nearest(float v) {
 template <int Bits, int E>
 __device__ float encode(const float (&x)[E], int d, float peak, uint8_t* codes) {
   using G = Grid<Bits>;
-  constexpr int kTries = Bits == 6 ? 3 : Bits == 4 ? 7 : Bits == 3 ? 10 : Bits == 2 ? 12 : 1;
+  constexpr int kTries = G::kTries;
   constexpr int N = kTries <= 1 ? 1 : kTries <= 4 ? 4 : kTries <= 8 ? 8 : 16;
   const int lane = lane_index();
   auto inverse_of = [peak](int i) {
     const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
-    return 1 / (peak * (reach / G::kGreatest) + kTiny);
+    return 1 / (peak * (reach / G::kGreatest) + kLeastScale);
   };
   // Magnitudes will do: levels lie symmetrically.
   float level[kTries][E], product[N] = {}, square[N] = {}, error[N] = {};
@@ -126,46 +122,27 @@ __device__ void put(const char* x, Type type, int64_t stride, int d, float norm,
     return;
   }
   float y[E], peak = 0;
-#pragma unroll
-  for (int j = 0; j < E; ++j) {
-    const int i = lane * E + j;
-    y[j] = i < d ? number_at(x + i * step, type) : 0;
-  }
+  load_head(y, x, type, step, d);
   rotate(y, d, norm);
 #pragma unroll
   for (int j = 0; j < E; ++j) peak = fmaxf(peak, fabsf(y[j]));
   peak = greatest(peak);
   float scale;
-  auto pack = [&](auto bits) {
-    using G = Grid<decltype(bits)::value>;
-    scale = encode<decltype(bits)::value>(y, d, peak, staged);
-    __syncwarp();
-    store_plane(staged, d, G::kLow, 0, codes);
-    if (G::kHigh) store_plane(staged, d, G::kHigh, G::kLow, codes + d * G::kLow / 8);
-  };
-  switch (to.format) {
-    case Format::fp8:
-      scale = to_scale(peak / 448);
+  if (to.format == Format::fp8) {
+    scale = to_scale(peak / 448);
 #pragma unroll
-      for (int j = 0; j < E; ++j)
-        if (lane * E + j < d)
-          codes[lane * E + j] =
-              static_cast<char>(to_fp8(fmaxf(fminf(y[j] / scale, 448.0f), -448.0f)));
-      break;
-    case Format::int8:
-      pack(std::integral_constant<int, 8>{});
-      break;
-    case Format::int6:
-      pack(std::integral_constant<int, 6>{});
-      break;
-    case Format::int4:
-      pack(std::integral_constant<int, 4>{});
-      break;
-    case Format::int3:
-      pack(std::integral_constant<int, 3>{});
-      break;
-    default:
-      pack(std::integral_constant<int, 2>{});
+    for (int j = 0; j < E; ++j)
+      if (lane * E + j < d)
+        codes[lane * E + j] =
+            static_cast<char>(to_fp8(fmaxf(fminf(y[j] / scale, 448.0f), -448.0f)));
+  } else {
+    with_bits(to.format, [&](auto bits) {
+      using G = Grid<decltype(bits)::value>;
+      scale = encode<decltype(bits)::value>(y, d, peak, staged);
+      __syncwarp();
+      store_plane(staged, d, G::kLow, 0, codes);
+      if (G::kHigh) store_plane(staged, d, G::kHigh, G::kLow, codes + d * G::kLow / 8);
+    });
   }
   if (lane == 0) *reinterpret_cast<__half*>(to.scale.at(p, h, s)) = __float2half_rn(scale);
 }
@@ -222,15 +199,11 @@ void with_elements(int64_t d, F f) {
     f(std::integral_constant<int, 8>{});
 }
 
-float norm_of(int64_t d) { return static_cast<float>(1 / std::sqrt(double(d & -d))); }
-
-unsigned blocks_of(int64_t heads) { return static_cast<unsigned>((heads + kWarps - 1) / kWarps); }
-
 }  // namespace
 
 void quantize_kv(const QuantizeKv& p, void* stream) {
   with_elements(p.d, [&](auto e) {
-    launch("quantize_kv", quantize_kv_kernel<decltype(e)::value>, dim3(blocks_of(p.rows)),
+    launch("quantize_kv", quantize_kv_kernel<decltype(e)::value>, blocks_of(p.rows, kWarps),
            kWarps * kWarp, sizeof(Shared), stream, p, norm_of(p.d));
   });
 }
@@ -238,7 +211,7 @@ void quantize_kv(const QuantizeKv& p, void* stream) {
 void append_kv(const AppendKv& p, void* stream) {
   with_elements(p.pages.d, [&](auto e) {
     launch("append_kv", append_kv_kernel<decltype(e)::value>,
-           dim3(blocks_of(p.t * p.pages.heads), 2), kWarps * kWarp, sizeof(Shared), stream, p,
+           blocks_of(p.t * p.pages.heads, kWarps, 2), kWarps * kWarp, sizeof(Shared), stream, p,
            norm_of(p.pages.d));
   });
 }

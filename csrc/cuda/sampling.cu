@@ -31,7 +31,6 @@ constexpr int kRounds = 4;          // groups that a warp weighs
 constexpr int kListed = 4096;       // values that a search keeps in shared memory
 constexpr float kMassless = 29;     // so far below the best, mass rounds to zero
 constexpr float kSlack = 0x1p-10f;  // for the errors of bounds on scores
-constexpr float kLog2e = 0x1.715476p0f;
 
 // x / y for all x, rounded as division is. Where nothing can overflow these are the steps that the
 // compiler takes, too, but it would find the inverse anew for each x.
@@ -78,8 +77,8 @@ struct Row {
   // No && and ||, whose branches would have the logits wait for what decides.
   __device__ bool greedy() const { return temperature == 0; }
   __device__ bool cut() const { return (top_k > 0) & (top_k < v); }
-  __device__ bool filtered() const { return !greedy() & (cut() | (top_p < 1) | (min_p > 0)); }
-  __device__ bool noisy() const { return !greedy() & !filtered(); }
+  __device__ bool filtered() const { return (!greedy()) & (cut() | (top_p < 1) | (min_p > 0)); }
+  __device__ bool noisy() const { return (!greedy()) & (!filtered()); }
 
   // Whether `weigh` puts tokens into bins: by mass, or by number where top-k is so large that the
   // greatest of the groups tell little.
@@ -196,25 +195,17 @@ struct Bins {
   }
 };
 
-template <class T>
-__device__ T across(T x, int distance) {
-  return __shfl_xor_sync(kAll, x, distance);
-}
-
 // f of all threads' x, in every thread; `none` is what f ignores. f must not mind the order.
 template <class T, class F>
 __device__ T over_block(T x, T none, F f, void* staged) {
   T* of_warp = static_cast<T*>(staged);
   const int lane = lane_index(), warps = blockDim.x / kWarp;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) x = f(x, across(x, distance));
+  x = reduce(x, f);
   __syncthreads();  // others may still read what was staged before
   if (lane == 0) of_warp[threadIdx.x / kWarp] = x;
   __syncthreads();
-  x = lane < warps ? of_warp[lane] : none;
-#pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) x = f(x, across(x, distance));
-  return x;
+  if (lane < warps) none = of_warp[lane];
+  return reduce(none, f);
 }
 
 template <class T>
@@ -320,7 +311,8 @@ struct Cut {
 };
 
 __device__ Cut across(Cut x, int distance) {
-  return {across(x.weight, distance), across(x.below, distance), across(x.above, distance)};
+  return {cuda::across(x.weight, distance), cuda::across(x.below, distance),
+          cuda::across(x.above, distance)};
 }
 
 struct Draw {
@@ -329,7 +321,7 @@ struct Draw {
 };
 
 __device__ Draw across(Draw x, int distance) {
-  return {across(x.score, distance), across(x.token, distance)};
+  return {cuda::across(x.score, distance), cuda::across(x.token, distance)};
 }
 
 struct FinishShared {
@@ -414,11 +406,7 @@ struct Finish {
     __syncthreads();
     each(in, bins, [&](float z) {
       const bool inside = in.least <= z && z <= in.most;
-      const unsigned who = __ballot_sync(kAll, inside);
-      if (!who) return;
-      int start = 0;
-      if (lane_index() == 0) start = atomicAdd(&shared.size, __popc(who));
-      const int at = __shfl_sync(kAll, start, 0) + __popc(who & ((1u << lane_index()) - 1));
+      const int at = place_in(shared.size, inside);
       if (inside && at < kListed) shared.list[at] = z;
     });
     __syncthreads();
@@ -468,12 +456,7 @@ struct Finish {
     Mass own[kOwn], sum = 0;
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) sum += own[j] = bin[lane * kOwn + j];
-    Mass before = sum;
-#pragma unroll
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const Mass other = __shfl_up_sync(kAll, before, distance);
-      if (lane >= distance) before += other;
-    }
+    Mass before = sum_so_far(sum);
     if (in.by_mass) wanted *= static_cast<double>(__shfl_sync(kAll, before, kWarp - 1));
     before -= sum;
 #pragma unroll

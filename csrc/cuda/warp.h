@@ -7,13 +7,38 @@ namespace kvtools::cuda {
 
 __device__ inline int lane_index() { return threadIdx.x % kWarp; }
 
+// x of the lane whose index differs in the bit `distance`. Structs have overloads.
+template <class T>
+__device__ inline T across(T x, int distance) {
+  return __shfl_xor_sync(kAll, x, distance);
+}
+
 // f(a, b) of all lanes, in every lane; f must not mind the order.
 template <class T, class F>
 __device__ inline T reduce(T x, F f) {
 #pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2)
-    x = f(x, __shfl_xor_sync(kAll, x, distance));
+  for (int distance = 1; distance < kWarp; distance *= 2) x = f(x, across(x, distance));
   return x;
+}
+
+// Sum of x up to this lane's.
+template <class T>
+__device__ inline T sum_so_far(T x) {
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const T other = __shfl_up_sync(kAll, x, distance);
+    if (lane_index() >= distance) x += other;
+  }
+  return x;
+}
+
+// A place of its own at the end of a list for each lane that wants one; `size` grows by as many.
+__device__ inline int place_in(int& size, bool wanted) {
+  const unsigned who = __ballot_sync(kAll, wanted);
+  if (!who) return 0;
+  int start = 0;
+  if (lane_index() == 0) start = atomicAdd(&size, __popc(who));
+  return __shfl_sync(kAll, start, 0) + __popc(who & ((1u << lane_index()) - 1));
 }
 
 template <class T>

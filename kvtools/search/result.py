@@ -28,8 +28,8 @@ class Candidate:
     Attributes:
         steps: texts of its steps, delimiters included; blank ones are left out.
         text: all of its text.
-        margins: log-odds of each step.
-        scores: probability of each step.
+        margins: log-odds of each step, as the scorer gave them when it came.
+        scores: probability of each step, likewise.
         tokens: its tokens without the prompt.
         finished: why it ended: "eos", "done" or "length"; "" if it may go on.
         origin: which of the first rows it descends from.

@@ -1,9 +1,35 @@
-// The rotation of kvtools/reference/quant.py, of a head spread over a warp.
+// A head spread over a warp: lane l holds elements l E to l E + E - 1, zero from d on. It is
+// rotated as in kvtools/reference/quant.py.
 #pragma once
 
+#include <cmath>
+
+#include "format.h"
 #include "warp.h"
 
 namespace kvtools::cuda {
+
+// Elements are `step` bytes apart.
+template <int E>
+__device__ inline void load_head(float (&x)[E], const char* from, Type type, int64_t step, int d) {
+#pragma unroll
+  for (int j = 0; j < E; ++j) {
+    const int e = lane_index() * E + j;
+    x[j] = e < d ? number_at(from + e * step, type) : 0;
+  }
+}
+
+template <int E>
+__device__ inline void store_head(const float (&x)[E], char* to, Type type, int d) {
+#pragma unroll
+  for (int j = 0; j < E; ++j) {
+    const int e = lane_index() * E + j;
+    if (e < d) put_number(x[j], to + e * size_of(type), type);
+  }
+}
+
+// What the rotation of heads of size d divides by, inverted.
+inline float norm_of(int64_t d) { return static_cast<float>(1 / std::sqrt(double(d & -d))); }
 
 // ±1 / sqrt(b) of element i: signs are the bits of a multiplicative hash.
 __device__ inline float sign(int i, float norm) {
@@ -11,8 +37,7 @@ __device__ inline float sign(int i, float norm) {
   return __uint_as_float(__float_as_uint(norm) ^ flipped);
 }
 
-// Walsh-Hadamard transform in blocks of b, a power of two. Lane l holds elements l E to l E + E
-// - 1.
+// Walsh-Hadamard transform in blocks of b, a power of two.
 template <int E>
 __device__ inline void transform(float (&x)[E], int b) {
 #pragma unroll
@@ -37,12 +62,20 @@ __device__ inline void transform(float (&x)[E], int b) {
     }
 }
 
-// x @ rotation(d), with norm = 1 / sqrt(d & -d)
+// x @ rotation(d); `norm` is norm_of(d).
 template <int E>
 __device__ inline void rotate(float (&x)[E], int d, float norm) {
 #pragma unroll
   for (int i = 0; i < E; ++i) x[i] *= sign(lane_index() * E + i, norm);
   transform(x, d & -d);
+}
+
+// x @ rotation(d).T
+template <int E>
+__device__ inline void rotate_back(float (&x)[E], int d, float norm) {
+  transform(x, d & -d);
+#pragma unroll
+  for (int i = 0; i < E; ++i) x[i] *= sign(lane_index() * E + i, norm);
 }
 
 }  // namespace kvtools::cuda
