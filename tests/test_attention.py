@@ -159,9 +159,13 @@ def native(impl):
     return torch.float64 if impl == "reference" else torch.float32
 
 
+def interpreted(impl):
+    return impl == "triton" and not torch.cuda.is_available()
+
+
 def emulated(impl):
     """Whether kernels for GPUs run on the CPU, some thousand times slower."""
-    return {"cuda": CUDA == "cpu", "triton": not torch.cuda.is_available()}.get(impl, False)
+    return interpreted(impl) or (impl == "cuda" and CUDA == "cpu")
 
 
 def some_items(plan, which):
@@ -216,21 +220,26 @@ def test_tree_attention_equals_expanded(options, page_size, impl):
 @pytest.mark.parametrize("k_format,v_format", [(f, f) for f in FORMATS] + [("int8", "int4")])
 @pytest.mark.parametrize("D", [16, 64, 80])
 def test_tree_attention_formats(k_format, v_format, D, impl):
-    for seed in range(1 if emulated(impl) else 4):
+    for seed in range(1 if interpreted(impl) else 2 if emulated(impl) else 4):
         scatter = (seed + D // 16) % 2 == 0
         case = Case(11 + seed, k_format=k_format, v_format=v_format, scatter=scatter, D=D,
                     dtype=native(impl))  # fmt: skip
         check(case, impl, case.expanded())
 
 
-@pytest.mark.parametrize(
-    "G,D,dtype",
-    [(1, 16, torch.float32), (3, 64, torch.float32), (12, 24, torch.float32),
-     (3, 64, torch.float16), (7, 128, torch.float16), (7, 128, torch.bfloat16),
-     (12, 24, torch.bfloat16)],
-)  # fmt: skip
+INTERPRETED = {  # heads; all of them would take minutes
+    torch.float32: [(1, 16), (3, 64), (12, 24)],
+    torch.float16: [(3, 64), (7, 128)],
+    torch.bfloat16: [(7, 128), (12, 24)],
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("G,D", [(1, 16), (3, 64), (7, 128), (12, 24)])
 def test_tree_attention_within_budget(format, dtype, G, D, impl):
+    if interpreted(impl) and (G, D) not in INTERPRETED[dtype]:
+        pytest.skip("these heads are interpreted with another dtype")
     case = Case(12, k_format=format, v_format=format, dtype=dtype, G=G, D=D)
     check(case, impl, case.expanded())
 
@@ -323,7 +332,7 @@ def test_tree_attention_merges_many_parts(impl):
 
 
 def test_tree_attention_random(impl):
-    @settings(max_examples=6 if emulated(impl) else 60, deadline=None)
+    @settings(max_examples=6 if interpreted(impl) else 60, deadline=None)
     @given(
         seed=st.integers(0, 10**6),
         page_size=st.sampled_from([1, 3, 16]),

@@ -149,7 +149,7 @@ WORTHS = [torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32, tor
 
 @pytest.mark.parametrize("dtype", WORTHS, ids=str)
 @pytest.mark.parametrize("N,H,S,count", [(1, 1, 1, 1), (6, 2, 23, 7), (3, 2, 16, 0), (5, 3, 9, 9),
-                                         (1, 1, 600, 450), (0, 2, 4, 2)])  # fmt: skip
+                                         (1, 2, 600, 450), (0, 2, 4, 2)])  # fmt: skip
 def test_select_victims(N, H, S, count, dtype, device, impl):
     score, tie, position, below, start = make_candidates(N, H, S, device)
     protect = dict(tie_nhs=tie, protect_below_n=below, protect_from_n=start)

@@ -220,7 +220,7 @@ def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
     B = 2 if interpreted(impl) else 9
     args = make_rows(B, 4099, torch.float32, device)
     whole = sample(*args, **kwargs, impl=impl)
-    order = torch.tensor([4, 8, 0, 3, 7, 1, 6, 2, 5], device=device)
+    order = torch.tensor([4, 8, 3, 7, 1, 6, 0, 2, 5], device=device)
     order = order[order < B]
     for index in (order, order[: B // 2], *torch.arange(B, device=device).split(1)):
         part = sample(*(x[index] for x in args), **kwargs, impl=impl)
