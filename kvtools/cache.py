@@ -25,6 +25,7 @@ class _Prompt:
     length: int
     sinks: int  # first tokens, kept apart unquantised
     in_order: bool  # nothing was evicted in any layer
+    switched: bool
 
 
 class KVCache:
@@ -80,9 +81,24 @@ class KVCache:
         """[rows] tokens each row has seen, evicted ones too; int32, on the CPU."""
         return torch.from_numpy(self._seen.copy())
 
-    def add_prompt(self, length: int, copies: int = 1) -> None:
+    @property
+    def announced(self) -> int:
+        """Tokens of the prompt that `fill` expects."""
+        return self._prompts[-1].length
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """[rows] tokens of each row that are its prompt's."""
+        return np.array([self._prompts[i].length for i in self._prompt], np.int64)
+
+    @property
+    def switched(self) -> np.ndarray:
+        """[rows] what `add_prompt` was told of each row's prompt."""
+        return np.array([self._prompts[i].switched for i in self._prompt], bool)
+
+    def add_prompt(self, length: int, copies: int = 1, switched: bool = False) -> None:
         """Add `copies` rows over a new prompt of `length` tokens; `fill` must follow for every
-        layer.
+        layer. `switched` is a mark that its rows keep, for who stores keys of two kinds.
 
         Raises:
             ValueError: `length` or `copies` is not positive.
@@ -104,7 +120,7 @@ class KVCache:
         if self._recent:
             self._recent.add(length, sinks, copies)
         in_order = all(slots + sinks == length for slots in kept.values())
-        self._prompts.append(_Prompt(length, sinks, in_order))
+        self._prompts.append(_Prompt(length, sinks, in_order, switched))
         self._prompt = np.concatenate([self._prompt, np.full(copies, len(self._prompts) - 1)])
         self._seen = np.concatenate([self._seen, np.full(copies, length, np.int32)])
 

@@ -1,0 +1,22 @@
+"""The door to transformers: the only files that know it.
+
+`plug`: what a model sees of kvtools during a forward: a cache, an attention function, a mask
+function. `door`: whether a model can be right, decided by what its code does. `session`: a model
+over a cache, and the probe that compares it with itself. `generate`: the loop, and `patch`.
+"""
+
+from .door import Unsupported
+from .generate import generate, patch
+from .plug import CACHE, PagedCache, plugged
+from .session import Session, check_model
+
+__all__ = [
+    "CACHE",
+    "PagedCache",
+    "Session",
+    "Unsupported",
+    "check_model",
+    "generate",
+    "patch",
+    "plugged",
+]

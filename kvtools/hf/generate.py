@@ -1,0 +1,240 @@
+"""The decoding loop of `generate`, and `patch`, which gives it to a model."""
+
+import copyreg
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    StopStringCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..config import CacheConfig
+from ..ops.sampling import drawn, sample
+from .door import device_of, inner
+from .plug import CACHE, plugged
+from .session import Session, check_model
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    kv_config: CacheConfig | None = None,
+    **model_kwargs: Any,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """The decoding loop of `model.generate(custom_generate=kvtools.generate, kv_config=...)`.
+
+    Each distinct prompt of the batch is prefilled and stored once, for all rows that repeat it,
+    whether they come from `num_return_sequences` or from the caller. Finished rows leave the batch.
+    Sampling is `kvtools.sample`, seeded from torch's global generator: a row's tokens do not depend
+    on the batch that it sits in.
+
+    Args:
+        kv_config: how keys and values are kept; default `CacheConfig()`, exact.
+        The rest is given by `generate`.
+
+    Returns:
+        What `generate` would. In `scores` and `logits` a row that has finished holds 0 at the
+        padding token and -inf elsewhere. Its cache is a `PagedCache`.
+
+    Raises:
+        ValueError: an option of `generate` that is not supported, by name.
+    """
+    asked = sys._getframe(1).f_locals  # generate drops some arguments before it calls us
+    streamer = asked.get("streamer")
+    _refuse(model, generation_config, model_kwargs, asked)
+    with plugged(model):
+        return _generate(
+            model, input_ids, logits_processor, stopping_criteria, generation_config, kv_config,
+            streamer, model_kwargs,
+        )  # fmt: skip
+
+
+def _generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    config: GenerationConfig,
+    kv_config: CacheConfig | None,
+    streamer: Any,
+    model_kwargs: dict[str, Any],
+) -> GenerateDecoderOnlyOutput | Tensor:
+    device, rows = model.device, input_ids.shape[0]
+    input_ids = input_ids.to(device)
+    prompts, row_prompt = _distinct(input_ids, model_kwargs)
+    session = Session(model, CacheConfig() if kv_config is None else kv_config)
+    logits_pv = torch.stack(
+        [session.prefill(prompt, int((row_prompt == i).sum())) for i, prompt in enumerate(prompts)]
+    )
+    session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
+    logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
+
+    seed = int(torch.randint(2**62, ()))
+    seed_b = seed + torch.arange(rows, device=device)
+    length_b = torch.tensor([len(prompts[i]) for i in row_prompt], device=device)
+    filters = _fused(logits_processor) if config.do_sample else None
+    want_scores = config.return_dict_in_generate and config.output_scores
+    want_logits = config.return_dict_in_generate and config.output_logits
+    all_scores, all_logits = () if want_scores else None, () if want_logits else None
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
+    active = torch.arange(rows, device=device)
+    over = torch.zeros(rows, dtype=torch.bool, device=device)  # once stopped, always stopped
+    prompt_length = input_ids.shape[1]
+    while True:
+        position = length_b[active] + (input_ids.shape[1] - prompt_length)
+        next_tokens = torch.full((rows,), pad, dtype=input_ids.dtype, device=device)
+        if want_logits:
+            all_logits += (_spread(logits.to(torch.float32), active, rows, pad),)
+        if filters is not None and not want_scores:
+            chosen, *_ = sample(
+                logits, seed_b[active], position, **filters, impl=session.kv.config.impl
+            )
+        else:
+            raw = logits.to(torch.float32)
+            scores = logits_processor(input_ids, _spread(raw, active, rows, pad, copy=True))
+            if want_scores:
+                all_scores += (_spread(scores[active], active, rows, pad),)
+            if config.do_sample:
+                chosen = sample(
+                    scores[active], seed_b[active], position, impl=session.kv.config.impl
+                )[0]
+            else:
+                chosen = scores[active].argmax(-1)
+        next_tokens[active] = chosen.to(input_ids.dtype)
+        input_ids = torch.cat([input_ids, next_tokens[:, None]], 1)
+        if streamer is not None:
+            streamer.put(next_tokens.cpu())
+        over |= stopping_criteria(input_ids, all_scores)
+        done = over[active]
+        if done.all():
+            break
+        if (
+            pads and done.any()
+        ):  # without an EOS token, generate lets rows run on until all are done
+            stay = (~done).nonzero()[:, 0]
+            session.kv.gather(stay)
+            active = active[stay]
+        logits = session.extend(input_ids[active, -1])
+    if streamer is not None:
+        streamer.end()
+    if not config.return_dict_in_generate:
+        return input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=input_ids, scores=all_scores, logits=all_logits, **{CACHE: session.cache}
+    )
+
+
+def _refuse(
+    model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    """Raise for what `generate` offers and this loop does not, by name."""
+    check_model(model)
+    options = ("assistant_model", "synced_gpus", "negative_prompt_ids")
+    given = {name: asked.get(name) for name in options} | (asked.get("kwargs") or {})
+    stock = getattr(model.generation_config, "cache_implementation", None)  # a checkpoint's wish
+    refused = {
+        "num_beams": config.num_beams not in (None, 1),
+        "penalty_alpha": config.penalty_alpha is not None and (config.top_k or 0) > 1,
+        "dola_layers": config.dola_layers is not None,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
+        "assistant_early_exit": config.assistant_early_exit is not None,
+        "assistant_model": given.get("assistant_model") is not None,
+        "constraints": getattr(config, "constraints", None) is not None,
+        "force_words_ids": getattr(config, "force_words_ids", None) is not None,
+        "num_beam_groups": getattr(config, "num_beam_groups", None) not in (None, 1),
+        "use_mtp": bool(getattr(config, "use_mtp", False)),
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "negative_prompt_ids": given["negative_prompt_ids"] is not None,
+        "use_cache=False": kwargs.get("use_cache") is False,
+        "output_attentions": bool(config.output_attentions),
+        "output_hidden_states": bool(config.output_hidden_states),
+        "prefill_chunk_size": config.prefill_chunk_size is not None,
+        "compile_config": config.compile_config is not None,
+        "cache_implementation": given.get("cache_implementation") is not None
+        or config.cache_implementation not in (None, stock),
+        "past_key_values (cache)": given.get(CACHE) is not None,
+        "inputs_embeds": given.get("inputs_embeds") is not None,
+        "synced_gpus": bool(given.get("synced_gpus")),
+        "num_return_sequences=0": config.num_return_sequences == 0,
+    }
+    ours = {"attention_mask", "position_ids", CACHE, "logits_to_keep", "use_cache"}
+    refused |= {name: True for name, x in kwargs.items() if name not in ours and x is not None}
+    names = [name for name, is_asked in refused.items() if is_asked]
+    if names:
+        raise ValueError(
+            f"kvtools.generate does not support {', '.join(names)}: leave it out, or call generate "
+            "without custom_generate"
+        )
+
+
+def _distinct(input_ids: Tensor, kwargs: dict[str, Any]) -> tuple[list[Tensor], np.ndarray]:
+    """The distinct prompts without padding, and which one each row has."""
+    mask = kwargs.get("attention_mask")
+    rows, width = input_ids.shape
+    if width == 0:
+        raise ValueError("input_ids is empty: a prompt needs at least one token")
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}"
+        )
+    lengths = mask.sum(-1)
+    if (mask[:, -1] == 0).any() or (mask.flip(-1).cumprod(-1).sum(-1) != lengths).any():
+        raise ValueError(
+            "attention_mask must be left padding, zeros and then ones, with at least one token "
+            "per row: set padding_side='left' in the tokenizer"
+        )
+    positions = kwargs.get("position_ids")
+    if positions is not None:
+        expected = (mask.cumsum(-1) - 1).clamp(min=0)
+        if ((positions.to(expected.device).expand_as(expected) != expected) & (mask > 0)).any():
+            raise ValueError("position_ids must count a row's tokens from 0: leave them out")
+    found: dict[tuple, int] = {}
+    row_prompt = np.empty(rows, np.int64)
+    for row, (ids, length) in enumerate(zip(input_ids.tolist(), lengths.tolist(), strict=True)):
+        row_prompt[row] = found.setdefault(tuple(ids[width - length :]), len(found))
+    return [torch.tensor(ids, device=input_ids.device) for ids in found], row_prompt
+
+
+def _fused(processors: LogitsProcessorList) -> dict[str, float | int] | None:
+    """Arguments of `sample` that do what `processors` do, if nothing else is among them."""
+    order = [TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper]
+    kinds = [type(processor) for processor in processors]
+    if kinds != [kind for kind in order if kind in kinds]:
+        return None
+    if any(getattr(processor, "min_tokens_to_keep", 1) != 1 for processor in processors):
+        return None
+    names = dict(zip(order, ("temperature", "top_k", "top_p", "min_p"), strict=True))
+    return {names[type(p)]: getattr(p, names[type(p)]) for p in processors}
+
+
+def _spread(x_av: Tensor, active: Tensor, rows: int, pad: int, copy: bool = False) -> Tensor:
+    """Values of all rows from those of the active; the others are certain of the padding token."""
+    if len(active) == rows:
+        return x_av.clone() if copy else x_av
+    full = x_av.new_full((rows, x_av.shape[1]), -torch.inf)
+    full[:, pad] = 0
+    full[active] = x_av
+    return full
+
+

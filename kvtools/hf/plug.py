@@ -1,0 +1,336 @@
+"""What a model sees of kvtools during a forward: a cache, an attention and a mask function.
+
+Nothing here belongs to the process. The configs of a model name our functions while a call of ours
+runs, under the name of what they stand in for ("kvtools_sdpa"). Anything but our cache that comes
+to them, such as a forward of another thread, is handed to that unchanged.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..cache import KVCache
+
+if TYPE_CHECKING:
+    from .door import Door
+
+PREFIX = "kvtools_"
+# What a cache is called in arguments and outputs: "past_key_values" before transformers 5.24.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
+
+class Unsupported(ValueError):
+    """What a model does that kvtools cannot follow."""
+
+
+@dataclass
+class Forward:
+    """One forward of ours.
+
+    Attributes:
+        door: of the model.
+        kv: where keys and values go.
+        filling: a prompt's prefill; afterwards rows attend to what is stored.
+        past: tokens that the longest row had before.
+        masks: window of each mask made in this forward, by the mask's storage.
+    """
+
+    door: "Door"
+    kv: KVCache
+    filling: bool
+    past: int
+    masks: dict[int, tuple[int, Any]] = field(default_factory=dict)
+
+
+_here = threading.local()  # forward: what this thread runs
+
+
+class _Handle:
+    """What the cache returns for keys and values: the attention function takes it from there."""
+
+    __slots__ = ("forward", "layer", "k", "v", "taken")
+
+    def __init__(self, forward: Forward, layer: int, k: Tensor, v: Tensor) -> None:
+        self.forward, self.layer, self.k, self.v, self.taken = forward, layer, k, v, False
+
+    def __getattr__(self, name: str) -> NoReturn:
+        _touched(name)
+
+    def __getitem__(self, index: Any) -> NoReturn:
+        _touched("indexing")
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, *args: Any, **kwargs: Any) -> NoReturn:
+        _touched(getattr(function, "__name__", str(function)))
+
+
+def _touched(how: str) -> NoReturn:
+    raise Unsupported(
+        f"it reads keys and values back from the cache ({how}), so they are latent (MLA), shared "
+        "between layers, or changed after caching"
+    )
+
+
+class _Layer(CacheLayerMixin):
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, index: int, flow: "_Flow") -> None:
+        super().__init__()
+        self.index, self.flow, self.is_initialized = index, flow, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        forward = self.flow.forward
+        if forward is None:
+            _not_a_cache("update")
+        handle = _Handle(forward, self.index, key_states, value_states)
+        return handle, handle
+
+    def get_seq_length(self) -> int:
+        if self.flow.forward is not None:
+            return self.flow.forward.past
+        return int(self.flow.kv.lengths.max()) if self.flow.kv.rows else 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        # Masks are made for prefill only, and then over the prompt alone.
+        return query_length, self.get_seq_length()
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # transformers before 5.20
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.index == 0:
+            self.flow.kv.gather(beam_idx)
+
+
+@dataclass
+class _Flow:
+    """What the layers of a cache share; they do not know the cache, so that nothing keeps it alive
+    after its call."""
+
+    kv: KVCache
+    forward: Forward | None = None
+
+
+def _not_a_cache(what: str) -> NoReturn:
+    raise TypeError(
+        f"kvtools' cache cannot be used outside of kvtools ({what}): it reports memory and what was "
+        "kept; to go on from it, fork or rewind, use kvtools.Rollouts"
+    )
+
+
+class PagedCache(Cache):
+    """A transformers cache over a `KVCache`; forwards of a `Session` alone fill it.
+
+    Attributes:
+        kv: the store.
+        timing: seconds of prefill and decoding, decode steps, and tokens fed in them.
+    """
+
+    def __init__(self, kv: KVCache) -> None:
+        self._flow = _Flow(kv)
+        super().__init__(layers=[_Layer(i, self._flow) for i in range(kv.layers)])
+        self.kv = kv
+        self.timing = {"prefill_s": 0.0, "decode_s": 0.0, "steps": 0, "tokens": 0}
+
+    def memory(self) -> dict[str, int]:
+        """Bytes held; see `KVCache.memory`."""
+        return self.kv.memory()
+
+    def gather(self, index: Any) -> None:
+        """See `KVCache.gather`."""
+        self.kv.gather(index)
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _not_a_cache("crop")
+
+    def reset(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _not_a_cache("reset")
+
+    def batch_repeat_interleave(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _not_a_cache("batch_repeat_interleave")
+
+    def batch_select_indices(self, *args: Any, **kwargs: Any) -> NoReturn:
+        _not_a_cache("batch_select_indices")
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        _not_a_cache("deepcopy")
+
+    def __reduce__(self) -> NoReturn:
+        _not_a_cache("pickle")
+
+
+def attention_of(stock: str, module: torch.nn.Module) -> Callable:
+    """The attention function that `module` runs under the name `stock`."""
+    if stock != "eager":
+        return ALL_ATTENTION_FUNCTIONS[stock]
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise Unsupported(f"no eager_attention_forward stands beside {type(module).__name__}")
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor | _Handle,
+    value: Tensor | _Handle,
+    attention_mask: Any,
+    *,
+    stock: str,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The model's own attention for all but the rows of our cache."""
+    own = attention_of(stock, module) if not isinstance(key, _Handle) or key.forward.filling else None
+    if not isinstance(key, _Handle):
+        return own(module, query, key, value, attention_mask, **kwargs)
+    handle = key
+    if handle.taken or value is not handle:
+        _touched("two layers take the same")
+    handle.taken = True
+    forward, layer = handle.forward, handle.layer
+    options = _options(module, stock, layer, forward, attention_mask, query, kwargs)
+    out = None
+    if forward.filling:
+        out = own(module, query, handle.k, handle.v, attention_mask, **kwargs)
+    q, k, v = query, handle.k, handle.v
+    if torch.is_autocast_enabled(q.device.type):  # as matrix products under autocast would take them
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    wide, d = max(k.shape[-1], v.shape[-1]), v.shape[-1]
+    # Zeros change neither scores nor the part of the output that is returned.
+    q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        if forward.filling:
+            length = forward.kv.announced
+            forward.kv.fill(layer, *(x[0, :, :length] for x in (q, k, v)), **options)
+            return out
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [rows, tokens, heads, D]
+        out_thd = forward.kv.attend(layer, *(x.flatten(0, 1) for x in (q, k, v)), **options)
+    return out_thd.view(*q.shape[:3], wide)[..., :d], None
+
+
+def _options(
+    module: torch.nn.Module,
+    stock: str,
+    layer: int,
+    forward: Forward,
+    mask: Any,
+    query: Tensor,
+    kwargs: dict[str, Any],
+) -> dict[str, Any]:
+    """What the stock attention would do with its arguments, in the words of `KVCache.attend`."""
+    for name, x in kwargs.items():
+        if isinstance(x, Tensor) and x.is_floating_point() and name != "s_aux":
+            raise Unsupported(f"it gives attention a tensor {name!r}")
+    if kwargs.get("dropout"):
+        raise ValueError(
+            "the model is in training mode with attention dropout: call model.eval() before"
+        )
+    scale = kwargs.get("scaling")
+    options = dict(scale=query.shape[-1] ** -0.5 if scale is None else scale)
+    options["sliding"] = forward.door.window(layer, forward, mask, kwargs.get("sliding_window"))
+    # sdpa knows neither: 5.17 drops a soft cap in silence (so do we), 5.23 raises at prefill.
+    known = stock != "sdpa"
+    options["softcap"] = (kwargs.get("softcap") or 0.0) if known else 0.0
+    options["sink_h"] = kwargs.get("s_aux") if known else None
+    return options
+
+
+def _mask(*args: Any, stock: str, **kwargs: Any) -> Any:
+    """The stock mask; while rows attend there is none, because positions tell who sees whom."""
+    forward = getattr(_here, "forward", None)
+    make = ALL_MASK_ATTENTION_FUNCTIONS[stock]
+    if forward is None:
+        return make(*args, **kwargs)
+    if not forward.filling:
+        return None
+    window = forward.door.mask_window(kwargs)
+    if window:  # a mask that is left out could not be told from one without a window
+        kwargs["allow_is_causal_skip"] = False
+    mask = make(*args, **kwargs)
+    forward.masks[_identity(mask)] = window, mask
+    return mask
+
+
+def _identity(mask: Any) -> int:
+    """The same for a mask and its views."""
+    return mask.untyped_storage()._cdata if isinstance(mask, Tensor) else id(mask)
+
+
+def window_of(forward: Forward, mask: Any) -> int | None:
+    """Window of the mask that a layer got: 0 for none, None for a mask that is not transformers'."""
+    if mask is None:
+        return 0
+    known = forward.masks.get(_identity(mask))
+    return None if known is None else known[0]
+
+
+_lock = threading.Lock()
+_plugged: dict[int, tuple[Any, str, int]] = {}  # by id of a config: it, its stock name, how often
+
+
+@contextmanager
+def plugged(door: "Door") -> Iterator[None]:
+    """Name our functions in the model's configs. May be nested and overlap with other threads': the
+    last to leave puts the names back, so that a loop of forwards pays for it once."""
+    with _lock:
+        for config in door.configs:
+            stock = config._attn_implementation.removeprefix(PREFIX)
+            _, stock, uses = _plugged.get(id(config), (config, stock, 0))
+            _plugged[id(config)] = config, stock, uses + 1
+            # Not by set_attn_implementation, which walks over all modules.
+            config._attn_implementation = _register(stock)
+    try:
+        yield
+    finally:
+        with _lock:
+            for config in door.configs:
+                _, stock, uses = _plugged.pop(id(config))
+                if uses > 1:
+                    _plugged[id(config)] = config, stock, uses - 1
+                elif config._attn_implementation == PREFIX + stock:
+                    config._attn_implementation = stock
+
+
+def _register(stock: str) -> str:
+    name = PREFIX + stock
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+
+        def attention(module, query, key, value, attention_mask=None, **kwargs):
+            return _attend(module, query, key, value, attention_mask, stock=stock, **kwargs)
+
+        def mask(*args, **kwargs):
+            return _mask(*args, stock=stock, **kwargs)
+
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, mask)
+    return name
+
+
+@contextmanager
+def running(cache: PagedCache, forward: Forward) -> Iterator[None]:
+    """In this thread, forwards over `cache` are `forward`."""
+    before = getattr(_here, "forward", None)
+    _here.forward = cache._flow.forward = forward
+    try:
+        yield
+    finally:
+        _here.forward, cache._flow.forward = before, None

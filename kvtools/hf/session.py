@@ -1,0 +1,315 @@
+"""A model over a cache of ours, and the probe that compares it with itself."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..config import CacheConfig
+from .door import Door, Unsupported, decoder_of, device_of, door_of, inner, refusal
+from .plug import CACHE, Forward, PagedCache, plugged, running
+
+PROBE = 6  # tokens
+
+
+def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
+    """Raise, naming the reason, if kvtools cannot run `model`.
+
+    The first time, some tokens go through the first layers of every kind, by the model's own path
+    and by ours, and are compared.
+
+    Args:
+        model: a decoder-only transformers model, or one whose text part is; wrappers of
+            torch.compile and peft are looked through.
+        head: it needs a language-model head.
+        probe: False to believe in what its code says.
+
+    Raises:
+        TypeError: it is something else; the message says what to pass.
+        Unsupported: a ValueError; the message says what it does that kvtools cannot follow.
+    """
+    door = door_of(model)
+    if head and not hasattr(model, "generation_config"):
+        raise TypeError(
+            f"{type(model).__name__} has no language-model head: pass the whole model, not its "
+            "decoder"
+        )
+    if probe and not door.probed:
+        try:
+            _probe(inner(model), door)
+        except Unsupported as error:
+            raise refusal(door.kind, error) from error.__cause__
+    return door
+
+
+class Session:
+    """A model over a `PagedCache`: prompts in, next-token logits out; then tokens in, logits out.
+
+    Args:
+        model: a decoder-only transformers model.
+        config: how keys and values are kept.
+        pages: pages per pool, fixed; None lets the pools grow.
+        head: False to return final hidden states instead of logits.
+        probe: see `check_model`.
+        texts: tokens of a row, by its number; some models encode them again when a row outgrows
+            their first rotary frequencies (longrope).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: CacheConfig,
+        *,
+        pages: int | None = None,
+        head: bool = True,
+        probe: bool = True,
+        texts: Callable[[int], Sequence[int]] | None = None,
+    ) -> None:
+        if not isinstance(config, CacheConfig):
+            raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
+        door = check_model(model, head=head, probe=probe)
+        runner = model if head else model.base_model
+        self._start(runner, door, config, device_of(model), pages, head, texts)
+
+    def _start(
+        self,
+        runner: Any,
+        door: Door,
+        config: CacheConfig,
+        device: torch.device,
+        pages: int | None = None,
+        head: bool = False,
+        texts: Callable[[int], Sequence[int]] | None = None,
+    ) -> "Session":
+        self._runner, self.door, self.head, self._texts = runner, door, head, texts
+        self.device = device
+        self.kv = KVCache(config, door.layers, device=device, pages=pages)
+        self.cache = PagedCache(self.kv)
+        return self
+
+    @torch.no_grad()
+    def prefill(self, prompt_l: Tensor, copies: int = 1) -> Tensor:
+        """Run one prompt through the model and add `copies` rows over it.
+
+        Args:
+            prompt_l: token ids, at least one.
+            copies: rows to add.
+
+        Returns:
+            Logits after its last token [v]; or, without a head, hidden states of all its tokens [l,
+            m].
+
+        If anything fails the cache is as it was.
+        """
+        begin = time.perf_counter()
+        out = self._fill(prompt_l, copies, self.door.past_switch(len(prompt_l)))
+        self.cache.timing["prefill_s"] += time.perf_counter() - begin
+        return out[-1] if self.head else out
+
+    def _fill(self, prompt_l: Tensor, copies: int, switched: bool) -> Tensor:
+        """Prefill; what it stores is rotated as past the switch, or as before it."""
+        rows, length = self.kv.rows, len(prompt_l)
+        position = torch.arange(length, device=prompt_l.device)
+        if switched and length <= self.door.switch:
+            # One token more, far enough to switch frequencies. No token sees it, nothing keeps it.
+            prompt_l = torch.cat([prompt_l, prompt_l[:1]])
+            position = torch.cat([position, position.new_tensor([self.door.switch])])
+        self.kv.add_prompt(length, copies, switched)
+        try:
+            return self._forward(prompt_l[None], position[None], True, 0)[0]
+        except BaseException:
+            self.kv.gather(range(rows))
+            raise
+
+    @torch.no_grad()
+    def extend(
+        self, tokens: Tensor, counts: np.ndarray | None = None, *, every: bool = False
+    ) -> Tensor:
+        """Give the rows new tokens.
+
+        Args:
+            tokens: [rows] one token each; or, with `counts`, [sum(counts)] row by row.
+            counts: [rows] tokens per row, zero for rows that wait.
+            every: return what follows every new token, not each row's last alone.
+
+        Returns:
+            Logits after the last new token of each row that got any [r, v], or after all new tokens
+            [sum(counts), v]; without a head, hidden states of all new tokens [sum(counts), m].
+
+        If the forward fails the rows are as long as they were; what a budget has evicted for it
+        does not come back.
+        """
+        begin, before = time.perf_counter(), self.kv.lengths.numpy()
+        counts = np.ones(self.kv.rows, np.int32) if counts is None else counts.astype(np.int32)
+        if not counts.any():
+            raise ValueError("counts gives no row a token")
+        try:
+            turned = self.door.turned(before + counts, counts, self.kv.switched)
+            groups = self.door.groups(before, np.where(turned, 0, counts))
+            if len(groups) == 1 and not turned.any():
+                out = self._step(tokens, counts)
+            else:
+                out = self._by_groups(tokens, counts, groups, turned)
+        except BaseException:
+            self.kv.crop(before)
+            raise
+        if self.head and not every and counts.max() > 1:
+            last = counts[counts > 0].cumsum() - 1
+            out = out[torch.from_numpy(last).to(out.device)]
+        timing = self.cache.timing
+        timing["decode_s"] += time.perf_counter() - begin
+        timing["steps"] += 1
+        timing["tokens"] += len(tokens)
+        return out
+
+    def _by_groups(
+        self, tokens: Tensor, counts: np.ndarray, groups: list[np.ndarray], turned: np.ndarray
+    ) -> Tensor:
+        """One forward for each group of rows, after the rows `turned` were encoded again."""
+        start, parts, places = np.cumsum(counts) - counts, [], []
+        for rows in [np.flatnonzero(turned), *groups]:
+            if not len(rows):
+                continue
+            place = np.concatenate([np.arange(start[r], start[r] + counts[r]) for r in rows])
+            new = tokens[torch.from_numpy(place).to(tokens.device)]
+            if turned[rows[0]]:
+                parts.append(self._again(rows, new, counts[rows]))
+            else:
+                parts.append(self._step(new, np.where(np.isin(np.arange(len(counts)), rows), counts, 0)))
+            places.append(place)
+        order = torch.from_numpy(np.argsort(np.concatenate(places))).to(tokens.device)
+        return torch.cat(parts)[order]
+
+    def _again(self, rows: np.ndarray, tokens: Tensor, counts: np.ndarray) -> Tensor:
+        """Encode `rows` with other rotary frequencies than they have, and their new tokens.
+
+        Rows of one prompt share it again. The new rows take the place of the old.
+        """
+        if self._texts is None:
+            raise Unsupported(
+                f"{self.door.kind} encodes a text of over {self.door.switch} tokens again (longrope); "
+                "this kind of session cannot"
+            )
+        total, lengths = self.kv.rows, self.kv.lengths.numpy()[rows]
+        shared = np.minimum(self.kv.prompt_lengths[rows], lengths)
+        texts = [list(self._texts(int(row)))[:n] for row, n in zip(rows, lengths, strict=True)]
+        prompts: dict[tuple, list[int]] = {}
+        for i, (text, n) in enumerate(zip(texts, shared, strict=True)):
+            prompts.setdefault(tuple(text[:n]), []).append(i)
+        switched = not self.kv.switched[rows[0]]
+        order = [i for members in prompts.values() for i in members]
+        try:
+            for prompt, members in prompts.items():
+                ids = torch.tensor(prompt, device=tokens.device)
+                self._fill(ids, len(members), switched)
+            new = tokens.split(counts.tolist())
+            own = [
+                torch.cat([new[i].new_tensor(texts[i][shared[i] :]), new[i]]) for i in order
+            ]
+            grow = np.zeros(self.kv.rows, np.int32)
+            grow[total:] = [len(x) for x in own]
+            out = self._step(torch.cat(own), grow)
+        except BaseException:
+            self.kv.gather(range(total))
+            raise
+        index = np.arange(total)
+        index[rows[order]] = np.arange(total, total + len(rows))
+        self.kv.gather(index)
+        parts = [x[-n:] for x, n in zip(out.split(grow[total:].tolist()), counts[order], strict=True)]
+        return torch.cat([parts[i] for i in np.argsort(order)])
+
+    def _step(self, tokens: Tensor, counts: np.ndarray) -> Tensor:
+        """One forward: what follows each new token."""
+        past, live = int(self.kv.lengths.numpy()[counts > 0].max()), int((counts > 0).sum())
+        position_t = self.kv.extend(counts)
+        longest = int(counts.max())
+        # Ragged rows go in as one, without padding: attention alone tells rows apart.
+        width = longest if longest * live == len(tokens) else len(tokens)
+        ids, positions = tokens.view(-1, width), position_t.view(-1, width)
+        return self._forward(ids, positions.long(), False, past, longest == 1).flatten(0, 1)
+
+    def _forward(
+        self, ids: Tensor, positions: Tensor, filling: bool, past: int, last: bool = True
+    ) -> Tensor:
+        options: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
+        if self.door.positions:
+            options["position_ids"] = positions
+        if self.head and last:
+            options["logits_to_keep"] = 1
+        self.door.renew()
+        with plugged(self.door), running(self.cache, Forward(self.door, self.kv, filling, past)):
+            out = self._runner(input_ids=ids, **options)
+        return out.logits if self.head else out.last_hidden_state
+
+
+@torch.no_grad()
+def _probe(model: Any, door: Door) -> None:
+    """Raise Unsupported if the first layers say something else through us than by themselves."""
+    decoder, device = decoder_of(model), device_of(model)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(1, PROBE + 1, device=device) * 7919) % vocabulary
+    options = {"position_ids": torch.arange(PROBE, device=device)[None]} if door.positions else {}
+    part = _first_layers(decoder, door)
+    try:
+        door.renew()
+        plain = part(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
+    except (IndexError, KeyError):  # it does not do with fewer layers
+        part = decoder
+        plain = part(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
+    for counted in ([True] if not door.positions else [False, True]):
+        door.counted = counted
+        wrong = _first_wrong(part, door, ids, plain)
+        if wrong is None:
+            door.probed = not model.training  # dropout would differ
+            return
+    door.counted = False
+    raise Unsupported(f"through kvtools it says something else than by itself from token {wrong} on")
+
+
+def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | None:
+    """First position at which two rows, ragged and then in step, are not as `plain` says."""
+    run = Session.__new__(Session)._start(part, door, CacheConfig(), ids.device)
+    try:
+        parts = [(torch.arange(3), run.prefill(ids[:3], 2))]
+        for counts in ([1, 2], [1, 1]):
+            start = run.kv.lengths.tolist()
+            where = torch.cat([torch.arange(s, s + n) for s, n in zip(start, counts, strict=True)])
+            parts.append((where, run.extend(ids[where.to(ids.device)], np.array(counts))))
+    except (Unsupported, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise Unsupported(f"its forward fails ({type(error).__name__}: {error})") from error
+    if plain.device.type == "meta" or part.training:
+        return None
+    where, ours = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
+    want = plain[where.to(plain.device)].float()
+    error = (ours.float() - want).square().mean(-1).sqrt() / want.square().mean(-1).sqrt()
+    allowed = min(0.05, max(1e-3, 64 * torch.finfo(plain.dtype).eps))
+    wrong = where[(~(error <= allowed)).cpu()]
+    return int(wrong.min()) if len(wrong) else None
+
+
+def _first_layers(decoder: Any, door: Door) -> Any:
+    """`decoder` with the fewest first layers that show each kind once; itself if there is no list of
+    layers. It shares all parameters."""
+    stacks = [
+        (name, list(stack)) for name, stack in decoder.named_children()
+        if isinstance(stack, torch.nn.ModuleList) and len(stack) == door.layers
+    ]  # fmt: skip
+    if len(stacks) != 1 or "forward" in vars(decoder):
+        return decoder
+    (name, layers), = stacks
+    types = getattr(door.configs[0], "layer_types", None) or [None] * len(layers)
+    kinds: dict[tuple, int] = {}
+    for i, layer in enumerate(layers):
+        kinds.setdefault((types[i], *(type(x) for x in layer.modules())), i)
+    part = copy.copy(decoder)
+    part.__dict__ = dict(vars(decoder))
+    part._modules = dict(decoder._modules)
+    part._modules[name] = torch.nn.ModuleList(layers[: max(kinds.values()) + 1])
+    return part
