@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,6 +103,26 @@ def sample(
         _per_row("min_p", min_p, logits_bv, FLOATS),
     )
     return _sample(impl, logits_bv, seed_b, position_b, *filters)
+
+
+def row_seeds(seed: int, count: int, first: int = 0) -> np.ndarray:
+    """Seeds of rows `first` to `first + count - 1` of a run, for `sample`.
+
+    Equivalent to:
+
+        words = philox4x64(counter row + 1, key seed);  seed of the row = words[0] >> 2
+
+    Args:
+        seed: of the run; any integer, modulo 2^128.
+        count: how many rows.
+        first: number of the first of them.
+
+    Returns:
+        [count] int64 in [0, 2^62), as good as random: two runs with other seeds share none, unless
+        they have some 10^9 rows.
+    """
+    draws = np.random.Philox(key=seed % 2**128, counter=first).random_raw(4 * count)
+    return (draws[::4] >> np.uint64(2)).astype(np.int64)
 
 
 def drawn(
