@@ -157,7 +157,7 @@ def best_of(
 
     Args:
         problems: prompts whose continuation up to a newline says "The answer is N", and N.
-        n: samples per problem, at `temperature`; rollout i of all is seeded with i.
+        n: samples per problem, at `temperature`, of a run with seed 0.
 
     Returns:
         Shares of problems with their 95 % intervals: `greedy`, `pass1` (of samples), `pass_n` (some

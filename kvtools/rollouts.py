@@ -9,7 +9,7 @@ from torch import Tensor
 from .cache import Index
 from .config import CacheConfig
 from .hf import Session, plugged
-from .ops.sampling import sample
+from .ops.sampling import row_seeds, sample
 
 Until = Collection[int] | Callable[[list[int]], bool]
 Processor = Callable[[list[list[int]], Tensor], Tensor]
@@ -24,8 +24,9 @@ class Rollouts:
         temperature, top_k, top_p, min_p: as for `kvtools.sample`; temperature 0 is greedy.
         eos_token_id: tokens that finish a row; default those of the model's generation config, ()
             for none.
-        seed: row i of the first `prefill` is seeded with seed + i, and so on. A row's tokens depend
-            on its own seed and text only.
+        seed: of the run: rows get `row_seeds(seed, ...)` of `kvtools.ops.sampling` in the order in
+            which they are added or copied, so that runs with other seeds share none. A row's tokens
+            depend on its own seed and text only.
         processor: called with the tokens of the rows that sample, and their logits [r, v]; returns
             logits.
         pages: pages per pool, fixed; None lets the pools grow.
@@ -64,7 +65,7 @@ class Rollouts:
         if eos_token_id is None:
             eos_token_id = model.generation_config.eos_token_id
         self.eos = set(np.atleast_1d([] if eos_token_id is None else eos_token_id).tolist())
-        self._processor, self._next_seed = processor, seed
+        self._processor, self._seed, self._seeded = processor, seed, 0  # rows that got a seed
         self.tokens: list[list[int]] = []
         self.logprobs: list[list[float]] = []
         self.prompt_lengths = np.zeros(0, np.int64)
@@ -120,9 +121,9 @@ class Rollouts:
         self.prompt_lengths = np.concatenate(
             [self.prompt_lengths, np.repeat([len(p) for p in ids], n)]
         )
-        self.seeds = np.concatenate([self.seeds, self._next_seed + np.arange(added)])
+        self.seeds = np.concatenate([self.seeds, row_seeds(self._seed, added, self._seeded)])
         self.finished = np.concatenate([self.finished, np.zeros(added, bool)])
-        self._next_seed += added
+        self._seeded += added
 
     def step(self, rows: Index | None = None) -> None:
         """Sample one token for each unfinished row.
@@ -200,12 +201,9 @@ class Rollouts:
         self._first = [self._first[i] for i in index]
         self.prompt_lengths, self.finished = self.prompt_lengths[index], self.finished[index]
         self.seeds = self.seeds[index]
-        taken: set[int] = set()
-        for row, i in enumerate(index):
-            if i in taken:
-                self.seeds[row] = self._next_seed
-                self._next_seed += 1
-            taken.add(i)
+        copies = np.setdiff1d(np.arange(len(index)), np.unique(index, return_index=True)[1])
+        self.seeds[copies] = row_seeds(self._seed, len(copies), self._seeded)
+        self._seeded += len(copies)
 
     def crop(self, lengths: Index) -> None:
         """Rewind each row to its own number of tokens, prompt included. See `KVCache.crop`."""

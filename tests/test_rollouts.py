@@ -20,6 +20,7 @@ from models import (
 import kvtools
 from kvtools import CacheConfig, Rollouts
 from kvtools._host import PoolExhausted
+from kvtools.ops.sampling import row_seeds
 
 NEW = 12
 EXACT = CacheConfig()
@@ -138,7 +139,11 @@ def test_row_alone_is_row_in_batch(config):
     assert len({tuple(tokens) for tokens in full.tokens}) == 4, "seeds must differ"
     assert full.tokens == run([text], n=4, new=new, config=config, seed=5).tokens
     assert full.tokens != run([text], n=4, new=new, config=config, seed=6).tokens
-    assert full.tokens[2] == run([text], new=new, config=config, seed=7).tokens[0]
+    alone = rollouts(config)
+    alone.prefill([text])
+    alone.seeds = full.seeds[2:3].copy()
+    alone.generate(new)
+    assert full.tokens[2] == alone.tokens[0]
 
     r = rollouts(config, seed=5)
     r.prefill([text], 4)
@@ -171,6 +176,20 @@ def test_forks_diverge():
     r.generate(NEW)
     assert len({tuple(tokens) for tokens in r.tokens}) == 4
     assert r.tokens[:2] == [full.tokens[1], full.tokens[0]], "the first copy goes on as it would"
+
+
+def test_runs_share_no_seed():
+    """Rows of runs, their copies, and numbers from one call or several."""
+    (text,), found = prompts(3), []
+    for seed in (0, 1, 2, -1, 2**62):
+        r = rollouts(seed=seed)
+        r.prefill([text], 5)
+        r.prefill([text], 3)
+        assert r.seeds.tolist() == row_seeds(seed, 8).tolist()
+        r.gather([*range(8), 0, 0, 7])
+        assert r.seeds.tolist() == row_seeds(seed, 11).tolist()
+        found += r.seeds.tolist()
+    assert len(set(found)) == len(found) and 0 <= min(found) <= max(found) < 2**62
 
 
 def test_forks_do_not_touch_each_other():
