@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -291,6 +292,27 @@ class KVCache:
                 return out
             out_thd[step.token] = out
         return out_thd
+
+    def attend_again(self, layer: int, q_thd: Tensor, **options: Any) -> Tensor:
+        """Attend once more to what `attend` has stored in this step, for layers that share it.
+
+        Args:
+            layer: index of the layer that stored.
+            q_thd: of the same tokens.
+            options: scale, softcap, sliding and sink_h as for `attend`.
+
+        Raises:
+            ValueError: the cache is not exact: what is stored was judged by one layer alone.
+        """
+        if not self.config.exact:
+            raise ValueError(
+                "the model shares keys and values between layers: kvtools runs it with an exact "
+                "CacheConfig() only"
+            )
+        store = self._store[layer]
+        (step,), pages = self._passes[store], store.layers[layer]
+        options = dict(options, impl=self.config.impl)
+        return tree_attention(q_thd, step.position_t, pages, step.plan, **options)[0]
 
     def gather(self, index: Index) -> None:
         """Make the rows rows[index]: fork, prune, reorder, select, resample.

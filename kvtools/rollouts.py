@@ -30,6 +30,7 @@ class Rollouts:
         processor: called with the tokens of the rows that sample, and their logits [r, v]; returns
             logits.
         pages: pages per pool, fixed; None lets the pools grow.
+        probe: see `kvtools.generate`.
 
     Attributes:
         tokens: of each row, prompt included.
@@ -58,9 +59,13 @@ class Rollouts:
         seed: int = 0,
         processor: Processor | None = None,
         pages: int | None = None,
+        probe: bool = True,
     ) -> None:
-        self._session = Session(model, config or CacheConfig(), pages=pages)
-        self.kv, self.device = self._session.kv, model.device
+        self._session = Session(
+            model, config or CacheConfig(), pages=pages, probe=probe,
+            texts=lambda row: self.tokens[row],
+        )  # fmt: skip
+        self.kv, self.device = self._session.kv, self._session.device
         self.filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if eos_token_id is None:
             eos_token_id = model.generation_config.eos_token_id
@@ -175,7 +180,7 @@ class Rollouts:
         start = [len(tokens) for tokens in self.tokens]
         most = np.broadcast_to(np.asarray(max_new_tokens, np.int64), self.rows)
         growing = np.flatnonzero(~self.finished & (most > 0))
-        with plugged(self._session.model):
+        with plugged(self._session.door):
             step = 0
             while len(growing):
                 self.step(growing)

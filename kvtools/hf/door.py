@@ -25,7 +25,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .plug import CACHE, PREFIX, Forward, Unsupported, window_of
+from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 
 FAR = 1 << 20  # masks are looked at from here
 
@@ -47,6 +47,8 @@ class Door:
         ropes: of lengths; rows whose values differ have other frequencies.
         dynamic: modules whose frequencies must be new in each forward.
         switch: a row that grows past this length is encoded again.
+        loose: it computes keys and values that attention takes from those that it caches, token by
+            token. Found by the probe.
         probed: the model has been compared with itself.
     """
 
@@ -60,6 +62,7 @@ class Door:
     dynamic: list[torch.nn.Module]
     switch: float
     counted: bool = False
+    loose: bool = False
     probed: bool = False
     windows: dict[int, int] = field(default_factory=dict)
 
@@ -114,7 +117,9 @@ class Door:
                 return 0
             back = torch.arange(FAR // 2)
             window = int(seen(FAR, back).sum())
-            if all(bool((seen(FAR + i, back) == (back < window)).all()) for i in (0, window // 2 + 1)):
+            if all(
+                bool((seen(FAR + i, back) == (back < window)).all()) for i in (0, window // 2 + 1)
+            ):
                 return window
         raise Unsupported("its masks are neither causal nor causal within a window")
 
@@ -122,7 +127,7 @@ class Door:
         """Window of `layer`, found by the mask that it is given in its first prefill."""
         if not forward.filling:
             if mask is not None:
-                raise Unsupported("it makes attention masks of its own")
+                raise Unsupported(OWN_MASKS)
             return self.windows[layer]
         if layer in self.windows:
             return self.windows[layer]
@@ -130,8 +135,6 @@ class Door:
             window = keyword or 0
         else:
             window = window_of(forward, mask)
-            if window is None:
-                raise Unsupported("it makes attention masks of its own")
             if keyword and window and keyword != window:
                 raise Unsupported(f"layer {layer} is told a window of {keyword}, its mask {window}")
         held = self.cached[layer] if layer < len(self.cached) else 0
@@ -224,7 +227,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     ropes, dynamic, limits = [], [], set()
     for module in decoder.modules():
         kinds = getattr(module, "rope_type", None)
-        for layer_type, rope in (kinds.items() if isinstance(kinds, dict) else [(None, kinds)]):
+        for layer_type, rope in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if rope == "longrope":
                 limit = _longrope_limit(module.config, layer_type)
                 ropes.append(lambda length, limit=limit: length > limit)
@@ -250,8 +253,10 @@ def _longrope_limit(config: Any, layer_type: str | None) -> int:
     rope = config.rope_parameters
     rope = rope if layer_type is None else rope[layer_type]
     limit = rope.get("original_max_position_embeddings")
-    return limit or getattr(config, "original_max_position_embeddings", None) or (
-        config.max_position_embeddings
+    return (
+        limit
+        or getattr(config, "original_max_position_embeddings", None)
+        or (config.max_position_embeddings)
     )
 
 

@@ -25,7 +25,7 @@ from transformers.generation import (
 )
 
 from ..config import CacheConfig
-from ..ops.sampling import drawn, sample
+from ..ops.sampling import drawn, row_seeds, sample
 from .door import device_of, inner
 from .plug import CACHE, plugged
 from .session import Session, check_model
@@ -38,6 +38,8 @@ def generate(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     kv_config: CacheConfig | None = None,
+    streamer: Any = None,
+    probe: bool = True,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """The decoding loop of `model.generate(custom_generate=kvtools.generate, kv_config=...)`.
@@ -45,10 +47,15 @@ def generate(
     Each distinct prompt of the batch is prefilled and stored once, for all rows that repeat it,
     whether they come from `num_return_sequences` or from the caller. Finished rows leave the batch.
     Sampling is `kvtools.sample`, seeded from torch's global generator: a row's tokens do not depend
-    on the batch that it sits in.
+    on the batch that it sits in, not where rotary frequencies depend on the length (dynamic,
+    longrope) either.
 
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact.
+        streamer: as for `generate`, which does not hand it to a custom loop: pass
+            `custom_generate=functools.partial(kvtools.generate, streamer=streamer)`, or use `patch`.
+        probe: False to run a model unseen: without it, the first call compares some tokens with the
+            model's own path.
         The rest is given by `generate`.
 
     Returns:
@@ -56,16 +63,36 @@ def generate(
         padding token and -inf elsewhere. Its cache is a `PagedCache`.
 
     Raises:
-        ValueError: an option of `generate` that is not supported, by name.
+        ValueError: an option of `generate` that is not supported, or a model that cannot be run, by
+            name; logits from which no token can be drawn, by row and step.
     """
-    asked = sys._getframe(1).f_locals  # generate drops some arguments before it calls us
-    streamer = asked.get("streamer")
+    asked = _lost()
+    if streamer is None and asked.get("streamer") is not None:
+        raise ValueError(
+            "generate does not hand streamer to a custom loop: pass custom_generate="
+            "functools.partial(kvtools.generate, streamer=streamer), or use kvtools.patch"
+        )
     _refuse(model, generation_config, model_kwargs, asked)
-    with plugged(model):
+    with plugged(check_model(model, probe=probe)):
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kv_config,
             streamer, model_kwargs,
         )  # fmt: skip
+
+
+def _lost() -> dict[str, Any]:
+    """Arguments of the `generate` that called us, some of which it drops on the way.
+
+    There is no public way to see them; they are looked at to be refused, never used.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "generate" and (
+            frame.f_globals.get("__name__") == "transformers.generation.utils"
+        ):
+            return frame.f_locals | (frame.f_locals.get("kwargs") or {})
+        frame = frame.f_back
+    return {}
 
 
 def _generate(
@@ -78,18 +105,27 @@ def _generate(
     streamer: Any,
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
-    device, rows = model.device, input_ids.shape[0]
+    device, rows = device_of(model), input_ids.shape[0]
     input_ids = input_ids.to(device)
     prompts, row_prompt = _distinct(input_ids, model_kwargs)
-    session = Session(model, CacheConfig() if kv_config is None else kv_config)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+
+    def text(row: int) -> list[int]:
+        return input_ids[active[row], prompt_length - int(length_b[active[row]]) :].tolist()
+
+    session = Session(
+        model, CacheConfig() if kv_config is None else kv_config, probe=False, texts=text
+    )
     logits_pv = torch.stack(
         [session.prefill(prompt, int((row_prompt == i).sum())) for i, prompt in enumerate(prompts)]
     )
     session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
     logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
 
-    seed = int(torch.randint(2**62, ()))
-    seed_b = seed + torch.arange(rows, device=device)
+    impl = session.kv.config.impl
+    if config.do_sample:
+        seed_b = torch.from_numpy(row_seeds(int(torch.randint(2**62, ())), rows)).to(device)
     length_b = torch.tensor([len(prompts[i]) for i in row_prompt], device=device)
     filters = _fused(logits_processor) if config.do_sample else None
     want_scores = config.return_dict_in_generate and config.output_scores
@@ -106,20 +142,18 @@ def _generate(
         if want_logits:
             all_logits += (_spread(logits.to(torch.float32), active, rows, pad),)
         if filters is not None and not want_scores:
-            chosen, *_ = sample(
-                logits, seed_b[active], position, **filters, impl=session.kv.config.impl
-            )
+            chosen = sample(logits, seed_b[active], position, **filters, impl=impl)[0]
         else:
             raw = logits.to(torch.float32)
             scores = logits_processor(input_ids, _spread(raw, active, rows, pad, copy=True))
             if want_scores:
                 all_scores += (_spread(scores[active], active, rows, pad),)
             if config.do_sample:
-                chosen = sample(
-                    scores[active], seed_b[active], position, impl=session.kv.config.impl
-                )[0]
+                chosen = sample(scores[active], seed_b[active], position, impl=impl)[0]
             else:
-                chosen = scores[active].argmax(-1)
+                best, chosen = scores[active].max(-1)
+                chosen = torch.where(best.isfinite(), chosen, -1)
+        drawn(chosen.cpu(), input_ids.shape[1] - prompt_length, active.cpu())
         next_tokens[active] = chosen.to(input_ids.dtype)
         input_ids = torch.cat([input_ids, next_tokens[:, None]], 1)
         if streamer is not None:
@@ -148,9 +182,8 @@ def _refuse(
     model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any], asked: dict[str, Any]
 ) -> None:
     """Raise for what `generate` offers and this loop does not, by name."""
-    check_model(model)
-    options = ("assistant_model", "synced_gpus", "negative_prompt_ids")
-    given = {name: asked.get(name) for name in options} | (asked.get("kwargs") or {})
+    tensor_only = not config.return_dict_in_generate  # then generate ignores what it cannot return
+    own = getattr(model.generation_config, "use_cache", None) is False  # which nobody passed
     stock = getattr(model.generation_config, "cache_implementation", None)  # a checkpoint's wish
     refused = {
         "num_beams": config.num_beams not in (None, 1),
@@ -158,26 +191,28 @@ def _refuse(
         "dola_layers": config.dola_layers is not None,
         "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "assistant_early_exit": config.assistant_early_exit is not None,
-        "assistant_model": given.get("assistant_model") is not None,
+        "assistant_model": asked.get("assistant_model") is not None,
         "constraints": getattr(config, "constraints", None) is not None,
         "force_words_ids": getattr(config, "force_words_ids", None) is not None,
         "num_beam_groups": getattr(config, "num_beam_groups", None) not in (None, 1),
         "use_mtp": bool(getattr(config, "use_mtp", False)),
         "guidance_scale": config.guidance_scale not in (None, 1),
-        "negative_prompt_ids": given["negative_prompt_ids"] is not None,
-        "use_cache=False": kwargs.get("use_cache") is False,
-        "output_attentions": bool(config.output_attentions),
-        "output_hidden_states": bool(config.output_hidden_states),
+        "negative_prompt_ids": asked.get("negative_prompt_ids") is not None,
+        "use_cache=False": kwargs.get("use_cache") is False and not own,
+        "output_attentions": bool(config.output_attentions) and not tensor_only,
+        "output_hidden_states": bool(config.output_hidden_states) and not tensor_only,
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "compile_config": config.compile_config is not None,
-        "cache_implementation": given.get("cache_implementation") is not None
+        "cache_implementation": asked.get("cache_implementation") is not None
         or config.cache_implementation not in (None, stock),
-        "past_key_values (cache)": given.get(CACHE) is not None,
-        "inputs_embeds": given.get("inputs_embeds") is not None,
-        "synced_gpus": bool(given.get("synced_gpus")),
+        "past_key_values (cache)": asked.get(CACHE) is not None,
+        "inputs_embeds": asked.get("inputs_embeds") is not None,
+        "synced_gpus": bool(asked.get("synced_gpus")),
         "num_return_sequences=0": config.num_return_sequences == 0,
     }
     ours = {"attention_mask", "position_ids", CACHE, "logits_to_keep", "use_cache"}
+    types = {name: x for name, x in kwargs.items() if name.endswith("token_type_ids")}
+    ours |= {name for name, x in types.items() if x is None or not x.any()}  # text and nothing else
     refused |= {name: True for name, x in kwargs.items() if name not in ours and x is not None}
     names = [name for name, is_asked in refused.items() if is_asked]
     if names:
@@ -193,7 +228,7 @@ def _distinct(input_ids: Tensor, kwargs: dict[str, Any]) -> tuple[list[Tensor], 
     rows, width = input_ids.shape
     if width == 0:
         raise ValueError("input_ids is empty: a prompt needs at least one token")
-    mask = torch.ones_like(input_ids) if mask is None else mask.to(input_ids.device)
+    mask = torch.ones_like(input_ids) if mask is None else (mask != 0).to(input_ids)
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, input_ids {tuple(input_ids.shape)}"
@@ -238,3 +273,103 @@ def _spread(x_av: Tensor, active: Tensor, rows: int, pad: int, copy: bool = Fals
     return full
 
 
+_patching = threading.Lock()
+
+
+@contextmanager
+def patch(
+    model: PreTrainedModel, config: CacheConfig | None = None, *, probe: bool = True
+) -> Iterator[PreTrainedModel]:
+    """Make `model.generate` run through `kvtools.generate`, for code that calls it itself.
+
+    Args:
+        model: a decoder-only transformers model, possibly compiled; other models are not affected,
+            and neither are copies of this one.
+        config: how keys and values are kept; default `CacheConfig()`, exact.
+        probe: see `generate`.
+
+    Counts in all threads, as the model does. Undone on exit, also after an error. Patches may be
+    nested and overlap; the newest one counts.
+    """
+    check_model(model, probe=probe)
+    core = getattr(model, "_orig_mod", model)
+    entry = (config, probe)
+    with _patching:
+        if not hasattr(type(core), "_kvtools_patches"):
+            core.__class__ = _patched(type(core))
+        type(core)._kvtools_patches.append(entry)
+    try:
+        yield model
+    finally:
+        with _patching:
+            patches = type(core)._kvtools_patches
+            del patches[next(i for i, x in enumerate(patches) if x is entry)]
+            if not patches:
+                core.__class__ = type(core).__base__
+
+
+def _patched(base: type) -> type:
+    """A class for one model. The model's own class, not its dictionary, says what `generate` is, so
+    that copies and pickles are of `base`, with nothing of ours in them."""
+
+    @property  # before an instance's own attribute
+    def generate_(self: Any) -> Any:
+        own = self.__dict__.get("generate")
+        stock = base.generate.__get__(self) if own is None else own
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return _patched_generate(self, stock, *type(self)._kvtools_patches[-1], args, kwargs)
+
+        return run
+
+    def __reduce_ex__(self: Any, protocol: int) -> Any:
+        reduced = base.__reduce_ex__(self, protocol)
+        if reduced[0] is copyreg.__newobj__:
+            return (object.__new__, (base,), *reduced[2:])
+        return reduced
+
+    body = {"generate": generate_, "__reduce_ex__": __reduce_ex__, "_kvtools_patches": []}
+    names = ("__module__", "__qualname__", "__doc__")
+    return type(base.__name__, (base,), body | {name: getattr(base, name) for name in names})
+
+
+def _patched_generate(
+    model: Any, stock: Any, config: CacheConfig | None, probe: bool, args: tuple, kwargs: dict
+) -> Any:
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError(
+            "custom_generate cannot be combined with kvtools.patch: use one of the two"
+        )
+    if kwargs.get("cache_implementation") == "paged":  # generate would leave before our loop
+        raise ValueError("kvtools.generate does not support cache_implementation: leave it out")
+    streamer = kwargs.pop("streamer", None)
+    # generate loses the tokenizer on the way to a custom loop, so stop strings are resolved here.
+    tokenizer = kwargs.pop("tokenizer", None)
+    given = kwargs.get("generation_config")
+    wishes = [kwargs.pop("stop_strings", None)]
+    wishes += [getattr(x, "stop_strings", None) for x in (given, model.generation_config)]
+    strings = next((x for x in wishes if x is not None), None)
+    target = model
+    if strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings needs the model's tokenizer: pass tokenizer=")
+        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or [])
+        kwargs["stopping_criteria"] = criteria
+        criteria.append(StopStringCriteria(tokenizer, strings))
+        if given is not None:
+            kwargs["generation_config"] = _without_strings(given)
+        if wishes[-1] is not None:  # generate fills in what is None from the model's own
+            target = copy(model)
+            target.generation_config = _without_strings(model.generation_config)
+
+    def loop(_: Any, *args: Any, **kwargs: Any) -> Any:
+        return generate(model, *args, kv_config=config, streamer=streamer, probe=probe, **kwargs)
+
+    run = stock if target is model else type(target).generate.__get__(target)
+    return run(*args, custom_generate=loop, **kwargs)
+
+
+def _without_strings(config: GenerationConfig) -> GenerationConfig:
+    config = copy(config)
+    config.stop_strings = None
+    return config

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .door import Door
 
 PREFIX = "kvtools_"
+OWN_MASKS = "it makes attention masks of its own"
 # What a cache is called in arguments and outputs: "past_key_values" before transformers 5.24.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
@@ -43,21 +44,24 @@ class Forward:
         kv: where keys and values go.
         filling: a prompt's prefill; afterwards rows attend to what is stored.
         past: tokens that the longest row had before.
-        masks: window of each mask made in this forward, by the mask's storage.
+        given: in a loose door, layer of the last update, until an attention takes it.
+        masks: window of each mask made in this forward, or why it has none, by the mask's storage.
     """
 
     door: "Door"
     kv: KVCache
     filling: bool
     past: int
-    masks: dict[int, tuple[int, Any]] = field(default_factory=dict)
+    given: int | None = None
+    masks: dict[int, tuple[int | Unsupported, Any]] = field(default_factory=dict)
 
 
 _here = threading.local()  # forward: what this thread runs
 
 
 class _Handle:
-    """What the cache returns for keys and values: the attention function takes it from there."""
+    """What the cache returns for keys and values, which no model can read: the attention function
+    takes it from there. Only in a loose door the cache returns the new tensors themselves."""
 
     __slots__ = ("forward", "layer", "k", "v", "taken")
 
@@ -75,10 +79,14 @@ class _Handle:
         _touched(getattr(function, "__name__", str(function)))
 
 
+class Touched(Unsupported):
+    """Keys and values are read between cache and attention."""
+
+
 def _touched(how: str) -> NoReturn:
-    raise Unsupported(
-        f"it reads keys and values back from the cache ({how}), so they are latent (MLA), shared "
-        "between layers, or changed after caching"
+    raise Touched(
+        f"it reads keys and values back from the cache ({how}), so they are latent (MLA) or changed "
+        "after caching"
     )
 
 
@@ -98,6 +106,9 @@ class _Layer(CacheLayerMixin):
         forward = self.flow.forward
         if forward is None:
             _not_a_cache("update")
+        if forward.door.loose:
+            forward.given = self.index
+            return key_states, value_states
         handle = _Handle(forward, self.index, key_states, value_states)
         return handle, handle
 
@@ -199,31 +210,44 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The model's own attention for all but the rows of our cache."""
-    own = attention_of(stock, module) if not isinstance(key, _Handle) or key.forward.filling else None
-    if not isinstance(key, _Handle):
-        return own(module, query, key, value, attention_mask, **kwargs)
-    handle = key
-    if handle.taken or value is not handle:
-        _touched("two layers take the same")
-    handle.taken = True
-    forward, layer = handle.forward, handle.layer
-    options = _options(module, stock, layer, forward, attention_mask, query, kwargs)
+    forward, layer, first = getattr(_here, "forward", None), None, True
+    if isinstance(key, _Handle):
+        if value is not key:
+            _touched("keys and values are told apart")
+        layer, first, key.taken = key.layer, not key.taken, True
+        forward, key, value = key.forward, key.k, key.v
+    elif forward is not None and forward.door.loose:
+        layer, forward.given = forward.given, None
+        if layer is None:
+            raise Unsupported("an attention takes keys and values that did not come from the cache")
     out = None
-    if forward.filling:
-        out = own(module, query, handle.k, handle.v, attention_mask, **kwargs)
-    q, k, v = query, handle.k, handle.v
-    if torch.is_autocast_enabled(q.device.type):  # as matrix products under autocast would take them
+    if layer is None or forward.filling:
+        own = attention_of(stock, module)
+        out = own(module, query, key, value, attention_mask, **kwargs)
+        if layer is None:
+            return out
+    if key.shape[2] != query.shape[2]:
+        _touched("other tokens")
+    options = _options(module, stock, layer, forward, attention_mask, query, kwargs)
+    q, k, v = query, key, value
+    if torch.is_autocast_enabled(
+        q.device.type
+    ):  # as matrix products under autocast would take them
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     wide, d = max(k.shape[-1], v.shape[-1]), v.shape[-1]
     # Zeros change neither scores nor the part of the output that is returned.
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         if forward.filling:
-            length = forward.kv.announced
-            forward.kv.fill(layer, *(x[0, :, :length] for x in (q, k, v)), **options)
+            if first:
+                length = forward.kv.announced
+                forward.kv.fill(layer, *(x[0, :, :length] for x in (q, k, v)), **options)
             return out
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [rows, tokens, heads, D]
-        out_thd = forward.kv.attend(layer, *(x.flatten(0, 1) for x in (q, k, v)), **options)
+        if first:
+            out_thd = forward.kv.attend(layer, *(x.flatten(0, 1) for x in (q, k, v)), **options)
+        else:
+            out_thd = forward.kv.attend_again(layer, q.flatten(0, 1), **options)
     return out_thd.view(*q.shape[:3], wide)[..., :d], None
 
 
@@ -262,9 +286,13 @@ def _mask(*args: Any, stock: str, **kwargs: Any) -> Any:
         return make(*args, **kwargs)
     if not forward.filling:
         return None
-    window = forward.door.mask_window(kwargs)
-    if window:  # a mask that is left out could not be told from one without a window
-        kwargs["allow_is_causal_skip"] = False
+    try:
+        window = forward.door.mask_window(kwargs)
+    except Unsupported as error:  # unless no layer of ours gets it
+        window = error
+    if window:  # a mask that is left out could not be told from one that shows all before
+        for name in ("allow_is_causal_skip", "allow_is_bidirectional_skip"):
+            kwargs[name] = False
     mask = make(*args, **kwargs)
     forward.masks[_identity(mask)] = window, mask
     return mask
@@ -275,12 +303,14 @@ def _identity(mask: Any) -> int:
     return mask.untyped_storage()._cdata if isinstance(mask, Tensor) else id(mask)
 
 
-def window_of(forward: Forward, mask: Any) -> int | None:
-    """Window of the mask that a layer got: 0 for none, None for a mask that is not transformers'."""
+def window_of(forward: Forward, mask: Any) -> int:
+    """Window of the mask that a layer got; 0 for none."""
     if mask is None:
         return 0
-    known = forward.masks.get(_identity(mask))
-    return None if known is None else known[0]
+    window, _ = forward.masks.get(_identity(mask), (Unsupported(OWN_MASKS), None))
+    if isinstance(window, Unsupported):
+        raise window
+    return window
 
 
 _lock = threading.Lock()

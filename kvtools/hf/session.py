@@ -12,7 +12,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..config import CacheConfig
 from .door import Door, Unsupported, decoder_of, device_of, door_of, inner, refusal
-from .plug import CACHE, Forward, PagedCache, plugged, running
+from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
 
 PROBE = 6  # tokens
 
@@ -180,7 +180,9 @@ class Session:
             if turned[rows[0]]:
                 parts.append(self._again(rows, new, counts[rows]))
             else:
-                parts.append(self._step(new, np.where(np.isin(np.arange(len(counts)), rows), counts, 0)))
+                parts.append(
+                    self._step(new, np.where(np.isin(np.arange(len(counts)), rows), counts, 0))
+                )
             places.append(place)
         order = torch.from_numpy(np.argsort(np.concatenate(places))).to(tokens.device)
         return torch.cat(parts)[order]
@@ -208,9 +210,7 @@ class Session:
                 ids = torch.tensor(prompt, device=tokens.device)
                 self._fill(ids, len(members), switched)
             new = tokens.split(counts.tolist())
-            own = [
-                torch.cat([new[i].new_tensor(texts[i][shared[i] :]), new[i]]) for i in order
-            ]
+            own = [torch.cat([new[i].new_tensor(texts[i][shared[i] :]), new[i]]) for i in order]
             grow = np.zeros(self.kv.rows, np.int32)
             grow[total:] = [len(x) for x in own]
             out = self._step(torch.cat(own), grow)
@@ -220,7 +220,9 @@ class Session:
         index = np.arange(total)
         index[rows[order]] = np.arange(total, total + len(rows))
         self.kv.gather(index)
-        parts = [x[-n:] for x, n in zip(out.split(grow[total:].tolist()), counts[order], strict=True)]
+        parts = [
+            x[-n:] for x, n in zip(out.split(grow[total:].tolist()), counts[order], strict=True)
+        ]
         return torch.cat([parts[i] for i in np.argsort(order)])
 
     def _step(self, tokens: Tensor, counts: np.ndarray) -> Tensor:
@@ -261,17 +263,24 @@ def _probe(model: Any, door: Door) -> None:
     except (IndexError, KeyError):  # it does not do with fewer layers
         part = decoder
         plain = part(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
-    for counted in ([True] if not door.positions else [False, True]):
-        door.counted = counted
-        wrong = _first_wrong(part, door, ids, plain)
-        if wrong is None:
-            door.probed = not model.training  # dropout would differ
-            return
-    door.counted = False
-    raise Unsupported(f"through kvtools it says something else than by itself from token {wrong} on")
+    wrong: int | Unsupported | None = None
+    for door.counted in [False, True] if door.positions else [True]:
+        for door.loose in (False, True):
+            wrong = _first_wrong(part, door, ids, plain)
+            if wrong is None:
+                door.probed = not model.training  # dropout would differ
+                return
+            if not isinstance(wrong, Touched):
+                break
+    door.counted = door.loose = False
+    if isinstance(wrong, Unsupported):
+        raise wrong
+    raise Unsupported(
+        f"through kvtools it says something else than by itself from token {wrong} on"
+    )
 
 
-def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | None:
+def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | Unsupported | None:
     """First position at which two rows, ragged and then in step, are not as `plain` says."""
     run = Session.__new__(Session)._start(part, door, CacheConfig(), ids.device)
     try:
@@ -280,16 +289,23 @@ def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | Non
             start = run.kv.lengths.tolist()
             where = torch.cat([torch.arange(s, s + n) for s, n in zip(start, counts, strict=True)])
             parts.append((where, run.extend(ids[where.to(ids.device)], np.array(counts))))
-    except (Unsupported, torch.OutOfMemoryError):
+    except Unsupported as error:
+        return error
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        raise Unsupported(f"its forward fails ({type(error).__name__}: {error})") from error
-    if plain.device.type == "meta" or part.training:
-        return None
+        failed = Unsupported(f"its forward fails ({type(error).__name__}: {error})")
+        failed.__cause__ = error
+        return failed
+    if plain.device.type == "meta" or part.training:  # nothing to compare
+        return 0 if door.loose else None
     where, ours = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
     want = plain[where.to(plain.device)].float()
     error = (ours.float() - want).square().mean(-1).sqrt() / want.square().mean(-1).sqrt()
-    allowed = min(0.05, max(1e-3, 64 * torch.finfo(plain.dtype).eps))
+    dtypes = [p.dtype for p in part.parameters() if p.is_floating_point()] + [plain.dtype]
+    if torch.is_autocast_enabled(plain.device.type):
+        dtypes.append(torch.get_autocast_dtype(plain.device.type))
+    allowed = min(0.05, max(1e-3, 64 * max(torch.finfo(x).eps for x in dtypes)))
     wrong = where[(~(error <= allowed)).cpu()]
     return int(wrong.min()) if len(wrong) else None
 
@@ -303,7 +319,7 @@ def _first_layers(decoder: Any, door: Door) -> Any:
     ]  # fmt: skip
     if len(stacks) != 1 or "forward" in vars(decoder):
         return decoder
-    (name, layers), = stacks
+    ((name, layers),) = stacks
     types = getattr(door.configs[0], "layer_types", None) or [None] * len(layers)
     kinds: dict[tuple, int] = {}
     for i, layer in enumerate(layers):
