@@ -39,9 +39,40 @@ SIZES = [
 ]  # fmt: skip
 NAMED: dict[str, Any] = {name: size for size, names in SIZES for name in names.split()}
 NAMED |= {"bos_token_id": 1, "eos_token_id": 2, "use_sliding_window": True, "is_decoder": True}
-NAMED |= {"use_cache": True, "is_encoder_decoder": False, "use_mamba_kernels": False}
+NAMED |= {"use_cache": True, "tie_word_embeddings": False, "is_encoder_decoder": False, "use_mamba_kernels": False}
 # What field names cannot tell.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+MIXED = ["linear_attention", "full_attention"] * (LAYERS // 2)
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "blt": {"encoder_hash_byte_group_vocab": 500},
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}},
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "dots3_note_text": {"head_dim": 2 * D, "sliding_window": WINDOW},
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "granitemoehybrid": {"layer_types": MIXED},
+    "inkling2_loop_text": {"unpadded_vocab_size": VOCAB},
+    "inkling2_text": {"unpadded_vocab_size": VOCAB},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * (LAYERS // 2)},
+    "longcat_flash": {"head_dim": D // 2, "num_layers": 2},
+    "mamba2": {"num_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": D, "indexer_budget": 32,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh"]},
+    "roc_bert": {"shape_vocab_size": VOCAB, "pronunciation_vocab_size": VOCAB},
+    "xlm": {"emb_dim": 64, "causal": True},
+    "xlstm": {"qk_dim_factor": 0.5, "v_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "attention_hidden_size": 128,
+              "num_key_value_heads": HEADS},
+    "zamba2": {"attention_hidden_size": 128, "num_key_value_heads": HEADS, "head_dim": 32},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 # A model as initialised repeats one token at once: (embeddings, other matrices) are scaled by
 # these, the first that makes tokens vary and does not blow up rounding.
 SCALES = [(3, 10), (3, 5), (2, 3), (1, 2), (10, 20), (1, 1), (0.5, 0.7), (30, 50)]
