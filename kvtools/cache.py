@@ -301,14 +301,9 @@ class KVCache:
             q_thd: of the same tokens.
             options: scale, softcap, sliding and sink_h as for `attend`.
 
-        Raises:
-            ValueError: the cache is not exact: what is stored was judged by one layer alone.
+        The cache must be exact: what it evicts or keeps finer would be judged by one layer alone.
         """
-        if not self.config.exact:
-            raise ValueError(
-                "the model shares keys and values between layers: kvtools runs it with an exact "
-                "CacheConfig() only"
-            )
+        assert self.config.exact
         store = self._store[layer]
         (step,), pages = self._passes[store], store.layers[layer]
         options = dict(options, impl=self.config.impl)

@@ -16,6 +16,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from kvtools.hf import check_model
+
 VOCAB, LAYERS, HEADS, KV_HEADS, D, WINDOW, PROMPT = 256, 4, 4, 2, 16, 16, 40
 COMMON = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
@@ -81,6 +83,7 @@ class Counter:
     model: torch.nn.Module
 
     def __enter__(self):
+        check_model(self.model)  # whose probe does not count
         self.forwards, self.ids = [], []
         embedding = self.model.get_input_embeddings()
         self._hook = embedding.register_forward_hook(self._count)

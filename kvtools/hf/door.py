@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -27,6 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 
+# A dummy stands for a layer that takes what another has cached, or caches nothing.
+KEPT = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
 FAR = 1 << 20  # masks are looked at from here
 
 
@@ -49,6 +51,7 @@ class Door:
         switch: a row that grows past this length is encoded again.
         loose: it computes keys and values that attention takes from those that it caches, token by
             token. Found by the probe.
+        shared: layers take what others have cached.
         probed: the model has been compared with itself.
     """
 
@@ -63,6 +66,7 @@ class Door:
     switch: float
     counted: bool = False
     loose: bool = False
+    shared: bool = False
     probed: bool = False
     windows: dict[int, int] = field(default_factory=dict)
 
@@ -216,7 +220,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
         raise Unsupported(f"it lies on several devices ({', '.join(sorted(places))})")
     layers = DynamicCache(config=core.config).layers
     for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        if type(layer) not in KEPT:
             raise Unsupported(f"it has layers of another kind ({type(layer).__name__})")
     decoder = decoder_of(core)
     found = {id(config): config}

@@ -26,7 +26,7 @@ from transformers.generation import (
 
 from ..config import CacheConfig
 from ..ops.sampling import drawn, row_seeds, sample
-from .door import device_of, inner
+from .door import device_of, door_of
 from .plug import CACHE, plugged
 from .session import Session, check_model
 
@@ -53,8 +53,9 @@ def generate(
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact.
         streamer: as for `generate`, which does not hand it to a custom loop: pass
-            `custom_generate=functools.partial(kvtools.generate, streamer=streamer)`, or use `patch`.
-        probe: False to run a model unseen: without it, the first call compares some tokens with the
+            `custom_generate=functools.partial(kvtools.generate, streamer=streamer)`, or use
+            `patch`.
+        probe: False to run a model unseen: otherwise its first call compares some tokens with the
             model's own path.
         The rest is given by `generate`.
 
@@ -72,6 +73,7 @@ def generate(
             "generate does not hand streamer to a custom loop: pass custom_generate="
             "functools.partial(kvtools.generate, streamer=streamer), or use kvtools.patch"
         )
+    door_of(model)
     _refuse(model, generation_config, model_kwargs, asked)
     with plugged(check_model(model, probe=probe)):
         return _generate(
@@ -182,9 +184,8 @@ def _refuse(
     model: PreTrainedModel, config: GenerationConfig, kwargs: dict[str, Any], asked: dict[str, Any]
 ) -> None:
     """Raise for what `generate` offers and this loop does not, by name."""
-    tensor_only = not config.return_dict_in_generate  # then generate ignores what it cannot return
-    own = getattr(model.generation_config, "use_cache", None) is False  # which nobody passed
-    stock = getattr(model.generation_config, "cache_implementation", None)  # a checkpoint's wish
+    own = model.generation_config  # what it says nobody passed, and generate ignores some of it
+    tensor_only = not config.return_dict_in_generate
     refused = {
         "num_beams": config.num_beams not in (None, 1),
         "penalty_alpha": config.penalty_alpha is not None and (config.top_k or 0) > 1,
@@ -198,22 +199,30 @@ def _refuse(
         "use_mtp": bool(getattr(config, "use_mtp", False)),
         "guidance_scale": config.guidance_scale not in (None, 1),
         "negative_prompt_ids": asked.get("negative_prompt_ids") is not None,
-        "use_cache=False": kwargs.get("use_cache") is False and not own,
-        "output_attentions": bool(config.output_attentions) and not tensor_only,
-        "output_hidden_states": bool(config.output_hidden_states) and not tensor_only,
+        "use_cache=False": kwargs.get("use_cache") is False and own.use_cache is not False,
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "compile_config": config.compile_config is not None,
         "cache_implementation": asked.get("cache_implementation") is not None
-        or config.cache_implementation not in (None, stock),
+        or config.cache_implementation not in (None, getattr(own, "cache_implementation", None)),
         "past_key_values (cache)": asked.get(CACHE) is not None,
         "inputs_embeds": asked.get("inputs_embeds") is not None,
         "synced_gpus": bool(asked.get("synced_gpus")),
         "num_return_sequences=0": config.num_return_sequences == 0,
     }
     ours = {"attention_mask", "position_ids", CACHE, "logits_to_keep", "use_cache"}
-    types = {name: x for name, x in kwargs.items() if name.endswith("token_type_ids")}
-    ours |= {name for name, x in types.items() if x is None or not x.any()}  # text and nothing else
-    refused |= {name: True for name, x in kwargs.items() if name not in ours and x is not None}
+
+    def says_nothing(name: str, x: Any) -> bool:  # of inputs beside text
+        types = name.endswith("token_type_ids") and not x.any()
+        return types or (isinstance(x, dict) and not x)
+
+    for name in ("output_attentions", "output_hidden_states"):
+        ours.add(name)
+        wanted = getattr(config, name) or kwargs.get(name)
+        refused[name] = wanted and not (tensor_only and getattr(own, name))
+    for name, x in kwargs.items():
+        if name in ours:
+            continue
+        refused[name] = x is not None and not says_nothing(name, x)
     names = [name for name, is_asked in refused.items() if is_asked]
     if names:
         raise ValueError(

@@ -45,7 +45,7 @@ class Forward:
         filling: a prompt's prefill; afterwards rows attend to what is stored.
         past: tokens that the longest row had before.
         given: in a loose door, layer of the last update, until an attention takes it.
-        masks: window of each mask made in this forward, or why it has none, by the mask's storage.
+        masks: by storage, each mask made in this forward and its window, or why it has none.
     """
 
     door: "Door"
@@ -85,8 +85,8 @@ class Touched(Unsupported):
 
 def _touched(how: str) -> NoReturn:
     raise Touched(
-        f"it reads keys and values back from the cache ({how}), so they are latent (MLA) or changed "
-        "after caching"
+        f"it reads keys and values back from the cache ({how}), so they are latent (MLA) or "
+        "changed after caching"
     )
 
 
@@ -142,8 +142,8 @@ class _Flow:
 
 def _not_a_cache(what: str) -> NoReturn:
     raise TypeError(
-        f"kvtools' cache cannot be used outside of kvtools ({what}): it reports memory and what was "
-        "kept; to go on from it, fork or rewind, use kvtools.Rollouts"
+        f"kvtools' cache cannot be used outside of kvtools ({what}): it reports memory and what "
+        "was kept; to go on from it, fork or rewind, use kvtools.Rollouts"
     )
 
 
@@ -215,6 +215,7 @@ def _attend(
         if value is not key:
             _touched("keys and values are told apart")
         layer, first, key.taken = key.layer, not key.taken, True
+        key.forward.door.shared |= not first
         forward, key, value = key.forward, key.k, key.v
     elif forward is not None and forward.door.loose:
         layer, forward.given = forward.given, None

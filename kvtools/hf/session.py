@@ -73,6 +73,11 @@ class Session:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
         door = check_model(model, head=head, probe=probe)
+        if door.shared and not config.exact:
+            raise ValueError(
+                f"{door.kind} shares keys and values between layers: kvtools runs it with an exact "
+                "CacheConfig() only"
+            )
         runner = model if head else model.base_model
         self._start(runner, door, config, device_of(model), pages, head, texts)
 
@@ -194,8 +199,8 @@ class Session:
         """
         if self._texts is None:
             raise Unsupported(
-                f"{self.door.kind} encodes a text of over {self.door.switch} tokens again (longrope); "
-                "this kind of session cannot"
+                f"{self.door.kind} encodes a text of over {self.door.switch} tokens again "
+                "(longrope); this kind of session cannot"
             )
         total, lengths = self.kv.rows, self.kv.lengths.numpy()[rows]
         shared = np.minimum(self.kv.prompt_lengths[rows], lengths)
@@ -246,7 +251,12 @@ class Session:
         self.door.renew()
         with plugged(self.door), running(self.cache, Forward(self.door, self.kv, filling, past)):
             out = self._runner(input_ids=ids, **options)
-        return out.logits if self.head else out.last_hidden_state
+        return out.logits if self.head else _output(out)
+
+
+def _output(out: Any) -> Tensor:
+    hidden = getattr(out, "last_hidden_state", None)  # a decoder may be the whole model
+    return out.logits if hidden is None else hidden
 
 
 @torch.no_grad()
@@ -259,13 +269,14 @@ def _probe(model: Any, door: Door) -> None:
     part = _first_layers(decoder, door)
     try:
         door.renew()
-        plain = part(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
+        plain = _output(part(input_ids=ids[None], use_cache=False, **options))[0]
     except (IndexError, KeyError):  # it does not do with fewer layers
         part = decoder
-        plain = part(input_ids=ids[None], use_cache=False, **options).last_hidden_state[0]
+        plain = _output(part(input_ids=ids[None], use_cache=False, **options))[0]
     wrong: int | Unsupported | None = None
-    for door.counted in [False, True] if door.positions else [True]:
-        for door.loose in (False, True):
+    for counted in [False, True] if door.positions else [True]:
+        for loose in (False, True):
+            door.counted, door.loose = counted, loose
             wrong = _first_wrong(part, door, ids, plain)
             if wrong is None:
                 door.probed = not model.training  # dropout would differ
@@ -311,8 +322,8 @@ def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | Uns
 
 
 def _first_layers(decoder: Any, door: Door) -> Any:
-    """`decoder` with the fewest first layers that show each kind once; itself if there is no list of
-    layers. It shares all parameters."""
+    """`decoder` with the fewest first layers that show each kind once, sharing all parameters;
+    itself if there is no list of layers."""
     stacks = [
         (name, list(stack)) for name, stack in decoder.named_children()
         if isinstance(stack, torch.nn.ModuleList) and len(stack) == door.layers
