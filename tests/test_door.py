@@ -224,7 +224,8 @@ def both_ways():
 
 REFUSED = {
     "neither causal nor": chunked, "not transformers' own": own_attention,
-    "changes inputs_embeds": own_inputs, "its own cache": window_of_the_cache, "causal nor causal": both_ways,
+    "changes inputs_embeds": own_inputs, "its own cache": window_of_the_cache,
+    "causal nor causal": both_ways,
 }  # fmt: skip
 
 

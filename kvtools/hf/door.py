@@ -224,13 +224,11 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
             raise Unsupported(f"it has layers of another kind ({type(layer).__name__})")
     decoder = decoder_of(core)
     found = {id(config): config}
-    for module in decoder.modules():
-        each = getattr(module, "config", None)
-        if getattr(each, "_attn_implementation", None) is not None:
-            found.setdefault(id(each), each)
     ropes, dynamic, limits = [], [], set()
     for module in decoder.modules():
-        kinds = getattr(module, "rope_type", None)
+        each, kinds = vars(module).get("config"), vars(module).get("rope_type")
+        if each is not None and getattr(each, "_attn_implementation", None) is not None:
+            found.setdefault(id(each), each)
         for layer_type, rope in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if rope == "longrope":
                 limit = _longrope_limit(module.config, layer_type)
