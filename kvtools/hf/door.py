@@ -28,7 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 
 # A dummy stands for a layer that takes what another has cached, or caches nothing.
-KEPT = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
+Dummy = getattr(cache_utils, "DummyLayer", type(None))  # before transformers 5.2x there was none
+KEPT = (DynamicLayer, DynamicSlidingWindowLayer, Dummy)
 FAR = 1 << 20  # masks are looked at from here
 
 
@@ -44,7 +45,8 @@ class Door:
         positions: its forward takes `position_ids`.
         counted: it counts positions from the cache instead, so that a forward may hold rows of one
             length only. Found by the probe.
-        cached: by layer, the window within which its own cache keeps tokens; 0 for all.
+        cached: by layer, the window within which its own cache keeps tokens; 0 for all, None for
+            layers that cache nothing of their own.
         windows: by layer, the window within which tokens see others; 0 for all. Found by masks.
         ropes: of lengths; rows whose values differ have other frequencies.
         dynamic: modules whose frequencies must be new in each forward.
@@ -60,7 +62,7 @@ class Door:
     stock: str
     layers: int
     positions: bool
-    cached: list[int]
+    cached: list[int | None]
     ropes: list[Callable[[np.ndarray], np.ndarray]]
     dynamic: list[torch.nn.Module]
     switch: float
@@ -241,7 +243,8 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     return Door(
         kind, list(found.values()), stock, len(layers) or config.num_hidden_layers,
         "position_ids" in inspect.signature(core.forward).parameters,
-        [getattr(layer, "sliding_window", 0) for layer in layers], ropes, dynamic,
+        [getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers],
+        ropes, dynamic,
         _switch(model, sorted(limits)),
     )  # fmt: skip
 
