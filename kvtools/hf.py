@@ -259,14 +259,14 @@ class Session:
 
         If anything fails the cache is as it was.
         """
-        rows, begin = self.kv.rows, time.perf_counter()
+        change, begin = self.kv.transaction(), time.perf_counter()
         self.kv.add_prompt(len(prompt_l), copies)
-        self.cache.filling = True
         try:
+            self.cache.filling = True
             position = torch.arange(len(prompt_l), device=prompt_l.device)
             out = self._forward(prompt_l[None], position[None], last=True)[0]
         except BaseException:
-            self.kv.gather(range(rows))
+            change.undo()
             raise
         finally:
             self.cache.filling = False
@@ -288,10 +288,9 @@ class Session:
             Logits after the last new token of each row that got any [r, v], or after all new tokens
             [sum(counts), v]; without a head, hidden states of all new tokens [sum(counts), m].
 
-        If the forward fails the rows are as long as they were; what a budget has evicted for it
-        does not come back.
+        If anything fails the cache is as it was.
         """
-        begin, lengths = time.perf_counter(), self.kv.lengths
+        change, begin = self.kv.transaction(), time.perf_counter()
         counts = np.ones(self.kv.rows, np.int32) if counts is None else counts.astype(np.int32)
         position_t = self.kv.extend(counts)
         live = torch.from_numpy(counts[counts > 0]).to(tokens.device)
@@ -304,7 +303,7 @@ class Session:
         try:
             out = self._forward(ids, positions.long(), last=longest == 1).flatten(0, 1)
         except BaseException:
-            self.kv.crop(lengths)
+            change.undo()
             raise
         if self.head and not every and longest > 1:
             out = out[live.cumsum(0) - 1]
