@@ -120,16 +120,18 @@ class Rollouts:
                 start[prompt] += n
             self.kv.gather(order)
             new = [tuple(p) for p in ids for _ in range(n)]
-            self.tokens = self.tokens + [list(prompt) for prompt in new]
-            self.logprobs = self.logprobs + [[] for _ in new]
-            self._ready = self._ready + [(logits[prompt][None], 0) for prompt in new]
-            self._first = self._first + [logits[prompt] for prompt in new]
             lengths = np.array([len(prompt) for prompt in new], np.int64)
-            self.prompt_lengths = np.concatenate([self.prompt_lengths, lengths])
             seeds = row_seeds(self._seed, len(new), self._seeded)
-            self.seeds = np.concatenate([self.seeds, seeds])
-            self.finished = np.concatenate([self.finished, np.zeros(len(new), bool)])
-            self._seeded += len(new)
+            self._commit(
+                tokens=self.tokens + [list(prompt) for prompt in new],
+                logprobs=self.logprobs + [[] for _ in new],
+                prompt_lengths=np.concatenate([self.prompt_lengths, lengths]),
+                seeds=np.concatenate([self.seeds, seeds]),
+                finished=np.concatenate([self.finished, np.zeros(len(new), bool)]),
+                _ready=self._ready + [(logits[prompt][None], 0) for prompt in new],
+                _first=self._first + [logits[prompt] for prompt in new],
+                _seeded=self._seeded + len(new),
+            )
 
     def step(self, rows: Index | None = None) -> None:
         """Sample one token for each unfinished row.
@@ -163,7 +165,7 @@ class Rollouts:
                 self.logprobs[row].append(logprob)
                 ready[row] = None
                 finished[row] = token in self.eos
-            self._ready, self.finished = ready, finished
+            self._commit(_ready=ready, finished=finished)
 
     def generate(
         self,
@@ -210,12 +212,16 @@ class Rollouts:
             seeds = self.seeds[index]
             copies = np.setdiff1d(np.arange(len(index)), np.unique(index, return_index=True)[1])
             seeds[copies] = row_seeds(self._seed, len(copies), self._seeded)
-            self.tokens = [list(self.tokens[i]) for i in index]
-            self.logprobs = [list(self.logprobs[i]) for i in index]
-            self._ready = [self._ready[i] for i in index]
-            self._first = [self._first[i] for i in index]
-            self.prompt_lengths, self.finished = self.prompt_lengths[index], self.finished[index]
-            self.seeds, self._seeded = seeds, self._seeded + len(copies)
+            self._commit(
+                tokens=[list(self.tokens[i]) for i in index],
+                logprobs=[list(self.logprobs[i]) for i in index],
+                prompt_lengths=self.prompt_lengths[index],
+                seeds=seeds,
+                finished=self.finished[index],
+                _ready=[self._ready[i] for i in index],
+                _first=[self._first[i] for i in index],
+                _seeded=self._seeded + len(copies),
+            )
 
     def crop(self, lengths: Index) -> None:
         """Rewind each row to its own number of tokens, prompt included. See `KVCache.crop`."""
@@ -241,8 +247,9 @@ class Rollouts:
                 tokens[row] = tokens[row][:length]
                 logprobs[row] = logprobs[row][: length - int(self.prompt_lengths[row])]
                 ready[row] = (self._first[row][None], 0) if at_prompt[row] else None
-            self.tokens, self.logprobs, self._ready = tokens, logprobs, ready
-            self.finished = self.finished & ~cut
+            self._commit(
+                tokens=tokens, logprobs=logprobs, finished=self.finished & ~cut, _ready=ready
+            )
 
     def peek(self, tokens: Sequence[int], rows: Index) -> Tensor:
         """Logits that would follow `tokens` after rows; all rows stay as they are, bit by bit.
@@ -268,23 +275,26 @@ class Rollouts:
         with self._change() as change:
             logits = self._extend(distinct, tokens)
             change.undo()
+            self._commit()
         return logits[torch.from_numpy(order).to(logits.device)]
 
     @contextmanager
     def _change(self) -> Iterator[Transaction]:
-        """What happens inside is undone if it raises: at once, or where an interrupt hits just
-        that, when the next change begins."""
+        """What happens inside is undone unless it is committed: at once, or where an interrupt hits
+        just that, when the next change begins."""
         self._recover()
         state = {name: vars(self)[name] for name in STATE}
         transaction = self.kv.transaction()
         self._before = before = transaction, state, [len(tokens) for tokens in self.tokens]
         try:
             yield transaction
-            self._before = None
         except BaseException:
             if self._before is before:  # an interrupt may have left this to be closed much later
                 self._recover()
             raise
+
+    def _commit(self, **changed: Any) -> None:
+        vars(self).update(changed, _before=None)  # one call: no interrupt comes between
 
     def _recover(self) -> None:
         if self._before is None:
