@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -80,8 +79,7 @@ def sdist(tmp_path_factory):
     code += "b.build_sdist(sys.argv[2])"
     run(sys.executable, "-c", code, copy, out)
     (archive,) = out.iterdir()
-    with tarfile.open(archive) as tar:
-        tar.extractall(out, filter="data")
+    shutil.unpack_archive(archive, out)
     return next(x for x in out.iterdir() if x.is_dir())
 
 
