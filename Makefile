@@ -31,7 +31,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
+.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -41,6 +41,9 @@ demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plai
 
 test: ext $(MODEL) ## run the tests
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
+
+install-check: $(PACKAGE) ## install from the sdist in fresh environments: pure, isolated, full; under each Python there is
+	@$(PY) -m pytest -q -p no:cacheprovider tests/installs.py $(ARGS)
 
 # Builds in build/$(1), and runs the tests of the compiled parts there, with AddressSanitizer's library; the next arguments
 # are the settings of the build, and which tests.

@@ -68,13 +68,11 @@ def __getattr__(name: str) -> Any:
     try:
         module = import_module(f".{_LAZY[name]}", __name__)
         return module if name == _LAZY[name] else getattr(module, name)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         if error.name == "transformers":
             hint = "transformers is not installed: pip install kvtools[hf]"
         elif error.name == "kvtools._host":
-            hint = (
-                "kvtools was installed without its C++ module: reinstall it without KVTOOLS_EXT=0"
-            )
+            hint = error.msg
         else:
             raise
         raise ImportError(f"kvtools.{name} is not available: {hint}") from error

@@ -77,6 +77,9 @@ class Forest:
         """Increases when page lists, tree or rows change; not when a length grows inside a page
         already held."""
 
+    def copy(self) -> Forest:
+        """A forest of its own, equal to this one."""
+
     def grow(self, num_pages: int) -> None:
         """Enlarge the pool to `num_pages`, no fewer than there are. Page ids in use stay."""
 
@@ -118,7 +121,8 @@ class Forest:
 
         Returns:
             Source and destination pages, [c] each, for the caller to copy before the next write;
-            empty without `copy`. No page is both.
+            empty without `copy`. No page is both. Pages that the call frees are among the
+            destinations only if fewer than `c` were free before.
 
         Raises:
             IndexError: a value of `index` is not a row.

@@ -1,7 +1,9 @@
 """The cache of a model: prompts once, rollouts as rows over them, everything in pages."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,33 @@ from .ops.quant import KVPages, append_kv
 from .policy import Candidates, policy_of
 from .recent import Recent
 from .store import Pass, Store
+from .transaction import SIGNALS, Journal, Transaction, state_of
 
 PROTECTED = 0.1  # share of a prompt budget kept at each end of the prompt (arXiv:2605.18053)
 
 Index = Tensor | np.ndarray | Sequence[int]
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Tensors that are made are no inference tensors: those could not be written outside of the
+    inference mode that a caller is in now."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
+def _change(method: Callable) -> Callable:
+    """A method that changes nothing if it raises."""
+
+    @wraps(method)
+    def change(self: "KVCache", *args: Index | int, **kwargs: int) -> Tensor | None:
+        with _storing(), self.transaction():
+            return method(self, *args, **kwargs)
+
+    return change
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,9 @@ class KVCache:
             distinct factor of `layer_budget`, and one for sinks.
 
     Rows are numbered 0..rows-1 in the order in which they were added; `gather` renumbers them.
+
+    `add_prompt`, `extend`, `gather` and `crop` change nothing if they raise. What of the second
+    move fails is for the caller to undo, who opens a `transaction` before the first.
     """
 
     def __init__(
@@ -56,18 +84,19 @@ class KVCache:
     ) -> None:
         self.config, self.layers, self.device = config, layers, torch.device(device)
         factors = config.factors(layers)
-        stores = {factor: Store(config, factor, pages) for factor in set(factors)}
+        self._journal = Journal()
+        stores = {factor: Store(config, factor, pages, self._journal) for factor in set(factors)}
         self.stores = list(stores.values())
         self._store = [stores[factor] for factor in factors]
         self._sinks = None
         if config.sinks and not config.exact:
             plain = CacheConfig(page_size=config.sinks, impl=config.impl)
-            self._sinks = Store(plain, 1.0, pages)
+            self._sinks = Store(plain, 1.0, pages, self._journal)
         self._prompts: list[_Prompt] = []
         self._prompt = np.zeros(0, np.int64)  # by row
         self._recent = None
         if config.recent_formats is not None:
-            self._recent = Recent(config.recent, *config.recent_formats, self.device)
+            self._recent = Recent(config.recent, *config.recent_formats, self.device, self._journal)
         self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_frame_of`
         self._seen = np.zeros(0, np.int32)
         self._passes: dict[Store, list[Pass]] = {}
@@ -97,6 +126,23 @@ class KVCache:
         """[rows] what `add_prompt` was told of each row's prompt."""
         return np.array([self._prompts[i].switched for i in self._prompt], bool)
 
+    def transaction(self) -> Transaction:
+        """Open a transaction, which undoes what comes next: prompts added and filled, or one
+        `extend` with its `attend`s, or one `gather` or `crop`.
+
+        In a `with` block it is undone if the block raises, and kept otherwise. By hand: `undo()`,
+        at any time before the next change; a transaction that is dropped is kept. Rows are then
+        what they were, bit by bit. While one is open a layer that evicts holds a copy of what it
+        overwrites, importance and history included.
+        """
+        states = [state_of(self)]
+        for store in filter(None, [*self.stores, self._sinks]):
+            states.append(state_of(store, _plan=None, _plan_key=None, table=None))
+        if self._recent:
+            states.append(state_of(self._recent))
+        return Transaction(self._journal, states)
+
+    @_change
     def add_prompt(self, length: int, copies: int = 1, switched: bool = False) -> None:
         """Add `copies` rows over a new prompt of `length` tokens; `fill` must follow for every
         layer. `switched` is a mark that its rows keep, for who stores keys of two kinds.
@@ -125,6 +171,7 @@ class KVCache:
         self._prompt = np.concatenate([self._prompt, np.full(copies, len(self._prompts) - 1)])
         self._seen = np.concatenate([self._seen, np.full(copies, length, np.int32)])
 
+    @_storing()
     def fill(
         self,
         layer: int,
@@ -193,6 +240,7 @@ class KVCache:
         index = keep[0].nonzero()[:, 1].view(heads, kept) + prompt.sinks
         self._write(store, pages, k_hld, v_hld, index)
 
+    @_change
     def extend(self, counts: Index) -> Tensor:
         """Give every row `counts` new tokens; `attend` must follow for every layer.
 
@@ -227,6 +275,7 @@ class KVCache:
         self._prompt_t = torch.from_numpy(row_t).to(self.device)
         return self._position
 
+    @_storing()
     def attend(
         self,
         layer: int,
@@ -270,6 +319,7 @@ class KVCache:
         options |= dict(sink_h=sink_h, group=config.group)
         options |= dict(window=config.window if pages.history is not None else 0)
         passes = self._passes[store]
+        self._journal.note(pages, SIGNALS)
         out_thd = torch.empty_like(q_thd) if len(passes) > 1 else None
         for step in passes:
             every = step.token is None
@@ -309,6 +359,7 @@ class KVCache:
         options = dict(options, impl=self.config.impl)
         return tree_attention(q_thd, step.position_t, pages, step.plan, **options)[0]
 
+    @_change
     def gather(self, index: Index) -> None:
         """Make the rows rows[index]: fork, prune, reorder, select, resample.
 
@@ -340,6 +391,7 @@ class KVCache:
         for layer, frame in self._frame.items():
             self._frame[layer] = frame[torch.from_numpy(alive).to(frame.device)]
 
+    @_change
     def crop(self, lengths: Index) -> None:
         """Rewind each row to its own length.
 

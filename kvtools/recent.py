@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .ops.attention import Plan, tree_attention
 from .ops.quant import EMPTY, KVPages, append_kv
+from .transaction import CONTENT, Journal
 
 
 @dataclass
@@ -24,17 +25,21 @@ class Step:
 
 
 class Recent:
-    """One page of `size` slots per row: the token at position p is in slot p % size.
+    """One page of `size` + 1 slots per row: the token at position p is in slot p % (size + 1).
 
     A query at position p reads here the tokens from p - size + 1 on, its own included, and from the
     row's first that is here; `Step.before_t` says which of the two. Older ones it reads elsewhere.
-    What it reads does not depend on how many tokens come at a time.
+    What it reads does not depend on how many tokens come at a time. The slot more is what a single
+    new token goes to, so that undoing it has nothing to put back.
     """
 
-    def __init__(self, size: int, k_format: str, v_format: str, device: torch.device) -> None:
-        self.size, self.formats = size, dict(k_format=k_format, v_format=v_format)
+    def __init__(
+        self, size: int, k_format: str, v_format: str, device: torch.device, journal: Journal
+    ) -> None:
+        self.size, self.slots, self.journal = size, size + 1, journal
+        self.formats = dict(k_format=k_format, v_format=v_format)
         self.layers: dict[int, KVPages] = {}
-        self.held = torch.zeros(0, size, dtype=torch.int32, device=device)
+        self.held = torch.zeros(0, self.slots, dtype=torch.int32, device=device)
         self.start = np.zeros(0, np.int32)  # first position that is here, by row
 
     def add(self, length: int, first: int, copies: int) -> None:
@@ -42,8 +47,8 @@ class Recent:
         `fill` must follow."""
         start = min(length, max(first, length - self.size))
         position = torch.arange(start, length, dtype=torch.int32, device=self.held.device)
-        held = self.held.new_full((1, self.size), EMPTY)
-        held[0, position.long() % self.size] = position
+        held = self.held.new_full((1, self.slots), EMPTY)
+        held[0, position.long() % self.slots] = position
         self.held = torch.cat([self.held, held.expand(copies, -1)])
         self.start = np.concatenate([self.start, np.full(copies, start, np.int32)])
         self._prompt = copies, start, length
@@ -52,13 +57,13 @@ class Recent:
         """Store the last tokens of the prompt that was added, for each of its rows."""
         (heads, _, d), (copies, start, length) = k_hld.shape, self._prompt
         page = KVPages.empty(
-            1, heads, self.size, d, **self.formats, dtype=k_hld.dtype, device=k_hld.device
+            1, heads, self.slots, d, **self.formats, dtype=k_hld.dtype, device=k_hld.device
         )
         for x in page.tensors()[:4]:
             if x is not None:
                 x.zero_()  # masked slots count nothing times what they hold
         k, v = (x[:, start:].transpose(0, 1) for x in (k_hld, v_hld))
-        slot = torch.arange(start, length, device=k.device) % self.size
+        slot = torch.arange(start, length, device=k.device) % self.slots
         append_kv(k, v, slot, page, impl=impl)
         pages = self.layers.get(layer)
         new = [None if x is None else x.expand(copies, *x.shape[1:]) for x in page.tensors()]
@@ -78,7 +83,7 @@ class Recent:
         end = np.cumsum(counts)
         before = np.maximum(position - self.size + 1, self.start[row_t])
         stays = np.arange(total) >= end[row_t] - self.size
-        slot = row_t * self.size + position % self.size
+        slot = row_t * self.slots + position % self.slots
         np.maximum.at(self.start, row_t, before)
 
         def to_device(x: np.ndarray) -> Tensor:
@@ -90,7 +95,7 @@ class Recent:
         self.held.view(-1)[slot_t] = position_t[to_device(stays)]
         several = bool((counts > 1).any())
         alone = np.arange(rows + 1)
-        nodes = to_plan(alone, alone[:-1], np.full(rows, self.size), counts, device)
+        nodes = to_plan(alone, alone[:-1], np.full(rows, self.slots), counts, device)
         among = to_plan(np.append(0, end), np.arange(total), counts, counts, device)
         return Step(
             position_t, to_device(before.astype(np.int32)), held if several else self.held, nodes,
@@ -130,6 +135,8 @@ class Recent:
         append_kv(k_thd, v_thd, torch.arange(total, device=k_thd.device), new, impl=impl)
         new.position = step.position_t[:, None, None].expand(-1, heads, -1)
         state = tree_attention(q_thd, step.position_t, new, step.among, state=state, **options)
+        where = slot // self.slots, slice(None), slot % self.slots
+        self.journal.note(pages, CONTENT[:4], where)
         _write(k, v, slot, pages, impl)
         return state
 
@@ -137,11 +144,9 @@ class Recent:
         """Make the rows rows[index]; each has its own page."""
         where = torch.from_numpy(index.astype(np.int64)).to(self.held.device)
         self.held, self.start = self.held[where], self.start[index]
-        for pages in self.layers.values():
-            for name in ("k", "v", "k_scale", "v_scale"):
-                x = getattr(pages, name)
-                if x is not None:
-                    setattr(pages, name, x[where])
+        for layer, pages in self.layers.items():
+            content = (getattr(pages, name) for name in CONTENT[:4])
+            self.layers[layer] = KVPages(*(None if x is None else x[where] for x in content))
 
     def crop(self, lengths: np.ndarray) -> None:
         """Forget what lies behind `lengths`."""

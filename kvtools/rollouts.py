@@ -1,6 +1,8 @@
 """Rollouts of a model: rows over shared prompts that can be stepped, forked, pruned and rewound."""
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,10 +11,15 @@ from torch import Tensor
 from .cache import Index
 from .config import CacheConfig
 from .hf import Session, plugged
-from .ops.sampling import row_seeds, sample
+from .ops.sampling import drawn, row_seeds, sample
+from .transaction import Transaction
 
 Until = Collection[int] | Callable[[list[int]], bool]
 Processor = Callable[[list[list[int]], Tensor], Tensor]
+# What a call may change.
+STATE = (
+    "tokens", "logprobs", "prompt_lengths", "seeds", "finished", "_ready", "_first", "_seeded",
+)  # fmt: skip
 
 
 class Rollouts:
@@ -43,7 +50,9 @@ class Rollouts:
         eos: tokens that finish a row.
         kv: the `KVCache`.
 
-    Nothing is changed by a call that raises; a step that failed in `processor` can be taken again.
+    Nothing is changed by a call that raises, whether by an error, an interrupt or the end of
+    memory: rows go on as if it had not been made. Of `generate`, which is a loop of steps, the
+    steps before stay.
     """
 
     def __init__(
@@ -79,6 +88,8 @@ class Rollouts:
         # Logits [n, v] and which of them, of rows whose last token has been fed.
         self._ready: list[tuple[Tensor, int] | None] = []
         self._first: list[Tensor] = []  # logits [v] after the prompt, one tensor per prompt
+        # While a call changes something: what there was before.
+        self._before: tuple[Transaction, dict[str, Any], list[int]] | None = None
 
     @property
     def rows(self) -> int:
@@ -100,35 +111,32 @@ class Rollouts:
             raise ValueError(f"n={n}: at least one rollout per prompt is needed")
         if not all(ids):
             raise ValueError("prompts holds an empty prompt: each needs at least one token")
-        before, distinct = self.rows, list(dict.fromkeys(map(tuple, ids)))
-        logits, start, at = {}, {}, before
-        try:
-            for prompt in distinct:
+        with self._change():
+            logits, start, at = {}, {}, self.rows
+            for prompt in dict.fromkeys(map(tuple, ids)):
                 copies = n * sum(tuple(p) == prompt for p in ids)
                 logits[prompt] = self._session.prefill(
                     torch.tensor(prompt, device=self.device), copies
                 )
                 start[prompt], at = at, at + copies
-        except BaseException:
-            self.kv.gather(range(before))
-            raise
-        order = list(range(before))
-        for prompt in map(tuple, ids):
-            order += range(start[prompt], start[prompt] + n)
-            start[prompt] += n
-        self.kv.gather(order)
-        for prompt in map(tuple, ids):
-            self.tokens += [list(prompt) for _ in range(n)]
-            self._ready += [(logits[prompt][None], 0)] * n
-            self._first += [logits[prompt]] * n
-        added = n * len(ids)
-        self.logprobs += [[] for _ in range(added)]
-        self.prompt_lengths = np.concatenate(
-            [self.prompt_lengths, np.repeat([len(p) for p in ids], n)]
-        )
-        self.seeds = np.concatenate([self.seeds, row_seeds(self._seed, added, self._seeded)])
-        self.finished = np.concatenate([self.finished, np.zeros(added, bool)])
-        self._seeded += added
+            order = list(range(self.rows))
+            for prompt in map(tuple, ids):
+                order += range(start[prompt], start[prompt] + n)
+                start[prompt] += n
+            self.kv.gather(order)
+            new = [tuple(p) for p in ids for _ in range(n)]
+            lengths = np.array([len(prompt) for prompt in new], np.int64)
+            seeds = row_seeds(self._seed, len(new), self._seeded)
+            self._commit(
+                tokens=self.tokens + [list(prompt) for prompt in new],
+                logprobs=self.logprobs + [[] for _ in new],
+                prompt_lengths=np.concatenate([self.prompt_lengths, lengths]),
+                seeds=np.concatenate([self.seeds, seeds]),
+                finished=np.concatenate([self.finished, np.zeros(len(new), bool)]),
+                _ready=self._ready + [(logits[prompt][None], 0) for prompt in new],
+                _first=self._first + [logits[prompt] for prompt in new],
+                _seeded=self._seeded + len(new),
+            )
 
     def step(self, rows: Index | None = None) -> None:
         """Sample one token for each unfinished row.
@@ -138,26 +146,31 @@ class Rollouts:
 
         Raises:
             IndexError: a number is not a row.
+            ValueError: a row's logits are no distribution: they hold NaN or +inf, or are all -inf.
         """
-        chosen = np.arange(self.rows) if rows is None else np.unique(np.asarray(rows, np.int64))
-        for row in chosen[(chosen < 0) | (chosen >= self.rows)]:
-            raise IndexError(f"rows holds {row}; there are rows 0 to {self.rows - 1}")
+        chosen = np.arange(self.rows) if rows is None else self._distinct(rows)[0]
         active = chosen[~self.finished[chosen]]
         if not len(active):
             return
-        self._feed(active)
-        logits = _logits([self._ready[row] for row in active])
-        if self._processor is not None:
-            logits = self._processor([list(self.tokens[row]) for row in active], logits)
-        position = torch.tensor([len(self.tokens[row]) for row in active], device=self.device)
-        seed = torch.from_numpy(self.seeds[active]).to(self.device)
-        token, logprob, _ = sample(logits, seed, position, **self.filters, impl=self.kv.config.impl)
-        tokens, logprobs = token.tolist(), logprob.tolist()
-        for row, token, logprob in zip(active, tokens, logprobs, strict=True):
-            self.tokens[row].append(token)
-            self.logprobs[row].append(logprob)
-            self._ready[row] = None
-            self.finished[row] = token in self.eos
+        with self._change():
+            ready = self._fed(active)
+            logits = _logits([ready[row] for row in active])
+            if self._processor is not None:
+                logits = self._processor([list(self.tokens[row]) for row in active], logits)
+            position = torch.tensor([len(self.tokens[row]) for row in active], device=self.device)
+            seed = torch.from_numpy(self.seeds[active]).to(self.device)
+            token, logprob, _ = sample(
+                logits, seed, position, **self.filters, impl=self.kv.config.impl
+            )
+            steps = [len(self.logprobs[row]) for row in active]
+            tokens, logprobs = drawn(token.tolist(), steps, active.tolist()), logprob.tolist()
+            finished = self.finished.copy()
+            for row, token, logprob in zip(active, tokens, logprobs, strict=True):
+                self.tokens[row].append(token)
+                self.logprobs[row].append(logprob)
+                ready[row] = None
+                finished[row] = token in self.eos
+            self._commit(_ready=ready, finished=finished)
 
     def generate(
         self,
@@ -198,17 +211,22 @@ class Rollouts:
 
         Copies of a row get seeds of their own but for the first, so that they diverge.
         """
-        self.kv.gather(index)
-        index = [int(i) for i in index]
-        self.tokens = [list(self.tokens[i]) for i in index]
-        self.logprobs = [list(self.logprobs[i]) for i in index]
-        self._ready = [self._ready[i] for i in index]
-        self._first = [self._first[i] for i in index]
-        self.prompt_lengths, self.finished = self.prompt_lengths[index], self.finished[index]
-        self.seeds = self.seeds[index]
-        copies = np.setdiff1d(np.arange(len(index)), np.unique(index, return_index=True)[1])
-        self.seeds[copies] = row_seeds(self._seed, len(copies), self._seeded)
-        self._seeded += len(copies)
+        with self._change():
+            self.kv.gather(index)
+            index = [int(i) for i in index]
+            seeds = self.seeds[index]
+            copies = np.setdiff1d(np.arange(len(index)), np.unique(index, return_index=True)[1])
+            seeds[copies] = row_seeds(self._seed, len(copies), self._seeded)
+            self._commit(
+                tokens=[list(self.tokens[i]) for i in index],
+                logprobs=[list(self.logprobs[i]) for i in index],
+                prompt_lengths=self.prompt_lengths[index],
+                seeds=seeds,
+                finished=self.finished[index],
+                _ready=[self._ready[i] for i in index],
+                _first=[self._first[i] for i in index],
+                _seeded=self._seeded + len(copies),
+            )
 
     def crop(self, lengths: Index) -> None:
         """Rewind each row to its own number of tokens, prompt included. See `KVCache.crop`."""
@@ -226,41 +244,102 @@ class Rollouts:
         cut, at_prompt = lengths < present, lengths == self.prompt_lengths
         # The last token is fed again, for its logits; those of a prompt are still at hand.
         fed = np.where(at_prompt, lengths, lengths - 1)
-        self.kv.crop(np.minimum(np.where(cut, fed, present), self.kv.lengths.numpy()))
-        for row in np.flatnonzero(cut):
-            length = int(lengths[row])
-            self.tokens[row] = self.tokens[row][:length]
-            self.logprobs[row] = self.logprobs[row][: length - int(self.prompt_lengths[row])]
-            self._ready[row] = (self._first[row][None], 0) if at_prompt[row] else None
-            self.finished[row] = False
+        with self._change():
+            self.kv.crop(np.minimum(np.where(cut, fed, present), self.kv.lengths.numpy()))
+            tokens, logprobs, ready = list(self.tokens), list(self.logprobs), list(self._ready)
+            for row in np.flatnonzero(cut):
+                length = int(lengths[row])
+                tokens[row] = tokens[row][:length]
+                logprobs[row] = logprobs[row][: length - int(self.prompt_lengths[row])]
+                ready[row] = (self._first[row][None], 0) if at_prompt[row] else None
+            self._commit(
+                tokens=tokens, logprobs=logprobs, finished=self.finished & ~cut, _ready=ready
+            )
 
     def peek(self, tokens: Sequence[int], rows: Index) -> Tensor:
-        """Logits [r, v] that would follow `tokens` after each of `rows`, distinct and ascending;
-        all rows stay as they are."""
-        lengths = self.kv.lengths.numpy()
-        counts, fed = np.zeros(self.rows, np.int32), []
-        for row in np.asarray(rows, np.int64):
-            new = [*self.tokens[row][lengths[row] :], *tokens]
-            counts[row] = len(new)
-            fed += new
-        logits = self._session.extend(torch.tensor(fed, device=self.device), counts)
-        self.kv.crop(lengths)
-        return logits
+        """Logits that would follow `tokens` after rows; all rows stay as they are, bit by bit.
 
-    def _feed(self, active: np.ndarray) -> None:
-        """Run what the model has not seen of rows `active`; then their logits are ready."""
-        lengths = self.kv.lengths.numpy()
-        counts = np.zeros(self.rows, np.int32)
-        for row in active:
-            if self._ready[row] is None:
-                counts[row] = len(self.tokens[row]) - lengths[row]
-        fed = np.flatnonzero(counts)
-        if not len(fed):
+        It costs a forward over `tokens`, and the last token of each row where that was not fed yet.
+
+        Args:
+            tokens: token ids, at least one.
+            rows: in any order, repeats allowed.
+
+        Returns:
+            Logits [len(rows), v], in the order of `rows`.
+
+        Raises:
+            ValueError: `tokens` is empty.
+            IndexError: a number is not a row.
+        """
+        if not len(tokens):
+            raise ValueError("tokens is empty: peek needs at least one")
+        distinct, order = self._distinct(rows)
+        if not len(distinct):
+            raise ValueError("rows is empty: peek needs at least one")
+        with self._change() as change:
+            logits = self._extend(distinct, tokens)
+            change.undo()
+            self._commit()
+        return logits[torch.from_numpy(order).to(logits.device)]
+
+    @contextmanager
+    def _change(self) -> Iterator[Transaction]:
+        """What happens inside is undone unless it is committed: at once, or where an interrupt hits
+        just that, when the next change begins."""
+        self._recover()
+        state = {name: vars(self)[name] for name in STATE}
+        transaction = self.kv.transaction()
+        self._before = before = transaction, state, [len(tokens) for tokens in self.tokens]
+        try:
+            yield transaction
+        except BaseException:
+            if self._before is before:  # an interrupt may have left this to be closed much later
+                self._recover()
+            raise
+
+    def _commit(self, **changed: Any) -> None:
+        vars(self).update(changed, _before=None)  # one call: no interrupt comes between
+
+    def _recover(self) -> None:
+        if self._before is None:
             return
-        new = [token for row in fed for token in self.tokens[row][lengths[row] :]]
-        logits = self._session.extend(torch.tensor(new, device=self.device), counts)
-        for i, row in enumerate(fed):
-            self._ready[row] = logits, i
+        transaction, state, lengths = self._before
+        transaction.undo()
+        # Of what a call changes, these lists alone are written in place.
+        rows = zip(
+            state["tokens"], state["logprobs"], state["prompt_lengths"], lengths, strict=True
+        )
+        for tokens, logprobs, prompt, length in rows:
+            del tokens[length:], logprobs[length - prompt :]
+        vars(self).update(state)
+        self._before = None
+
+    def _distinct(self, rows: Index) -> tuple[np.ndarray, np.ndarray]:
+        """The rows, ascending and once each, and where each of `rows` is among them."""
+        distinct, order = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+        for row in distinct[(distinct < 0) | (distinct >= self.rows)]:
+            raise IndexError(f"rows holds {row}; there are rows 0 to {self.rows - 1}")
+        return distinct, order
+
+    def _fed(self, active: np.ndarray) -> list[tuple[Tensor, int] | None]:
+        """`_ready` once the model has seen all of rows `active`."""
+        ready = list(self._ready)
+        unfed = np.array([row for row in active if ready[row] is None], np.int64)
+        if len(unfed):
+            logits = self._extend(unfed)
+            for i, row in enumerate(unfed):
+                ready[row] = logits, i
+        return ready
+
+    def _extend(self, rows: np.ndarray, tokens: Sequence[int] = ()) -> Tensor:
+        """Run what the model has not seen of `rows`, and then `tokens`: logits [len(rows), v]."""
+        lengths = self.kv.lengths.numpy()
+        new = [[*self.tokens[row][lengths[row] :], *tokens] for row in rows]
+        counts = np.zeros(self.rows, np.int32)
+        counts[rows] = [len(some) for some in new]
+        flat = torch.tensor([token for some in new for token in some], device=self.device)
+        return self._session.extend(flat, counts)
 
     def _pauses(self, row: int, start: int, until: Until | None) -> bool:
         if self.finished[row]:
@@ -272,9 +351,11 @@ class Rollouts:
 
 
 def _logits(ready: list[tuple[Tensor, int]]) -> Tensor:
-    """One row of logits for each; the tensor itself where it is those rows in order."""
+    """One row of logits for each; the tensor itself where it is those rows in order, and a
+    processor may write to it."""
     tensor = ready[0][0]
     same = all(x is tensor for x, _ in ready)
-    if same and [i for _, i in ready] == list(range(len(tensor))):
+    in_order = same and [i for _, i in ready] == list(range(len(tensor)))
+    if in_order and tensor.is_inference() == torch.is_inference_mode_enabled():
         return tensor
     return torch.stack([x[i] for x, i in ready])

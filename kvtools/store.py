@@ -12,6 +12,7 @@ from .ops.attention import Plan
 from .ops.evict import compact_kv, select_victims
 from .ops.quant import EMPTY, KVPages
 from .policy import Candidates, policy_of, unroll
+from .transaction import CONTENT, SIGNALS, Journal
 
 
 @dataclass
@@ -31,7 +32,9 @@ class Pass:
 class Store:
     """A forest and the pages of all layers that follow it: those with the same budgets."""
 
-    def __init__(self, config: CacheConfig, factor: float, pages: int | None) -> None:
+    def __init__(
+        self, config: CacheConfig, factor: float, pages: int | None, journal: Journal
+    ) -> None:
         def scaled(budget: int | None) -> int | None:
             floor = config.sinks + config.recent + 1
             return None if budget is None else max(floor, round(budget * factor))
@@ -42,7 +45,7 @@ class Store:
         if self.budget is not None:
             drop = config.drop or max(1, config.budget // 8)
             self.drop = min(max(1, round(drop * factor)), self.budget - config.recent)
-        self.forest = Forest(pages or 0, config.page_size)
+        self.forest, self.journal = Forest(pages or 0, config.page_size), journal
         self.layers: dict[int, KVPages] = {}
         self.victims: dict[int, Tensor] = {}  # [rows, heads, drop] slots of the row's own, by layer
         self.left = np.zeros(0, np.int32)  # victims not yet overwritten, by row
@@ -72,9 +75,9 @@ class Store:
                 "free; give the cache more pages, or drop rows"
             )
         total += max(pages - free, total // 16)
-        self.forest.grow(total)
         for layer in self.layers.values():
             layer.grow(total)
+        self.forest.grow(total)  # last: where memory ends before, some layers have pages to spare
 
     def insert(self, slots: int, base: int, copies: int) -> np.ndarray:
         """Add a prompt of `slots` kept tokens and `copies` rows over it; returns its flat slots."""
@@ -180,7 +183,12 @@ class Store:
 
     def gather(self, index: np.ndarray) -> None:
         copy = self.budget is not None  # so that evicting in one row cannot touch another
+        free = self.forest.free_pages
         source, target = self.forest.gather(index, copy)
+        if len(source) > free:  # the copies overwrite what this call has freed
+            for pages in self.layers.values():
+                page = torch.from_numpy(target.astype(np.int64)).to(pages.k.device)
+                self.journal.note(pages, CONTENT + SIGNALS, page)
         if len(source):
             offset = np.arange(self.config.page_size)
             source, target = (
@@ -207,6 +215,7 @@ class Store:
         emptied = np.flatnonzero(cut & self.scrambled)
         for pages in self.layers.values() if len(emptied) else ():
             where = self._where(pages, emptied)
+            self.journal.note(pages, ("position",), where)
             position = pages.position[where]
             end = torch.from_numpy(lengths[emptied]).to(position.device)[:, None, None]
             pages.position[where] = torch.where(position >= end, EMPTY, position)
@@ -215,7 +224,8 @@ class Store:
         self.table = None
 
     def victims_of(self, layer: int, step: Pass) -> Tensor:
-        """Flat slots [tokens that evict, heads] to overwrite; new victims where none are left."""
+        """Flat slots [tokens that evict, heads] to overwrite, which are noted; new victims where
+        none are left."""
         pages = self.layers[layer]
         table = self.own_slots(pages.k.device)
         rows, heads = table.shape[0], pages.k.shape[1]
@@ -224,10 +234,14 @@ class Store:
             self.victims[layer] = torch.zeros(shape, dtype=torch.int32, device=table.device)
         victims = self.victims[layer]
         if step.select is not None:
-            victims[step.select] = self._select(layer, step)
+            victims = victims.index_copy(0, step.select, self._select(layer, step))
+            self.victims[layer] = victims
         row = step.row_t[step.evict]
-        index = victims[row, :, step.cursor].long()
-        return table[row].gather(1, index)
+        slot = table[row].gather(1, victims[row, :, step.cursor].long())
+        head = torch.arange(heads, device=slot.device)
+        where = slot // pages.page_size, head, slot % pages.page_size
+        self.journal.note(pages, CONTENT, where)
+        return slot
 
     def _select(self, layer: int, step: Pass) -> Tensor:
         """The `drop` own tokens [rows that select, heads, drop] that the policy values least."""

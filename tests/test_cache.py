@@ -465,6 +465,62 @@ def test_forked_rows_hold_the_same_codes(bits):
         assert all(map(torch.equal, content(row), before[source]))
 
 
+def undone(cache, rng, twin):
+    """A change of `cache`, and attention in some of its layers, taken back."""
+    rows, layers = cache.rows, rng.integers(twin.layers + 1)
+    with cache.transaction() as change:
+        match rng.choice(["extend", "gather", "crop", "add"]):
+            case "extend":
+                total = int(cache.extend(rng.integers(4, size=rows)).numel())
+                shape = (total, twin.heads * (twin.group + 2), twin.d)
+                for layer in range(layers if total else 0):
+                    x = torch.from_numpy(rng.normal(size=shape))
+                    split = x.split([twin.heads * twin.group, twin.heads, twin.heads], 1)
+                    cache.attend(layer, *split, **twin.options)
+            case "gather":  # as many rows as there are: pages for copies come from rows that go
+                cache.gather(rng.integers(rows, size=rows))
+            case "crop":
+                least = [length for _, length in twin.prompts]
+                cache.crop(rng.integers(least, cache.lengths.numpy() + 1))
+            case "add":
+                cache.add_prompt(5, 1)
+                for layer in range(layers):
+                    x = torch.from_numpy(rng.normal(size=(twin.heads, 5, twin.d)))
+                    q = x.repeat_interleave(twin.group, 0)
+                    cache.fill(layer, q, x, x, **twin.options)
+        change.undo()
+
+
+@pytest.mark.parametrize("pages,options", [
+    (None, dict(bits=4, recent=5, page_size=3)),
+    (None, dict(bits=4, recent=4, budget=12, sinks=2, window=5, drop=3, page_size=4)),
+    (18, dict(bits=4, recent=4, budget=12, sinks=2, window=5, drop=3, page_size=4)),
+    (18, dict(policy="snapkv", recent=4, budget=12, prompt_budget=12, sinks=2, page_size=4)),
+    (26, dict(policy="tova", recent=4, budget=12, sinks=2, page_size=4, layer_budget="later")),
+])  # fmt: skip
+def test_what_is_undone_leaves_nothing_behind(pages, options):
+    """A cache in which other changes were made and undone all along gives the same bits."""
+    rng, config = np.random.default_rng(5), CacheConfig(**options)
+    twins = [Twin(config, layers=2, dtype=torch.float32, pages=pages) for _ in (0, 1)]
+    for twin in twins:
+        twin.add(9, 2)
+        twin.add(14, 2, seed=1)
+        twin.seeds = [2, 3, 4, 5]
+    for turn in range(30):
+        for _ in range(3):
+            try:
+                undone(twins[0].cache, rng, twins[0])
+            except _host.PoolExhausted:
+                assert pages
+        outs = [torch.stack(twin.step()) for twin in twins]
+        assert torch.equal(*outs)
+        if turn % 9 == 8:
+            for twin in twins:
+                twin.gather([1, 2, 3, 1], seeds=[2, 3, 4, 5])
+    for store in twins[0].cache.stores:
+        store.forest.check()
+
+
 def held(x, seen):
     """Bytes of all tensors reachable from an object, each storage once."""
     if isinstance(x, torch.Tensor):

@@ -128,6 +128,22 @@ def test_gather_copies_open_leaves():
     assert src.size == dst.size == 0
 
 
+def test_gather_takes_freed_pages_only_where_no_others_are():
+    """So that a copy of the forest from before finds what its pages held."""
+    for pages, reused in ((8, False), (4, True)):
+        forest = Forest(pages, 4)
+        forest.insert(4, copies=2)
+        forest.append([5, 1])
+        gone = {s // 4 for s in forest.row_slots(0)[4:].tolist()}
+        before, copy = state(forest), forest.copy()
+        _, dst = forest.gather([1, 1], copy=True)
+        assert bool(gone & set(dst.tolist())) == reused, pages
+        forest.check()
+        forest.append([1, 1])
+        assert state(copy) == before
+        copy.check()
+
+
 def test_gather_does_not_copy_sealed_leaves():
     forest = Forest(1, 4)
     forest.insert(4)

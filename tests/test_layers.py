@@ -20,11 +20,12 @@ ALLOWED = {
     "ops": {"ops", "reference", "kernels", "_host", "_C"},
     "policy": set(),
     "config": {"policy"},
-    "store": {"ops", "policy", "config", "_host"},
-    "recent": {"ops"},
-    "cache": {"ops", "policy", "config", "store", "recent"},
+    "transaction": {"ops", "_host"},
+    "store": {"ops", "policy", "config", "transaction", "_host"},
+    "recent": {"ops", "transaction"},
+    "cache": {"ops", "policy", "config", "store", "recent", "transaction"},
     "hf": {"hf", "ops", "config", "cache"},
-    "rollouts": {"ops", "config", "cache", "hf"},
+    "rollouts": {"ops", "config", "cache", "hf", "transaction"},
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts"},
     "search": {"search", "rollouts"},
     "models": {"__init__"},
@@ -88,41 +89,6 @@ def test_importing_the_door_registers_nothing():
         "from kvtools import generate\n"
         "from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS\n"
         "assert not any('kvtools' in x for x in ALL_ATTENTION_FUNCTIONS.valid_keys())\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-@pytest.mark.parametrize("missing,names", [
-    ("kvtools._host", ["KVCache", "generate", "Rollouts", "PRM", "search"]),
-    ("transformers", ["generate", "patch", "prm", "search"]),
-])  # fmt: skip
-def test_what_is_missing_is_named(missing, names):
-    code = (
-        f"import sys; sys.modules[{missing!r}] = None\n"
-        "import torch, kvtools\n"
-        "kvtools.quantize_kv(torch.randn(2, 8), 'int4')\n"
-        f"for name in {names}:\n"
-        "    try:\n"
-        "        getattr(kvtools, name)\n"
-        "    except ImportError as error:\n"
-        "        assert 'install' in str(error) and name in str(error), error\n"
-        "    else:\n"
-        "        raise AssertionError(name)\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-def test_without_kernels_the_reference_runs():
-    code = (
-        "import sys; sys.modules['kvtools._C'] = None\n"
-        "import torch, kvtools\n"
-        "kvtools.quantize_kv(torch.randn(2, 8), 'int4')\n"
-        "try:\n"
-        "    kvtools.quantize_kv(torch.randn(2, 8), 'int4', impl='cpu')\n"
-        "except RuntimeError as error:\n"
-        "    assert '--no-build-isolation' in str(error), error\n"
-        "else:\n"
-        "    raise AssertionError\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

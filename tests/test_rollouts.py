@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from interrupts import Exhausted, Interrupt
 from models import (
     KV_HEADS,
     LAYERS,
@@ -25,6 +26,14 @@ from kvtools.ops.sampling import row_seeds
 NEW = 12
 EXACT = CacheConfig()
 TIGHT = CacheConfig(bits=4, budget=12, recent=4, window=8, drop=3)
+# What a step overwrites differs: nothing, a ring of recent tokens, victims and their signals.
+KINDS = {
+    "exact": EXACT,
+    "ring": CacheConfig(bits=4, recent=6),
+    "tight": TIGHT,
+    "selection": CacheConfig(policy="snapkv", budget=12, recent=4, prompt_budget=24, page_size=4),
+    "step": CacheConfig(policy="tova", budget=12, recent=4, layer_budget="later"),
+}
 
 
 def prompts(*lengths, seed=1):
@@ -463,6 +472,148 @@ def test_forward_raises_while_decoding(config):
         assert r.tokens == [greedy(text, 25) for text in texts for _ in (0, 1)]
     else:
         assert_within(r)
+
+
+def operations(r):
+    """Calls that change rows, and are done again until they are done."""
+    texts = prompts(9, 5, seed=7)
+    lengths = [len(tokens) - 2 for tokens in r.tokens]
+    return {
+        "step": r.step,
+        "some": lambda: r.step([2, 0]),
+        "fork": lambda: r.gather([1, 3, 1, 0, 1]),
+        "prefill": lambda: r.prefill([texts[0], texts[1], texts[0]], 1),
+        "crop": lambda: r.crop(lengths),
+        "peek": lambda: r.peek([5, 6, 7], [3, 1]),
+    }
+
+
+def seen(r):
+    """All that a caller sees of rows."""
+    own = [x.tolist() for x in (r.prompt_lengths, r.seeds, r.finished, r.kv.lengths)]
+    return [list(x) for x in r.tokens], [list(x) for x in r.logprobs], own
+
+
+def started(config, **options):
+    r = rollouts(config, seed=1, **options)
+    r.prefill(prompts(PROMPT, 9), 2)
+    r.generate(14)
+    return r
+
+
+@pytest.mark.parametrize("how", ["interrupt", "memory", "no memory at all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_call_that_raises_changes_nothing(kind, how):
+    """At points all over every call; in the end rows say what undisturbed ones say."""
+    rng = np.random.default_rng(len(kind + how))
+    r, twin = started(KINDS[kind]), started(KINDS[kind])
+
+    def stopper(at=None):
+        if how == "interrupt":
+            return Interrupt(at)
+        return Exhausted(at, lasting=how != "memory")
+
+    # The steps behind an operation cross a page's end and victims that are chosen anew.
+    for name in ("step", "fork", "some", "peek", "step", "prefill", "crop", "peek", "step"):
+        before, call, result = seen(r), operations(r)[name], None
+        with stopper() as whole:
+            want = operations(twin)[name]()
+        points = rng.integers(1, whole.seen + 1, 6)
+        for at in [*points, whole.seen]:
+            try:
+                with stopper(at):
+                    result = call()
+                break  # it was done before the point came
+            except (KeyboardInterrupt, MemoryError):
+                if seen(r) == seen(twin) != before:
+                    break  # the point was after the change was made
+                if how != "no memory at all":  # then the next call puts it right
+                    assert seen(r) == before, (name, at)
+        else:
+            result = call()
+        if want is not None and result is not None:
+            assert torch.equal(result, want)
+        for rows in (r, twin):
+            rows.generate(2)
+        assert seen(r) == seen(twin), name
+        for store in r.kv.stores:
+            store.forest.check()
+
+
+def test_logits_that_are_no_distribution():
+    """The error names rows and step; rows are as they were, and go on."""
+    texts, bad = prompts(PROMPT, 9), []
+
+    def processor(tokens, logits):
+        if bad:
+            logits = logits.clone()
+            logits[[1, 3]] = torch.tensor(bad)[:, None]
+        return logits
+
+    twin = run(texts, 2, 8, TIGHT)
+    r = rollouts(TIGHT, processor=processor)
+    r.prefill(texts, 2)
+    for steps in (0, 5):
+        r.generate(steps)
+        before = seen(r)
+        for bad[:] in ([torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, 0.0]):
+            with pytest.raises(ValueError, match=f"row 1 at step {steps}:"):
+                r.step()
+            assert seen(r) == before
+        bad.clear()
+    r.generate(3)
+    assert r.tokens == twin.tokens
+
+
+@pytest.mark.parametrize("kind", ["exact", "ring", "tight"])
+def test_in_and_out_of_inference_mode(kind):
+    """What is stored in inference mode is written outside of it, and the other way round."""
+
+    def processor(tokens, logits):
+        return logits.mul_(1.0)
+
+    texts = prompts(PROMPT, 9)
+    want = run(texts, 2, 12, KINDS[kind])
+    r = rollouts(KINDS[kind], processor=processor)
+    with torch.inference_mode():
+        r.prefill(texts, 2)
+        r.step([1])
+    r.step()
+    r.generate([10, 9, 10, 10])
+    with torch.inference_mode():
+        r.gather([0, 1, 2, 3])
+        if kind == "exact":
+            r.crop([len(tokens) - 1 for tokens in r.tokens])
+            r.step()
+    r.step()
+    assert r.tokens == want.tokens
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peek(kind):
+    """It gives each row's own logits, and leaves the rows bit for bit."""
+    r, twin = started(KINDS[kind]), started(KINDS[kind])
+    ask = [5, 6, 7, 8, 9, 10, 11]
+    for _ in range(2):
+        memory = [store.forest.free_pages for store in r.kv.stores]
+        logits, alone = r.peek(ask, [3, 0, 3, 1]), torch.cat([r.peek(ask, [i]) for i in range(4)])
+        nearest = torch.cdist(logits, alone).argmin(1)
+        assert nearest.tolist() == [3, 0, 3, 1]
+        assert [store.forest.free_pages for store in r.kv.stores] == memory
+        for rows in (r, twin):
+            rows.generate(5)
+        assert seen(r) == seen(twin)
+    for row in (3, 1):
+        x = r.peek(ask, [row])
+        r.tokens[row] += ask  # as if they were its own
+        r.step([row])
+        logprob = x.log_softmax(-1)[0, r.tokens[row][-1]].item()
+        assert r.logprobs[row][-1] == pytest.approx(logprob, abs=1e-6)
+    for rows, error in (([4], IndexError), ([-1], IndexError), ([], ValueError)):
+        with pytest.raises(error, match="rows"):
+            r.peek(ask, rows)
+    with pytest.raises(ValueError, match="tokens is empty"):
+        r.peek([], [0])
 
 
 def test_pool_exhausted():

@@ -593,6 +593,24 @@ def test_pruning_asks_the_policy():
             assert found.trace[0].values[i] == pytest.approx(odds, abs=1e-4)
 
 
+@pytest.mark.parametrize("options", [dict(bits=4), dict(bits=8, budget=12, recent=4, window=4)])
+def test_what_is_asked_is_forgotten(options):
+    """Rows of a compressed cache that were asked at each step, and kept, say what others say."""
+
+    def rollouts():
+        config = kvtools.CacheConfig(**options)
+        return Rollouts(tiny_model(), config, eos_token_id=list(range(100, 112)))
+
+    how = dict(n=2, seed=4)
+    evaluation = search.SelfEvaluation(ask="Is this right so far?", good="y", bad="n")
+    asked = search.prune(
+        rollouts(), QUESTIONS, by_text, TOKENS, least=0.0, evaluation=evaluation, **how
+    )
+    full = search.best_of_n(rollouts(), QUESTIONS, by_text, TOKENS, **how)
+    texts = [[sorted(c.text for c in some) for some in x.candidates] for x in (asked, full)]
+    assert texts[0] == texts[1]
+
+
 def test_peek_leaves_rows_as_they_are():
     plain, asked = policy(), policy()
     for rollouts in (plain, asked):

@@ -91,6 +91,7 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("num_rows", &Forest::num_rows)
       .def_property_readonly("num_nodes", &Forest::num_nodes)
       .def_property_readonly("version", &Forest::version)
+      .def("copy", [](const Forest& forest) { return Forest(forest); })
       .def("grow", &Forest::grow, py::arg("num_pages"))
       .def(
           "insert",

@@ -88,7 +88,8 @@ Ints Forest::append(View counts) {
 
 std::pair<Ints, Ints> Forest::gather(View index, bool copy) {
   require_index(index);
-  if (copy && copied_pages(index) > free_pages()) require_pages(gather_pages_needed(index));
+  const bool scarce = copy && copied_pages(index) > free_pages();
+  if (scarce) require_pages(gather_pages_needed(index));
 
   Ints next(index.size);
   for (int64_t i = 0; i < index.size; ++i) {
@@ -97,10 +98,11 @@ std::pair<Ints, Ints> Forest::gather(View index, bool copy) {
   }
   bool changed = next != rows_;
   rows_.swap(next);
-  for (int32_t leaf : next) {
-    --nodes_[leaf].rows;
-    collect(leaf);
-  }
+  for (int32_t leaf : next) --nodes_[leaf].rows;
+  const auto sweep = [&] {
+    for (int32_t leaf : next) collect(leaf);
+  };
+  if (scarce) sweep();
 
   Ints src, dst;
   if (copy) {
@@ -115,6 +117,7 @@ std::pair<Ints, Ints> Forest::gather(View index, bool copy) {
       changed = true;
     }
   }
+  if (!scarce) sweep();
   if (changed) ++version_;
   return {std::move(src), std::move(dst)};
 }
@@ -261,7 +264,7 @@ void Forest::split(int32_t node, int32_t length, int64_t row) {
 
 // Frees `node`, and then its ancestors, as far as nothing uses them.
 void Forest::collect(int32_t node) {
-  while (node >= 0 && nodes_[node].rows == 0 && nodes_[node].children == 0) {
+  while (node >= 0 && nodes_[node].live && nodes_[node].rows == 0 && nodes_[node].children == 0) {
     for (int32_t page : nodes_[node].pages) {
       if (--refs_[page] == 0) free_.push_back(page);
     }

@@ -112,24 +112,21 @@ class Session:
         If anything fails the cache is as it was.
         """
         begin = time.perf_counter()
-        out = self._fill(prompt_l, copies, self.door.past_switch(len(prompt_l)))
+        with self.kv.transaction():
+            out = self._fill(prompt_l, copies, self.door.past_switch(len(prompt_l)))
         self.cache.timing["prefill_s"] += time.perf_counter() - begin
         return out[-1] if self.head else out
 
     def _fill(self, prompt_l: Tensor, copies: int, switched: bool) -> Tensor:
         """Prefill; what it stores is rotated as past the switch, or as before it."""
-        rows, length = self.kv.rows, len(prompt_l)
+        length = len(prompt_l)
         position = torch.arange(length, device=prompt_l.device)
         if switched and length <= self.door.switch:
             # One token more, far enough to switch frequencies. No token sees it, nothing keeps it.
             prompt_l = torch.cat([prompt_l, prompt_l[:1]])
             position = torch.cat([position, position.new_tensor([self.door.switch])])
         self.kv.add_prompt(length, copies, switched)
-        try:
-            return self._forward(prompt_l[None], position[None], True, 0)[0]
-        except BaseException:
-            self.kv.gather(range(rows))
-            raise
+        return self._forward(prompt_l[None], position[None], True, 0)[0]
 
     @torch.no_grad()
     def extend(
@@ -146,23 +143,19 @@ class Session:
             Logits after the last new token of each row that got any [r, v], or after all new tokens
             [sum(counts), v]; without a head, hidden states of all new tokens [sum(counts), m].
 
-        If the forward fails the rows are as long as they were; what a budget has evicted for it
-        does not come back.
+        If anything fails the cache is as it was.
         """
         begin, before = time.perf_counter(), self.kv.lengths.numpy()
         counts = np.ones(self.kv.rows, np.int32) if counts is None else counts.astype(np.int32)
         if not counts.any():
             raise ValueError("counts gives no row a token")
-        try:
-            turned = self.door.turned(before + counts, counts, self.kv.switched)
-            groups = self.door.groups(before, np.where(turned, 0, counts))
+        turned = self.door.turned(before + counts, counts, self.kv.switched)
+        groups = self.door.groups(before, np.where(turned, 0, counts))
+        with self.kv.transaction():
             if len(groups) == 1 and not turned.any():
                 out = self._step(tokens, counts)
             else:
                 out = self._by_groups(tokens, counts, groups, turned)
-        except BaseException:
-            self.kv.crop(before)
-            raise
         if self.head and not every and counts.max() > 1:
             last = counts[counts > 0].cumsum() - 1
             out = out[torch.from_numpy(last).to(out.device)]
@@ -175,27 +168,30 @@ class Session:
     def _by_groups(
         self, tokens: Tensor, counts: np.ndarray, groups: list[np.ndarray], turned: np.ndarray
     ) -> Tensor:
-        """One forward for each group of rows, after the rows `turned` were encoded again."""
-        start, parts, places = np.cumsum(counts) - counts, [], []
-        for rows in [np.flatnonzero(turned), *groups]:
-            if not len(rows):
-                continue
+        """One forward for each group of rows; rows `turned` are encoded again before."""
+        start, index = np.cumsum(counts) - counts, np.arange(len(counts))
+        parts, places = [], []
+        again = [np.flatnonzero(turned & (self.kv.switched == side)) for side in (False, True)]
+        for rows in filter(len, [*again, *groups]):
             place = np.concatenate([np.arange(start[r], start[r] + counts[r]) for r in rows])
             new = tokens[torch.from_numpy(place).to(tokens.device)]
             if turned[rows[0]]:
+                index[rows] = self.kv.rows + np.arange(len(rows))
                 parts.append(self._again(rows, new, counts[rows]))
             else:
-                parts.append(
-                    self._step(new, np.where(np.isin(np.arange(len(counts)), rows), counts, 0))
-                )
+                grow = np.zeros(self.kv.rows, np.int32)
+                grow[rows] = counts[rows]
+                parts.append(self._step(new, grow))
             places.append(place)
+        if turned.any():  # at the end: what they were is not overwritten before all has gone well
+            self.kv.gather(index)
         order = torch.from_numpy(np.argsort(np.concatenate(places))).to(tokens.device)
         return torch.cat(parts)[order]
 
     def _again(self, rows: np.ndarray, tokens: Tensor, counts: np.ndarray) -> Tensor:
-        """Encode `rows` with other rotary frequencies than they have, and their new tokens.
+        """Encode `rows` and their new tokens, as new rows, with other rotary frequencies.
 
-        Rows of one prompt share it again. The new rows take the place of the old.
+        Rows of one prompt share it again.
         """
         if self._texts is None:
             raise Unsupported(
@@ -209,26 +205,20 @@ class Session:
         for i, (text, n) in enumerate(zip(texts, shared, strict=True)):
             prompts.setdefault(tuple(text[:n]), []).append(i)
         switched = not self.kv.switched[rows[0]]
-        order = [i for members in prompts.values() for i in members]
-        try:
-            for prompt, members in prompts.items():
-                ids = torch.tensor(prompt, device=tokens.device)
-                self._fill(ids, len(members), switched)
-            new = tokens.split(counts.tolist())
-            own = [torch.cat([new[i].new_tensor(texts[i][shared[i] :]), new[i]]) for i in order]
-            grow = np.zeros(self.kv.rows, np.int32)
-            grow[total:] = [len(x) for x in own]
-            out = self._step(torch.cat(own), grow)
-        except BaseException:
-            self.kv.gather(range(total))
-            raise
-        index = np.arange(total)
-        index[rows[order]] = np.arange(total, total + len(rows))
-        self.kv.gather(index)
-        parts = [
-            x[-n:] for x, n in zip(out.split(grow[total:].tolist()), counts[order], strict=True)
+        for prompt, members in prompts.items():
+            self._fill(torch.tensor(prompt, device=tokens.device), len(members), switched)
+        order = np.array([i for members in prompts.values() for i in members])
+        if (order != np.arange(len(rows))).any():
+            self.kv.gather([*range(total), *(total + np.argsort(order))])
+        new = tokens.split(counts.tolist())
+        own = [
+            torch.cat([part.new_tensor(text[n:]), part])
+            for text, n, part in zip(texts, shared, new, strict=True)
         ]
-        return torch.cat([parts[i] for i in np.argsort(order)])
+        grow = np.zeros(self.kv.rows, np.int32)
+        grow[total:] = [len(x) for x in own]
+        out = self._step(torch.cat(own), grow).split(grow[total:].tolist())
+        return torch.cat([x[-n:] for x, n in zip(out, counts, strict=True)])
 
     def _step(self, tokens: Tensor, counts: np.ndarray) -> Tensor:
         """One forward: what follows each new token."""

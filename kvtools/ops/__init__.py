@@ -14,12 +14,11 @@ from typing import Any, Literal, NoReturn, get_args
 import torch
 from torch import Tensor
 
-try:
+COMPILED, CUDA = importlib.util.find_spec("kvtools._C") is not None, ""
+if COMPILED:  # if it does not load, for a library that is missing or another torch, that is said
     from .. import _C  # registers the kernels in C++
-except ModuleNotFoundError:  # anything else, such as a library that is missing, is said
-    COMPILED, CUDA = False, ""
-else:
-    COMPILED, CUDA = True, _C.CUDA
+
+    CUDA = _C.CUDA
 
 Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 

@@ -89,13 +89,16 @@ class KVPages:
         return *content, self.position, self.importance, self.history
 
     def grow(self, pages: int) -> None:
-        """Enlarge every tensor to `pages` pages, keeping the content."""
+        """Enlarge every tensor to `pages` pages, keeping the content; all of them or, where memory
+        ends, none."""
+        grown = {}
         for field in fields(self):
             old = getattr(self, field.name)
             if old is not None and pages > old.shape[0]:
                 new = torch.empty(pages, *old.shape[1:], dtype=old.dtype, device=old.device)
                 new[: old.shape[0]] = old
-                setattr(self, field.name, new)
+                grown[field.name] = new
+        vars(self).update(grown)
 
 
 def check_format(format: str, d: int) -> None:

@@ -1,0 +1,89 @@
+"""Changes of a cache that can be taken back."""
+
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+from torch import Tensor
+
+from ._host import Forest
+from .ops.quant import KVPages
+
+CONTENT = ("k", "v", "k_scale", "v_scale", "position")
+SIGNALS = ("importance", "history")
+
+
+class Journal:
+    """What slots held before they were overwritten, for the transactions that are open.
+
+    Only what a row could see when they were opened is of interest: nothing is noted of a slot that
+    was free.
+    """
+
+    def __init__(self) -> None:
+        self.open: WeakSet[Transaction] = WeakSet()
+
+    def note(
+        self, pages: KVPages, names: tuple[str, ...], index: Tensor | tuple | None = None
+    ) -> None:
+        """Keep `index` of these tensors of `pages`, or all, which is about to be written."""
+        if not self.open:
+            return
+        for name in names:
+            x = getattr(pages, name)
+            if x is not None:
+                # An index made of tensors copies.
+                entry = pages, name, index, x.clone() if index is None else x[index]
+                for transaction in self.open:
+                    transaction.overwritten.append(entry)
+
+
+class Transaction:
+    """One change of a cache: in a `with` block it is undone if the block raises.
+
+    It holds the host's part as it was, which costs a copy of what is small, and of the device's
+    part what the journal notes. `undo` can be called again where it was interrupted itself. A
+    transaction that nobody holds any more is closed.
+    """
+
+    def __init__(self, journal: Journal, states: list[tuple[Any, dict[str, Any]]]) -> None:
+        self._journal, self._states = journal, states
+        self.overwritten: list[tuple[KVPages, str, Any, Tensor]] = []
+        journal.open.add(self)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        if self not in self._journal.open:
+            return
+        for pages, name, index, old in reversed(self.overwritten):
+            where = slice(len(old)) if index is None else index  # the pool may have grown since
+            getattr(pages, name)[where] = old
+        for part, state in self._states:
+            vars(part).update(state)
+        self.close()
+
+    def close(self) -> None:
+        """Keep what was changed."""
+        self._journal.open.discard(self)
+        self.overwritten = []
+
+    def __enter__(self) -> "Transaction":
+        return self
+
+    def __exit__(self, kind: type | None, *error: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.undo()
+
+
+def state_of(part: Any, **stale: None) -> tuple[Any, dict[str, Any]]:
+    """`part` and copies of its attributes; of tensors and pages, the very ones. `stale` ones are
+    not kept, because they are changed in place and can be made again."""
+    kinds = (dict, list, np.ndarray, Forest)
+    state = {
+        name: value.copy() if isinstance(value, kinds) else value
+        for name, value in vars(part).items()
+        if name not in stale
+    }
+    return part, state | stale
