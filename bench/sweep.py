@@ -35,7 +35,7 @@ from transformers import StoppingCriteria
 import kvtools
 import kvtools.hf
 from bench import tiny
-from bench.tiny import NEW, NotComparable, Run, distance, generated, ids, plain, plain_on, spread
+from bench.tiny import NEW, Lively, NotComparable, Run, distance, generated, ids, spread
 from kvtools import demo
 
 OUTCOMES = ("wrong", "unclear", "refused", "equal", "not comparable")  # worst first
@@ -112,70 +112,72 @@ def same(expected: Run, actual: Run, allowed: float, what: str = "") -> None:
             return  # a tie; texts part
 
 
-def exact(model: Any, allowed: float, lengths: Iterable[int] = (40,)) -> None:
+def exact(model: Lively, lengths: Iterable[int] = (40,)) -> None:
     """One prompt, greedy."""
     for length in lengths:
         prompt = ids(length)
-        same(plain(model, prompt), through_us(model, prompt), allowed, f"prompt of {length}: ")
+        actual = through_us(model.model, prompt)
+        same(model.plain(prompt), actual, model.allowed, f"prompt of {length}: ")
 
 
-def batch(model: Any, allowed: float, lengths: Iterable[int] = (33, 20, 40)) -> None:
+def batch(model: Lively, lengths: Iterable[int] = (33, 20, 40)) -> None:
     """Left-padded rows of different lengths, each compared with itself alone."""
     lengths = list(lengths)
-    rows = [ids(length, seed) for seed, length in enumerate(lengths, 2)]
-    width = max(lengths)
+    rows, width = [ids(length) for length in lengths], max(lengths)
     padded = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
     mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
-    actual = through_us(model, padded, attention_mask=mask)
+    actual = through_us(model.model, padded, attention_mask=mask)
     for i, row in enumerate(rows):
         alone = Run(actual.tokens_bt[i, None], actual.logits_btv[i, None])
-        same(plain(model, row), alone, allowed, f"row of {lengths[i]} among {lengths}: ")
+        what = f"row of {lengths[i]} among {lengths}: "
+        same(model.plain(row), alone, model.allowed, what)
 
 
-def samples(model: Any, allowed: float) -> None:
+def samples(model: Lively) -> None:
     """Sampled continuations of one prompt, against plain logits on their texts."""
     prompt, n = ids(33), 4
     options = dict(do_sample=True, temperature=0.9, top_k=0, num_return_sequences=n)
     torch.manual_seed(1)
-    actual = through_us(model, prompt, **options)
+    actual = through_us(model.model, prompt, **options)
     if len(torch.unique(actual.tokens_bt, dim=0)) < n:
         raise Different("samples are equal")
     text = torch.cat([prompt.expand(n, -1), actual.tokens_bt], 1)
-    expected = Run(actual.tokens_bt, plain_on(model, text, prompt.shape[1]))
-    same(expected, actual, allowed, "samples: ")
+    expected = Run(actual.tokens_bt, model.on(text, prompt.shape[1]))
+    same(expected, actual, model.allowed, "samples: ")
 
 
-def ragged(model: Any, allowed: float) -> None:
+def ragged(model: Lively, lengths: tuple[int, int] = (33, 20)) -> None:
     """Rollouts forked and rewound to different lengths, against plain on each text."""
-    prompts, made = [ids(33, 5)[0], ids(20, 6)[0]], [0]
+    prompts, made = [ids(length, seed=5)[0] for length in lengths], [0]
     with torch.no_grad():
-        model(ids(1))  # as in `generated`
+        model.model(ids(1))  # as in `generated`
     with ours(lambda: made[0]):
-        rollouts = kvtools.Rollouts(model, temperature=1.0, eos_token_id=(), seed=1)
+        rollouts = kvtools.Rollouts(model.model, temperature=1.0, eos_token_id=(), seed=1)
         rollouts.prefill(prompts, n=2)
         rollouts.step()
         made[0] = 1
         rollouts.generate(5)
         rollouts.gather([3, 0, 0, 2, 1])
         rollouts.generate([3, 0, 5, 1, 2])
-        lengths = [len(tokens) for tokens in rollouts.tokens]
-    back = [2, 0, 7, lengths[3] - 20, 1]  # row 3 to its prompt
+        present = [len(tokens) for tokens in rollouts.tokens]
+    back = [2, 0, 7, present[3] - lengths[1], 1]  # row 3 to its prompt
     with ours():  # what can be forked and not rewound may say so here
-        rollouts.crop([length - n for length, n in zip(lengths, back, strict=True)])
+        rollouts.crop([length - n for length, n in zip(present, back, strict=True)])
     with ours(lambda: made[0]):
-        rollouts.generate([12, 9, 12, 7, 0])
+        rollouts.generate([10, 7, 8, 7, 0])
     for row, tokens in enumerate(rollouts.tokens):
         start, text = int(rollouts.prompt_lengths[row]), torch.tensor(tokens)[None]
-        logits_tv = plain_on(model, text, start)[0]
+        logits_tv = model.on(text, start)[0]
         expected = logits_tv.log_softmax(-1).gather(1, text[0, start:, None])[:, 0]
         error = (expected - torch.tensor(rollouts.logprobs[row])).abs() / spread(logits_tv)
-        if not (error <= allowed).all():
-            first = int((~(error <= allowed)).nonzero()[0, 0])
-            raise Different(f"row {row}: log-probability of new token {first} differs by "
-                            f"{float(error[first]):.2g} std")  # fmt: skip
+        for i in (~(error <= model.allowed)).nonzero()[:1, 0].tolist():
+            raise Different(
+                f"row {row} of a fork: log-probability of new token {i} of {len(error)} differs by "
+                f"{float(error[i]):.2g} std"
+            )
 
 
-MODES: dict[str, Callable[[Any, float], None]] = {
+MODES: dict[str, Callable[[Lively], None]] = {
     "exact": exact, "batch": batch, "samples": samples, "ragged": ragged,
 }  # fmt: skip
 ROPE_TYPES = [
@@ -184,10 +186,11 @@ ROPE_TYPES = [
 ]  # fmt: skip
 
 
-def inside_across_beyond(model: Any, allowed: float) -> None:
+def inside_across_beyond(model: Lively) -> None:
     """Prompts that end before the switch, reach it while they grow, and start beyond it."""
-    exact(model, allowed, (20, 40, 70))
-    batch(model, allowed, (70, 20, 40, 60))
+    exact(model, (20, 40, 70))
+    batch(model, (70, 20, 40, 60))
+    ragged(model, (33, 46))
 
 
 def outcome(run: Callable[[], None]) -> dict[str, str]:
@@ -233,17 +236,17 @@ def outcomes(
     config: Callable[[], Any], implementation: str, runs: dict[str, Callable]
 ) -> dict[str, dict[str, str]]:
     """What each of `runs` comes to on the lively model of a config."""
-    made: list[Any] = []
+    made: list[Lively] = []
 
     def door() -> None:
         """What is refused needs no lively model."""
         model = tiny.build(config(), implementation, tiny.SCALES[0])
-        plain(model, ids(8), 2)
+        generated(model, ids(8), 2)
         through_us(model, ids(8), 2)
 
     first = outcome(door)
     if first["outcome"] not in ("refused", "not comparable"):
-        first = outcome(lambda: made.extend(tiny.lively(config(), implementation)))
+        first = outcome(lambda: made.append(tiny.lively(config(), implementation)))
     if not made:
         return dict.fromkeys(runs, first)
     return {name: outcome(partial(run, *made)) for name, run in runs.items()}
