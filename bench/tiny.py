@@ -56,6 +56,10 @@ NAMED |= {
     "use_mamba_kernels": False,
 }
 # What field names cannot tell.
+INDEXED = {
+    "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": D, "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
 MIXED = ["linear_attention", "full_attention"] * (LAYERS // 2)
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3], "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -65,6 +69,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
+        "text_config": {"head_dim": 2 * D, "sliding_window": WINDOW},
+    },
     "dots3_note_text": {"head_dim": 2 * D, "sliding_window": WINDOW},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
@@ -76,10 +85,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": D // 2, "num_layers": 2},
     "mamba2": {"num_heads": 8},
     "mimo_v2_flash": {"v_head_dim": D // 2},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": D, "indexer_budget": 32,
-        "indexer_compress_ratio": 4,
-    },
+    "qwen4_exp": {"text_config": INDEXED},
+    "qwen4_exp_text": INDEXED,
     "reformer": {"axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh"]},
     "roc_bert": {"shape_vocab_size": VOCAB, "pronunciation_vocab_size": VOCAB},
     "xlm": {"emb_dim": 64, "causal": True},
@@ -137,14 +144,12 @@ def shrunk(default: PreTrainedConfig) -> dict[str, Any]:
 
 
 def tiny_config(kind: str, **changes: Any) -> PreTrainedConfig:
-    try:
-        default = AutoConfig.for_model(kind)
-        options = shrunk(default)
-    except Exception:  # a type whose default is none
-        if kind not in EXCEPTIONS:
-            raise
-        options = {}
-    return AutoConfig.for_model(kind, **{**options, **EXCEPTIONS.get(kind, {}), **changes})
+    """The tiny config of a type; `changes` as its class takes them."""
+    options = shrunk(AutoConfig.for_model(kind))
+    for name, value in (EXCEPTIONS.get(kind, {}) | changes).items():
+        inner = options.get(name)
+        options[name] = inner | value if isinstance(inner, dict) else value
+    return AutoConfig.for_model(kind, **options)
 
 
 def build(config: PreTrainedConfig, implementation: str, scale: tuple[float, float]) -> Any:

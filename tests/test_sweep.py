@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import kvtools  # noqa: E402
-import kvtools.hf  # noqa: E402
+import kvtools.cache  # noqa: E402
 from bench import sweep, tiny  # noqa: E402
 
 # A type of each kind of attention, in two modes each; the sweep itself runs all in all modes.
@@ -76,9 +76,11 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault(name, mode, monkeypatch):
     """What attention gives while decoding is a little off, or an error that is no refusal."""
-    attend = kvtools.hf.KVCache.attend
+    attend = kvtools.cache.KVCache.attend
     monkeypatch.setattr(
-        kvtools.hf.KVCache, "attend", lambda *args, **kw: FAULTS[name]((attend(*args, **kw), 0))[0]
+        kvtools.cache.KVCache,
+        "attend",
+        lambda *args, **kw: FAULTS[name]((attend(*args, **kw), 0))[0],
     )
     monkeypatch.setattr(sweep, "IMPLEMENTATIONS", ("sdpa",))
     assert sweep.summed(sweep.check("llama", [mode]))["outcome"] == name
