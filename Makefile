@@ -31,7 +31,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
+.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext sweep
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -92,6 +92,9 @@ quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the R
 
 search: ext $(MODEL) ## measure search strategies at equal tokens, rewrite the README's table and plot
 	@$(PY) -m bench.search --json bench/results/search-cpu.json --readme README.md $(ARGS)
+
+sweep: ext $(PACKAGE) ## try every causal model type of transformers, rewrite the README's table
+	@$(PY) -m bench.sweep --json bench/results/sweep.json --readme README.md $(ARGS)
 
 clean: ## remove all that make built, .venv included
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_*.so

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,34 +30,22 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import StoppingCriteria
 
 import kvtools
 import kvtools.hf
 from bench import tiny
-from bench.tiny import NotComparable
+from bench.tiny import NEW, Lively, NotComparable, Run, distance, generated, ids, spread
 from kvtools import demo
 
-NEW = 24
-OUTCOMES = ("wrong", "unclear", "refused", "equal", "not comparable")
+OUTCOMES = ("wrong", "unclear", "refused", "equal", "not comparable")  # worst first
+SHOWN = ("equal", "refused", "wrong", "unclear", "not comparable")
 IMPLEMENTATIONS = ("sdpa", "eager")
 TIE = 1e-4  # standard deviations of the logits: closer tokens may change places
-CALM = 3e-4  # what a rounding of the weights may do to logits, in the same unit
 
 
 class Different(Exception):
     """Where ours leaves plain."""
-
-
-class Forced(LogitsProcessor):
-    """Makes plain `generate` write a given text."""
-
-    def __init__(self, text_bl: Tensor) -> None:
-        self.text_bl = text_bl
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        forced = torch.full_like(scores, -torch.inf)
-        return forced.scatter(1, self.text_bl[:, input_ids.shape[1], None], 0)
 
 
 class Count(StoppingCriteria):
@@ -69,33 +56,6 @@ class Count(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self.tokens += 1
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-@dataclass
-class Run:
-    """What `generate` gave: tokens [b, t] and the model's own logits [b, t, v]."""
-
-    tokens_bt: Tensor
-    logits_btv: Tensor
-
-
-def generated(model: Any, ids_bl: Tensor, new: int = NEW, **options: Any) -> Run:
-    options = {"do_sample": False, "max_new_tokens": new} | options
-    with torch.no_grad():
-        model(ids(1))  # a dynamic rope keeps the frequencies of the longest text until a short one
-    out = model.generate(ids_bl, output_logits=True, return_dict_in_generate=True, **options)
-    return Run(out.sequences[:, ids_bl.shape[1] :], torch.stack(out.logits, 1).float())
-
-
-def plain(model: Any, ids_bl: Tensor, new: int = NEW, **options: Any) -> Run:
-    return generated(model, ids_bl, new, **options)
-
-
-def plain_on(model: Any, text_bl: Tensor, start: int) -> Tensor:
-    """Logits [b, t, v] that plain `generate` has before each token of the text from `start` on."""
-    new = text_bl.shape[1] - start
-    forced = [Forced(text_bl)]
-    return plain(model, text_bl[:, :start], new, logits_processor=forced).logits_btv
 
 
 class Refused(Exception):
@@ -152,164 +112,85 @@ def same(expected: Run, actual: Run, allowed: float, what: str = "") -> None:
             return  # a tie; texts part
 
 
-def spread(logits: Tensor) -> float:
-    return float(logits[logits.isfinite()].std()) or 1.0
-
-
-def distance(expected: Tensor, actual: Tensor) -> float:
-    finite = expected.isfinite()
-    if not torch.equal(finite, actual.isfinite()):
-        return float("inf")
-    return float((expected - actual)[finite].abs().max()) / spread(expected)
-
-
-def ids(length: int, seed: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 250, (1, length), generator=generator)
-
-
-def exact(model: Any, allowed: float, lengths: Iterable[int] = (40,)) -> None:
+def exact(model: Lively, lengths: Iterable[int] = (40,)) -> None:
     """One prompt, greedy."""
     for length in lengths:
         prompt = ids(length)
-        same(plain(model, prompt), through_us(model, prompt), allowed, f"prompt of {length}: ")
+        actual = through_us(model.model, prompt)
+        same(model.plain(prompt), actual, model.allowed, f"prompt of {length}: ")
 
 
-def batch(model: Any, allowed: float, lengths: Iterable[int] = (33, 20, 40)) -> None:
+def batch(model: Lively, lengths: Iterable[int] = (33, 20, 40)) -> None:
     """Left-padded rows of different lengths, each compared with itself alone."""
     lengths = list(lengths)
-    rows = [ids(length, seed) for seed, length in enumerate(lengths, 2)]
-    width = max(lengths)
+    rows, width = [ids(length) for length in lengths], max(lengths)
     padded = torch.cat([torch.nn.functional.pad(row, (width - row.shape[1], 0)) for row in rows])
     mask = torch.stack([torch.arange(width) >= width - length for length in lengths]).long()
-    actual = through_us(model, padded, attention_mask=mask)
+    actual = through_us(model.model, padded, attention_mask=mask)
     for i, row in enumerate(rows):
         alone = Run(actual.tokens_bt[i, None], actual.logits_btv[i, None])
-        same(plain(model, row), alone, allowed, f"row of {lengths[i]} among {lengths}: ")
+        what = f"row of {lengths[i]} among {lengths}: "
+        same(model.plain(row), alone, model.allowed, what)
 
 
-def samples(model: Any, allowed: float) -> None:
+def samples(model: Lively) -> None:
     """Sampled continuations of one prompt, against plain logits on their texts."""
     prompt, n = ids(33), 4
     options = dict(do_sample=True, temperature=0.9, top_k=0, num_return_sequences=n)
     torch.manual_seed(1)
-    actual = through_us(model, prompt, **options)
+    actual = through_us(model.model, prompt, **options)
     if len(torch.unique(actual.tokens_bt, dim=0)) < n:
         raise Different("samples are equal")
     text = torch.cat([prompt.expand(n, -1), actual.tokens_bt], 1)
-    expected = Run(actual.tokens_bt, plain_on(model, text, prompt.shape[1]))
-    same(expected, actual, allowed, "samples: ")
+    expected = Run(actual.tokens_bt, model.on(text, prompt.shape[1]))
+    same(expected, actual, model.allowed, "samples: ")
 
 
-def ragged(model: Any, allowed: float) -> None:
+def ragged(model: Lively, lengths: tuple[int, int] = (33, 20)) -> None:
     """Rollouts forked and rewound to different lengths, against plain on each text."""
-    prompts, made = [ids(33, 5)[0], ids(20, 6)[0]], [0]
-    with ours(lambda: made[0]), torch.no_grad():
-        model(ids(1))
-        rollouts = kvtools.Rollouts(model, temperature=1.0, eos_token_id=(), seed=1)
+    prompts, made = [ids(length, seed=5)[0] for length in lengths], [0]
+    with torch.no_grad():
+        model.model(ids(1))  # as in `generated`
+    with ours(lambda: made[0]):
+        rollouts = kvtools.Rollouts(model.model, temperature=1.0, eos_token_id=(), seed=1)
         rollouts.prefill(prompts, n=2)
         rollouts.step()
         made[0] = 1
         rollouts.generate(5)
         rollouts.gather([3, 0, 0, 2, 1])
         rollouts.generate([3, 0, 5, 1, 2])
-        lengths = [len(tokens) for tokens in rollouts.tokens]
-        back = [2, 0, 7, lengths[3] - 20, 1]  # row 3 to its prompt
-        rollouts.crop([length - n for length, n in zip(lengths, back, strict=True)])
-        rollouts.generate([12, 9, 12, 7, 0])
+        present = [len(tokens) for tokens in rollouts.tokens]
+    back = [2, 0, 7, present[3] - lengths[1], 1]  # row 3 to its prompt
+    with ours():  # what can be forked and not rewound may say so here
+        rollouts.crop([length - n for length, n in zip(present, back, strict=True)])
+    with ours(lambda: made[0]):
+        rollouts.generate([10, 7, 8, 7, 0])
     for row, tokens in enumerate(rollouts.tokens):
         start, text = int(rollouts.prompt_lengths[row]), torch.tensor(tokens)[None]
-        logits_tv = plain_on(model, text, start)[0]
+        logits_tv = model.on(text, start)[0]
         expected = logits_tv.log_softmax(-1).gather(1, text[0, start:, None])[:, 0]
         error = (expected - torch.tensor(rollouts.logprobs[row])).abs() / spread(logits_tv)
-        if not (error <= allowed).all():
-            first = int((~(error <= allowed)).nonzero()[0, 0])
-            raise Different(f"row {row}: log-probability of new token {first} differs by "
-                            f"{float(error[first]):.2g} std")  # fmt: skip
+        for i in (~(error <= model.allowed)).nonzero()[:1, 0].tolist():
+            raise Different(
+                f"row {row} of a fork: log-probability of new token {i} of {len(error)} differs by "
+                f"{float(error[i]):.2g} std"
+            )
 
 
-MODES: dict[str, Callable[[Any, float], None]] = {
+MODES: dict[str, Callable[[Lively], None]] = {
     "exact": exact, "batch": batch, "samples": samples, "ragged": ragged,
 }  # fmt: skip
-SWITCH = 48  # positions that a scaled rope was made for
-ROPES = {
-    "default": {},
-    "linear": dict(factor=4.0),
-    "dynamic": dict(factor=4.0),
-    "yarn": dict(factor=4.0, original_max_position_embeddings=SWITCH),
-    "longrope": dict(factor=4.0, original_max_position_embeddings=SWITCH),
-    "llama3": dict(
-        factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=SWITCH,
-    ),
-    "proportional": dict(factor=4.0),
-}  # fmt: skip
-ROPE_TYPES = (
-    "llama qwen2 qwen3 mistral gpt_neox stablelm phi olmo2 granite gemma3_text phi3 phimoe "
-    "phi4_multimodal"
-).split()
+ROPE_TYPES = [
+    "llama", "qwen2", "qwen3", "mistral", "gpt_neox", "stablelm", "phi", "olmo2", "granite",
+    "gemma3_text", "phi3", "phimoe", "phi4_multimodal",
+]  # fmt: skip
 
 
-def inside_across_beyond(model: Any, allowed: float) -> None:
+def inside_across_beyond(model: Lively) -> None:
     """Prompts that end before the switch, reach it while they grow, and start beyond it."""
-    exact(model, allowed, (20, 40, 70))
-    batch(model, allowed, (70, 20, 40, 60))
-
-
-def rope_config(kind: str, rope: str) -> Any:
-    """The tiny config with this rope; it is scaled from position SWITCH on."""
-    changes: dict[str, Any] = {"max_position_embeddings": 4 * SWITCH}
-    if rope == "dynamic":
-        changes["max_position_embeddings"] = SWITCH
-    own = tiny.tiny_config(kind)
-    if hasattr(own, "original_max_position_embeddings"):
-        changes["original_max_position_embeddings"] = SWITCH
-    whole = own.rope_parameters
-    kept = whole.get("full_attention", whole)
-    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    half = int(width * kept.get("partial_rotary_factor", 1.0)) // 2
-    scaled = kept | ROPES[rope] | {"rope_type": rope}
-    if rope == "longrope":
-        scaled["short_factor"] = [1 + 0.1 * i for i in range(half)]
-        scaled["long_factor"] = [2 + 0.7 * i for i in range(half)]
-        if kind == "phimoe":
-            scaled |= {"short_mscale": 1.0, "long_mscale": 1.2}
-    changes["rope_parameters"] = whole | {"full_attention": scaled} if kept is not whole else scaled
-    return tiny.tiny_config(kind, **changes)
-
-
-def lively(config: Any, implementation: str) -> tuple[Any, float]:
-    """A model whose greedy tokens vary, and what rounding may do to its logits."""
-    prompt, why = ids(40), "no scale of the weights was tried"
-    other = prompt.clone()
-    other[0, -3] = 251
-    for scale in tiny.SCALES:
-        model = tiny.build(config, implementation, scale)
-        run = plain(model, prompt)
-        if not run.logits_btv.isfinite().any(-1).all() or run.logits_btv.isnan().any():
-            why = "plain logits are not finite"
-            continue
-        different = len(set(run.tokens_bt[0].tolist()))
-        if different < 6:
-            why = f"plain greedy gives {different} different tokens"
-            continue
-        if torch.equal(run.tokens_bt, plain(model, other).tokens_bt):
-            why = "plain tokens do not depend on the prompt"
-            continue
-        text = torch.cat([prompt, run.tokens_bt], 1)
-        if distance(run.logits_btv, plain_on(model, text, 40)) > 1e-6:
-            raise NotComparable("plain generate gives other logits each time")
-        weights = [w for w in model.parameters() if w.dim() > 1]
-        kept = [w.data.clone() for w in weights]
-        for w in weights:
-            w.data *= 1 + 1e-7 * torch.randn_like(w)
-        noise = distance(run.logits_btv, plain_on(model, text, 40))
-        for w, data in zip(weights, kept, strict=True):
-            w.data.copy_(data)
-        if noise <= CALM:
-            return model, max(1e-3, 30 * noise)
-        why = f"a rounding of the weights changes plain logits by {noise:.2g} std"
-    raise NotComparable(why)
+    exact(model, (20, 40, 70))
+    batch(model, (70, 20, 40, 60))
+    ragged(model, (33, 46))
 
 
 def outcome(run: Callable[[], None]) -> dict[str, str]:
@@ -334,53 +215,59 @@ def without_checks() -> None:
     kvtools.hf.check_model = lambda model: None
 
 
-def check(kind: str, modes: list[str], unchecked: bool) -> dict[str, dict[str, str]]:
-    """Outcomes of one type by mode and implementation."""
+def check(kind: str, modes: list[str], unchecked: bool = False) -> dict[str, dict[str, str]]:
+    """Outcomes of one type: {"mode implementation" or "rope kind": {"outcome":, "reason":}}."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     if unchecked:
         without_checks()
     found = {}
-    cases = [(f"{mode} {name}", partial(tiny.tiny_config, kind), name, MODES[mode])
-             for name in IMPLEMENTATIONS for mode in modes if mode in MODES]  # fmt: skip
-    if "rope" in modes and kind in ROPE_TYPES:
-        cases += [(f"rope {rope}", partial(rope_config, kind, rope), "sdpa", inside_across_beyond)
-                  for rope in ROPES]  # fmt: skip
-    models: dict[str, Any] = {}
-    for name, config, implementation, run in cases:
-        key = name if name.startswith("rope") else implementation
-
-        def case(key=key, config=config, implementation=implementation, run=run) -> None:
-            if key not in models:
-                try:
-                    models[key] = lively(config(), implementation)
-                except Exception as error:
-                    models[key] = error
-            if isinstance(models[key], Exception):
-                raise models[key]
-            run(*models[key])
-
-        found[name] = outcome(case)
+    for implementation in IMPLEMENTATIONS:
+        runs = {f"{mode} {implementation}": MODES[mode] for mode in modes if mode in MODES}
+        found |= outcomes(partial(tiny.tiny_config, kind), implementation, runs)
+    for rope in tiny.ROPES if "rope" in modes and kind in ROPE_TYPES else ():
+        config = partial(tiny.rope_config, kind, rope)
+        found |= outcomes(config, "sdpa", {f"rope {rope}": inside_across_beyond})
     return found
 
 
-def _child(pipe: Any, *args: Any) -> None:
-    pipe.send(check(*args))
+def outcomes(
+    config: Callable[[], Any], implementation: str, runs: dict[str, Callable]
+) -> dict[str, dict[str, str]]:
+    """What each of `runs` comes to on the lively model of a config."""
+    made: list[Lively] = []
+
+    def door() -> None:
+        """What is refused needs no lively model."""
+        model = tiny.build(config(), implementation, tiny.SCALES[0])
+        generated(model, ids(8), 2)
+        through_us(model, ids(8), 2)
+
+    first = outcome(door)
+    if first["outcome"] not in ("refused", "not comparable"):
+        first = outcome(lambda: made.append(tiny.lively(config(), implementation)))
+    if not made:
+        return dict.fromkeys(runs, first)
+    return {name: outcome(partial(run, *made)) for name, run in runs.items()}
 
 
-def in_child(kind: str, modes: list[str], unchecked: bool, limit: float) -> dict:
-    """`check` in a process that may die or hang."""
+def _child(pipe: Any, run: Callable[[], Any]) -> None:
+    pipe.send(run())
+
+
+def in_child(run: Callable[[], dict], limit: float) -> dict[str, dict[str, str]]:
+    """`run()` in a process of its own, which may die or hang: "unclear" after `limit` seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.tiny", "kvtools.hf"])
     here, there = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(there, kind, modes, unchecked), daemon=True)
+    child = context.Process(target=_child, args=(there, run), daemon=True)
     child.start()
     there.close()
     try:
         if here.poll(limit):
             return here.recv()
-        reason = f"no end after {limit:.0f} s"
+        reason = f"no end after {limit:g} s"
     except EOFError:
         child.join()
         reason = f"the process died with exit code {child.exitcode}"
@@ -409,41 +296,32 @@ def sweep(
 
     def one(kind: str) -> None:
         begin = time.perf_counter()
-        outcomes = in_child(kind, modes, unchecked, limit)
-        found[kind] = summed(outcomes) | {"modes": outcomes}
-        seconds = time.perf_counter() - begin
-        print(f"[{len(found)}/{len(kinds)}] {kind}: {found[kind]['outcome']} "
-              f"{found[kind]['reason'][:150]} ({seconds:.1f} s)", file=sys.stderr, flush=True)  # fmt: skip
+        of_modes = in_child(partial(check, kind, modes, unchecked), limit)
+        found[kind] = summed(of_modes) | {"modes": of_modes}
+        seconds, x = time.perf_counter() - begin, found[kind]
+        line = f"{kind}: {x['outcome']} {x['reason'][:150]} ({seconds:.1f} s)"
+        print(f"[{len(found)}/{len(kinds)}] {line}", file=sys.stderr, flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, kinds))
     return dict(sorted(found.items()))
 
 
-def grouped(found: dict[str, dict], name: str) -> dict[str, list[str]]:
-    """Types of an outcome by reason, most types first."""
-    groups: dict[str, list[str]] = {}
-    for kind, x in found.items():
-        if x["outcome"] == name:
-            reason = re.sub(rf"\b{re.escape(kind)}\b", "it", x["reason"])
-            groups.setdefault(reason, []).append(kind)
-    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
-
-
 def counts(found: dict[str, dict]) -> str:
     count = Counter(x["outcome"] for x in found.values())
-    return ", ".join(f"{count[name]} {name}" for name in
-                     ("equal", "refused", "wrong", "unclear", "not comparable"))  # fmt: skip
+    return ", ".join(f"{count[name]} {name}" for name in SHOWN)
 
 
 def table(found: dict[str, dict]) -> list[list[str]]:
-    """Rows for the README: outcome, how many, which."""
+    """Rows of outcome, how many types, which; by reason but for those that are equal."""
     rows = [["", "types", "which"]]
-    for name in ("equal", "refused", "wrong", "unclear", "not comparable"):
-        groups = {"": []} if name == "equal" else grouped(found, name)
-        if name == "equal":
-            groups = {"": [kind for kind, x in found.items() if x["outcome"] == name]}
-        for reason, kinds in groups.items():
+    for name in SHOWN:
+        groups: dict[str, list[str]] = {}
+        for kind, x in found.items():
+            if x["outcome"] == name:
+                reason = re.sub(rf"\b{re.escape(kind)}\w*", "it", x["reason"])
+                groups.setdefault(reason, []).append(kind)
+        for reason, kinds in sorted(groups.items(), key=lambda item: -len(item[1])):
             head = f"{name}: {reason}" if reason else name
             rows.append([head.replace("|", "\\|"), str(len(kinds)), ", ".join(kinds)])
     return rows
