@@ -868,23 +868,79 @@ def test_delimiters():
     assert not steps.ended(encode("5 + 7 = 12, the"))
     assert steps.ended(encode("5 + 7 = 12, then"))
     assert steps.ended(encode("12\n")) and not steps.ended(encode(" \n"))
-    for wrong in ("\n", [""], ["a", ""]):
+    for wrong in ("\n", [""], ["a", ""], [], (), [None], ["a", 1]):
         with pytest.raises(ValueError, match="delimiters"):
             Steps(Characters(), delimiters=wrong)
+    assert Steps(Characters(), delimiters=iter(["a", "b"])).delimiters == ("a", "b")
     for name in ("step_tokens", "tokens", "depth"):
-        with pytest.raises(ValueError, match=f"{name}=0"):
-            Steps(Characters(), **{name: 0})
+        for wrong in (0, -1, 2.5, True, None, "8"):
+            with pytest.raises(ValueError, match=f"{name}={wrong!r}: an integer of at least 1"):
+                Steps(Characters(), **{name: wrong})
+    for name, wrong in (("done", None), ("done", "boxed"), ("prompt", "Q"), ("progress", 3)):
+        with pytest.raises(TypeError, match=name):
+            Steps(Characters(), **{name: wrong})
+    with pytest.raises(TypeError, match="tokenizer=5 has no method encode"):
+        Steps(5)
+
+
+class Refusing:
+    """Rollouts of which nothing may be asked: an argument was found wrong too late."""
+
+    rows = 0
+
+
+TREES = (search.beam, search.dvts, search.rebase, search.prune)
+PARTICLES = (search.particle_filter, search.particle_gibbs)
+NAN = float("nan")
+# Strategies, an argument of theirs, and values that it must refuse before anything is run.
+WRONG = [
+    ((search.best_of_n, *TREES, *PARTICLES), "n", (0, -1, 1.5, None)),
+    ((search.best_of_n, *TREES, *PARTICLES), "seed", (-1, 0.5, None)),
+    ((search.beam, search.dvts), "beam", (0, -4, 2.0)),
+    ((search.beam, search.dvts), "lookahead", (-1, 0.5)),
+    (TREES, "reduce", ("median", None)),
+    ((search.rebase, *PARTICLES), "temperature", (0, 0.0, 1e-9, 1e-320, -1, NAN, math.inf, None)),
+    (PARTICLES, "ess", (5, -0.1, NAN)),
+    (PARTICLES[1:], "iterations", (0, 1.5)),
+    ((search.prune,), "least", (-0.1, 1.1, NAN)),
+]
+
+
+@pytest.mark.parametrize("values", [
+    [0.9, 0.1, 0.5], [0.5, 0.5, 0.1], [1.0, 1.0 - 1e-16, 0.0], [0.0, 0.0, 0.0],
+])  # fmt: skip
+def test_rebase_at_any_temperature(values):
+    """From all for the best to equal shares, and the width is always given out whole."""
+    script = [*((f"{i}\n\n", False) for i in range(3)), *[("end", True)] * 9]
+
+    def scorer(question, solutions):
+        return [[values[int(steps[0][0])]] * len(steps) for steps in solutions]
+
+    shares = {}
+    for temperature in (1e-6, 1e-3, 0.2, 1e6):
+        said = iter(script)
+        found = search.rebase(
+            Script(lambda *_, said=said: next(said)), ["Q"], scorer, STEPS, n=3,
+            temperature=temperature,
+        )  # fmt: skip
+        assert len(found.trace[0].kept) == 3
+        shares[temperature] = Counter(found.trace[0].kept)
+    best = {i for i, x in enumerate(values) if max(values) - x < 1e-12}
+    assert set(shares[1e-6]) == best
+    assert shares[1e6].total() == 3
 
 
 def test_bad_input():
     def run(strategy=search.beam, scorer=by_text, questions=("Q",), rollouts=None, **how):
         return strategy(rollouts or policy(), questions, scorer, TOKENS, **how)
 
-    for n, beam in ((5, 2), (2, 4), (4, 0), (0, 1)):
+    for n, beam in ((5, 2), (2, 4)):
         with pytest.raises(ValueError, match="multiple of beam"):
             run(n=n, beam=beam)
     with pytest.raises(TypeError, match="scores nothing"):
         run(scorer=None)
+    with pytest.raises(TypeError, match=r"questions\[1\]=5"):
+        run(questions=["Q", 5])
     with pytest.raises(TypeError, match="questions is a string"):
         run(questions="Q")
     with pytest.raises(ValueError, match="reduce='median': one of last"):
@@ -895,11 +951,18 @@ def test_bad_input():
         run(rollouts=busy)
     assert busy.rows == 1
     for how, match in (
-        (dict(n=1, iterations=2), "too few"), (dict(temperature=0.0), "temperature"),
-        (dict(resampling="none"), "resampling='none'"),
+        (dict(n=1, iterations=2), "too few"), (dict(resampling="none"), "resampling='none'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             run(search.particle_gibbs, **how)
+    for strategies, name, values in WRONG:
+        for strategy, value in itertools.product(strategies, values):
+            rollouts = Refusing()
+            with pytest.raises(ValueError, match=f"{name}="):
+                run(strategy, rollouts=rollouts, **{name: value})
+    for how in (dict(good=""), dict(bad=""), dict(ask=""), dict(good="yes", bad="you")):
+        with pytest.raises(ValueError, match="evaluation"):
+            run(search.prune, evaluation=search.SelfEvaluation(**how), rollouts=Refusing())
     for wrong in ([[0.5, 0.5, 0.5, 0.5]], [[1.5]], [[float("nan")]]):
         rollouts = policy()
         with pytest.raises(ValueError, match="the scorer returned"):

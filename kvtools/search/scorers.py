@@ -54,12 +54,21 @@ class TextSession:
         return len(self.solutions)
 
     def append(self, steps: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        if isinstance(steps, str):
+            raise TypeError("steps is a text: pass a list of one step, or None, for each row")
         self.extend([[] if step is None else [step] for step in steps])
         newest = [scores[-1] if scores else 0.5 for scores in self.scores]
         return log_odds(newest), torch.tensor(newest, dtype=torch.float32)
 
     def extend(self, steps: Sequence[Sequence[str]]) -> list[list[float]]:
         """Give each row any number of steps; returns their probabilities."""
+        if isinstance(steps, str) or any(isinstance(new, str) for new in steps):
+            raise TypeError("steps holds a text where a list of steps is needed: [[text], ...]")
+        if len(steps) != self.rows:
+            raise ValueError(f"steps has {len(steps)} entries; there are {self.rows} rows")
+        for step in (step for new in steps for step in new):
+            if not isinstance(step, str):
+                raise TypeError(f"{step!r} is no step: a step is a text")
         solutions = [[*old, *new] for old, new in zip(self.solutions, steps, strict=True)]
         grown = [row for row, new in enumerate(steps) if new]
         before = getattr(self.scorer, "tokens", 0)
@@ -162,15 +171,20 @@ def log_odds(probabilities: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.log(p) - np.log1p(-p)).float()
 
 
+def scores(scorer: Any) -> None:
+    """Raise TypeError unless that is a scorer."""
+    if not hasattr(scorer, "session") and not callable(scorer):
+        raise TypeError(
+            f"{type(scorer).__name__} scores nothing: pass a PRM, a callable on texts, or a "
+            "Verifier"
+        )
+
+
 def session(scorer: Any, question: str, rows: int) -> Session:
     """A session of a scorer: its own, or one over a callable on texts."""
     if hasattr(scorer, "session"):
         return scorer.session(question, rows)
-    if callable(scorer):
-        return TextSession(scorer, question, rows)
-    raise TypeError(
-        f"{type(scorer).__name__} scores nothing: pass a PRM, a callable on texts, or a Verifier"
-    )
+    return TextSession(scorer, question, rows)
 
 
 def append(session: Session, steps: Sequence[Sequence[str]]) -> list[list[tuple[float, float]]]:
