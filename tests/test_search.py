@@ -957,9 +957,11 @@ def test_bad_input():
             run(search.particle_gibbs, **how)
     for strategies, name, values in WRONG:
         for strategy, value in itertools.product(strategies, values):
-            rollouts = Refusing()
+            how = {name: value}
+            if strategy is search.prune:
+                how["evaluation"] = search.SelfEvaluation(good="y", bad="n")
             with pytest.raises(ValueError, match=f"{name}="):
-                run(strategy, rollouts=rollouts, **{name: value})
+                run(strategy, rollouts=Refusing(), **how)
     for how in (dict(good=""), dict(bad=""), dict(ask=""), dict(good="yes", bad="you")):
         with pytest.raises(ValueError, match="evaluation"):
             run(search.prune, evaluation=search.SelfEvaluation(**how), rollouts=Refusing())
