@@ -413,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     where = demo.where("cpu") | demo.commit()  # before results are written, which is a change too
-    journal = Journal(args.json, {"commit": where["commit"]})
+    journal = Journal(args.json, {"commit": where["commit"]}, stale=["commit"])
     run(args.only, Scale(), load, journal, console)
     reached = targets(journal.cells)
     journal.save(where=where, targets=reached)

@@ -182,7 +182,8 @@ def missing(part: str, bench: Bench, journal: Journal) -> list[tuple[str, Callab
 
 
 def journal_of(part: str, folder: Path, where: dict) -> Journal:
-    return Journal(folder / f"{part}.json", {x: where[x] for x in ("commit", "device")})
+    header = {x: where[x] for x in ("commit", "device")}
+    return Journal(folder / f"{part}.json", header, stale=list(header))
 
 
 def run_part(part: str, folder: Path, where: dict, dry: bool, seconds: float) -> None:

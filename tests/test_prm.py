@@ -37,6 +37,7 @@ from transformers import (
 
 from bench import prm as bench
 from kvtools import CacheConfig, Rollouts, prm, search
+from kvtools import models as loading
 from kvtools.prm.families import PURE, QwenPRM, ReasonEval
 from kvtools.prm.qwen import Headed
 
@@ -585,6 +586,71 @@ def test_checkpoint(family, tmp_path):
         loaded.score(QUESTION, SOLUTIONS).margins,
         [x.tolist() for x in reward_model(family).score(QUESTION, SOLUTIONS).margins],
     )
+
+
+HEADS = {
+    "qwen": ["score.0.weight", "score.2.bias"], "trl": ["score.weight", "score.bias"],
+    "rlhflow": ["lm_head.weight"], "skywork": ["v_head.summary.weight", "model.norm.weight"],
+    "reasoneval": ["score_head.weight", "layers.1.mlp.up_proj.weight"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_missing_weights_are_named(family, tmp_path):
+    """Random ones would give other scores at each run."""
+    from safetensors.torch import load_file, save_file
+
+    tokenizer, model, _ = parts(family)
+    more = {}
+    if family in ("skywork", "reasoneval"):
+        name = "v_head.summary" if family == "skywork" else "score_head"
+        layer = model.get_submodule(name)
+        more = {f"{name}.{x}".replace(".", "__"): getattr(layer, x) for x in ("weight", "bias")}
+    kind = {"qwen": "Qwen2ForProcessRewardModel"}.get(family)
+    folder = save(tmp_path, getattr(model, "pretrained_model", model), tokenizer, kind, **more)
+    weights = tmp_path / "model.safetensors"
+    whole = load_file(weights)
+    for name in HEADS[family]:
+        assert name in whole
+        save_file({k: x for k, x in whole.items() if k != name}, weights, {"format": "pt"})
+        with pytest.raises(ValueError, match=f"has .*{name.rpartition('.')[0]}"):
+            prm.from_pretrained(folder, family)
+    if family == "skywork":  # its language-model head is not read
+        save_file({k: x for k, x in whole.items() if k != "lm_head.weight"}, weights)
+        prm.from_pretrained(folder, family)
+    if family == "trl":
+        save_file(whole | {"score.weight": torch.zeros(3, 32)}, weights, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"score.weight \(3, 32\) for \(2, 32\)"):
+            prm.from_pretrained(folder, family)
+
+
+def test_tied_weights_are_not_missing(tmp_path):
+    model = made(lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | {"tie_word_embeddings": True})))
+    folder = save(tmp_path, model, byte_level())
+    found = prm.from_pretrained(folder, "rlhflow").score(QUESTION, SOLUTIONS[:1])
+    want = prm.load(model, byte_level(), "rlhflow").score(QUESTION, SOLUTIONS[:1])
+    assert_scores(found.margins, [x.tolist() for x in want.margins])
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer"])
+def test_code_of_a_checkpoint_is_refused_without_asking(what, tmp_path, monkeypatch):
+    tokenizer, model, _ = parts("trl")
+    folder, marker = save(tmp_path, model, tokenizer), tmp_path / "ran"
+    (tmp_path / "mine.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    name = "config.json" if what == "model" else "tokenizer_config.json"
+    path = tmp_path / name
+    change = {
+        "config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}},
+        "tokenizer_config.json": {
+            "tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}
+        },
+    }[name]  # fmt: skip
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
+    for read in (prm.from_pretrained, loading.load):
+        with pytest.raises((ValueError, OSError), match="needs code that comes with it.*not run"):
+            read(folder)
+    assert not marker.exists()
 
 
 class Tree:
