@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvtools import cli, models
+from kvtools import cli, models, results
 
 QUESTION = (
     "Explain in your own words what garbage collection is, and why programs should close files."
@@ -33,6 +33,18 @@ def configs() -> dict:
 def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Path | None) -> None:
     """Run all rows, print them, and write what was asked for."""
     console = Console()
+    settings = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "n": n,
+                "new_tokens": new_tokens, "device": place(device)}  # fmt: skip
+    if json_path:
+        try:
+            results.claim(json_path, settings, ["rows"])
+        except (ValueError, OSError) as error:
+            raise cli.Usage(f"--json {error}") from error
+    if readme:
+        try:
+            parts(readme, "demo")
+        except (ValueError, OSError) as error:
+            raise cli.Usage(f"--readme {error}") from error
     model, tokenizer = models.load("smollm2", torch.float32, device)
     inputs = cli.encode(tokenizer, f"{topics['objects']}\nQuestion: {QUESTION}", chat=True)
     inputs = inputs.to(model.device)
@@ -67,11 +79,8 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
         for text in tokenizer.batch_decode(new[:3], skip_special_tokens=True):
             console.print("• " + " ".join(text.split())[:200], markup=False, highlight=False)
     result = {
-        "model": "SmolLM2-135M-Instruct",
-        "dtype": "float32",
-        "n": n,
+        **settings,
         "prompt_tokens": length,
-        "new_tokens": new_tokens,
         **where(device),
         **commit(),
         "rows": rows,
@@ -82,8 +91,7 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
     console.print(table)
     console.print(caption(result), highlight=False)
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        results.write(json_path, json.dumps(result, indent=2) + "\n")
     if readme:
         rewrite(readme, "demo", [COLUMNS, *lines(result)], caption(result))
 
@@ -113,14 +121,20 @@ def caption(result: dict) -> str:
 
 def rewrite(readme: Path, name: str, rows: Sequence[Sequence[str]], caption: str) -> None:
     """Put a table, its first row the heads, between the markers `name` of `readme`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = readme.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"{readme} has no {begin} ... {end} to put the table in")
+    head, tail = parts(readme, name)
     ruled = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
-    head, tail = text.split(begin)[0], text.split(end, 1)[1]
-    readme.write_text(f"{head}{begin}\n{table}\n\n{caption}\n{end}{tail}")
+    results.write(readme, f"{head}\n{table}\n\n{caption}\n{tail}")
+
+
+def parts(readme: Path, name: str) -> tuple[str, str]:
+    """What a file has up to the first marker `name`, and from the second on."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = readme.read_text(encoding="utf-8")
+    head, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"{readme} has no {begin} ... {end} to put the table in")
+    return head + begin, end + rest.partition(end)[2]
 
 
 def where(device: str) -> dict:

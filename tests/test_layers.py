@@ -32,7 +32,7 @@ ALLOWED = {
     "tasks": set(),
     "results": set(),
     "quality": {"config", "hf", "results", "rollouts", "tasks"},
-    "demo": {"__init__", "models", "cli"},
+    "demo": {"__init__", "models", "cli", "results"},
     "search_command": {"__init__", "cli", "search", "prm"},
     "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "prm",
             "search_command"},
