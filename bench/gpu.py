@@ -38,7 +38,8 @@ from bench.timing import (
     print_rows,
     summary,
 )
-from kvtools import demo, ops
+from kvtools import ops
+from kvtools.cli import demo
 from kvtools.quality import Journal
 
 SECONDS = 480  # of a part

@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.targets import Targets
-from kvtools import CacheConfig, cli, demo, models, prm, results, step_scores
+from kvtools import CacheConfig, cli, models, prm, results, step_scores
+from kvtools.cli import demo
 from kvtools.prm.layouts import Encoded, Pieces
 
 QUESTION = "Tom adds up the coins of two jars every day. How many are in the last jar?"

@@ -19,7 +19,8 @@ from rich.console import Console
 import kvtools
 from bench.rivals import available, rivals
 from bench.targets import Targets
-from kvtools import CacheConfig, cli, demo, models, tasks
+from kvtools import CacheConfig, cli, models, tasks
+from kvtools.cli import demo
 from kvtools.config import PRESETS
 from kvtools.policy import POLICIES
 from kvtools.quality import Contender, Journal, Ours, best_of

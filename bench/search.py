@@ -25,7 +25,8 @@ import kvtools
 from bench.probe import Probe, area, first_layers
 from bench.problems import TASKS, Task, chance
 from bench.targets import Targets
-from kvtools import Rollouts, cli, demo, search
+from kvtools import Rollouts, cli, search
+from kvtools.cli import demo
 from kvtools.quality import Journal, interval
 
 SEED = 7

@@ -9,7 +9,8 @@ import torch
 from models import Counter
 from rich.console import Console
 
-from kvtools import demo, search
+from kvtools import search
+from kvtools.cli import demo
 from kvtools.quality import Journal
 
 bench = pytest.importorskip("bench.search")

@@ -4,12 +4,16 @@ import collections
 import dataclasses
 import io
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 import kvtools
-from kvtools import CacheConfig, cli, demo, models, results, search_command
+from kvtools import CacheConfig, cli, models, results
+from kvtools.cli import demo, env, options, search
 
 
 @pytest.fixture(scope="module")
@@ -227,21 +231,24 @@ def test_wrong_command_lines(capsys, files, monkeypatch):
 
 def test_every_option_of_the_cache_has_a_type():
     fields = {field.name for field in dataclasses.fields(CacheConfig)}
-    assert cli.CACHE.keys() == fields
+    assert options.CACHE.keys() == fields
     for field in dataclasses.fields(CacheConfig):
         said = "none" if field.default is None else str(field.default)
         if (field.name, said) != ("drop", "none"):
-            assert cli.CACHE[field.name](said) == field.default
-    assert cli.CACHE["layer_budget"]("0.5,1.5") == [0.5, 1.5]
-    assert cli.CACHE["layer_budget"]("0.5") == [0.5]
-    assert cli.CACHE["prompt_budget"]("0.13") == 0.13 and cli.CACHE["prompt_budget"]("64") == 64
+            assert options.CACHE[field.name](said) == field.default
+    assert options.CACHE["layer_budget"]("0.5,1.5") == [0.5, 1.5]
+    assert options.CACHE["layer_budget"]("0.5") == [0.5]
+    assert (
+        options.CACHE["prompt_budget"]("0.13") == 0.13
+        and options.CACHE["prompt_budget"]("64") == 64
+    )
 
 
 def test_options_of_search_are_those_of_the_library():
     from kvtools.search.result import REDUCE
     from kvtools.search.run import TEMPERATURES
 
-    assert (*REDUCE,) == search_command.REDUCE and search_command.TEMPERATURES == TEMPERATURES
+    assert (*REDUCE,) == search.REDUCE and search.TEMPERATURES == TEMPERATURES
 
 
 LATER = [
@@ -261,13 +268,31 @@ def test_what_only_the_model_tells(capsys, tiny, files, command, given, code, wo
     assert err[0].startswith("kvtools: ") and words in err[0]
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example(capsys, name):
+    """One that the command's own parser takes, and the exit codes."""
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0 and "example:\n  kvtools " in out and "exit codes:\n  0  done" in out
+    example = shlex.split(cli.COMMANDS[name].EXAMPLE)
+    assert example[:2] == ["kvtools", name] and cli.COMMANDS[name].EXAMPLE in out
+    assert cli.parser().parse_args(example[1:]).run is cli.COMMANDS[name].run
+
+
+def test_module_runs():
+    said = subprocess.run(
+        [sys.executable, "-m", "kvtools.cli", "generate"], capture_output=True, text=True
+    )
+    assert said.returncode == 2 and said.stderr.startswith("kvtools generate: ")
+    assert "Traceback" not in said.stderr
+
+
 def test_version(capsys):
     assert run(capsys, "--version") == (0, f"kvtools {kvtools.__version__}\n", [])
 
 
 def test_what_nobody_foresaw_is_one_line(capsys, monkeypatch):
     for error in (KeyError("x"), RecursionError(), OverflowError("too large"), MemoryError()):
-        monkeypatch.setattr(cli, "environment", lambda error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(env, "environment", lambda error=error: (_ for _ in ()).throw(error))
         code, out, err = run(capsys, "env")
         assert (code, out, len(err)) == (1, "", 1)
         assert type(error).__name__ in err[0]
@@ -328,7 +353,7 @@ def test_quality_probe(tiny, capsys, tmp_path):
     assert cells["lossless"]["kl"] < cells["bits=2 recent_bits=None"]["kl"]
 
 
-@pytest.mark.parametrize("strategy", search_command.STRATEGIES)
+@pytest.mark.parametrize("strategy", search.STRATEGIES)
 def test_search(tiny, capsys, tmp_path, strategy):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "w2 w3", "answer": 4}\n\n{"question": "w5 w6 w7"}\n')

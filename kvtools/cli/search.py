@@ -14,8 +14,31 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtools
-from kvtools import cli
-from kvtools.cli import MOST, Usage, choice, count, number, seed, text
+
+from .options import (
+    MOST,
+    Usage,
+    add_cache,
+    add_model,
+    add_prompt,
+    cache_of,
+    choice,
+    count,
+    encode,
+    fits,
+    load,
+    number,
+    read_prompt,
+    seed,
+    text,
+)
+from .output import progress
+
+HELP = "search step by step"
+EXAMPLE = (
+    'kvtools search smollm2 --prompt "What is 12 * 12 + 5?" --chat --strategy beam -n 8 '
+    "--max-new-tokens 128"
+)
 
 # As `kvtools.search` has them, which needs transformers: a test compares.
 REDUCE = ("last", "min", "max", "mean", "sum", "prod", "gmean", "sum_logit", "softmin")
@@ -35,9 +58,9 @@ OPTIONS = {
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    cli.add_model(command)
+    add_model(command)
     source = command.add_mutually_exclusive_group(required=True)
-    cli.add_prompt(source)
+    add_prompt(source)
     source.add_argument(
         "--questions",
         type=Path,
@@ -83,17 +106,17 @@ def add(command: argparse.ArgumentParser) -> None:
         some.add_argument(
             flag, dest=f"rule_{name}", type=kind, default=argparse.SUPPRESS, metavar="X"
         )
-    cli.add_cache(command)
+    add_cache(command)
 
 
 def run(args: argparse.Namespace) -> None:
     # All that can be wrong without a model comes before loading one.
     questions, answers = read_questions(args)
-    config, given = cli.cache_of(args)
+    config, given = cache_of(args)
     strategy, options = strategy_of(args)
     scorer = scorer_of(args, answers)
-    model, tokenizer = cli.load(args)
-    cli.fits(config, given, model, args.n * min(args.batch, len(questions)))
+    model, tokenizer = load(args)
+    fits(config, given, model, args.n * min(args.batch, len(questions)))
     rollouts = kvtools.Rollouts(model, config, temperature=args.temperature, top_p=args.top_p)
     steps = kvtools.search.Steps(
         tokenizer,
@@ -102,11 +125,11 @@ def run(args: argparse.Namespace) -> None:
         args.max_new_tokens,
         args.depth,
         done=lambda text: bool(args.done) and args.done in text,
-        prompt=lambda text: cli.encode(tokenizer, text, args.chat)["input_ids"][0].tolist(),
+        prompt=lambda text: encode(tokenizer, text, args.chat)["input_ids"][0].tolist(),
     )
     found: list[dict] = []
     costs: Counter[str] = Counter()
-    with cli.progress() as bar:
+    with progress() as bar:
         line = bar.add_task(args.strategy, total=len(questions))
         for start in range(0, len(questions), args.batch):
             some = questions[start : start + args.batch]
@@ -132,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
 def read_questions(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """Questions, and the answers that are known."""
     if args.questions is None:
-        return [cli.read_prompt(args)], {}
+        return [read_prompt(args)], {}
     place = f"--questions {args.questions}"
     if not args.questions.is_file():
         raise Usage(f"{place}: no such file; name a JSONL file")
@@ -214,7 +237,7 @@ def scorer_of(args: argparse.Namespace, answers: dict[str, Any]) -> Any:
     from kvtools.prm import checkpoint
 
     try:
-        model, tokenizer = cli.load(args, args.scorer, read=checkpoint.read)
+        model, tokenizer = load(args, args.scorer, read=checkpoint.read)
         return prm.load(model, tokenizer)
     except (ValueError, OSError) as error:
         raise type(error)(f"--scorer {args.scorer}: {error}") from error
