@@ -26,7 +26,8 @@ from bench import bench_attention, bench_sampling
 from bench.bench_end_to_end import RIVALS, SAMPLING, prompt_of
 from bench.targets import Targets
 from bench.timing import against_floor, attempt, interleave, name_of, print_rows, summary
-from kvtools import CacheConfig, Rollouts, demo, models
+from kvtools import CacheConfig, Rollouts, models
+from kvtools.cli import demo
 from kvtools.config import PRESETS
 from kvtools.ops import Op
 from kvtools.ops.quant import FORMATS
@@ -413,7 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     console = Console()
     where = demo.where("cpu") | demo.commit()  # before results are written, which is a change too
-    journal = Journal(args.json, {"commit": where["commit"]})
+    journal = Journal(args.json, {"commit": where["commit"]}, stale=["commit"])
     run(args.only, Scale(), load, journal, console)
     reached = targets(journal.cells)
     journal.save(where=where, targets=reached)

@@ -38,7 +38,8 @@ from bench.timing import (
     print_rows,
     summary,
 )
-from kvtools import demo, ops
+from kvtools import ops
+from kvtools.cli import demo
 from kvtools.quality import Journal
 
 SECONDS = 480  # of a part
@@ -182,7 +183,8 @@ def missing(part: str, bench: Bench, journal: Journal) -> list[tuple[str, Callab
 
 
 def journal_of(part: str, folder: Path, where: dict) -> Journal:
-    return Journal(folder / f"{part}.json", {x: where[x] for x in ("commit", "device")})
+    header = {x: where[x] for x in ("commit", "device")}
+    return Journal(folder / f"{part}.json", header, stale=list(header))
 
 
 def run_part(part: str, folder: Path, where: dict, dry: bool, seconds: float) -> None:

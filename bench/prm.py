@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench.targets import Targets
-from kvtools import CacheConfig, cli, demo, models, prm, step_scores
+from kvtools import CacheConfig, cli, models, prm, results, step_scores
+from kvtools.cli import demo
 from kvtools.prm.layouts import Encoded, Pieces
 
 QUESTION = "Tom adds up the coins of two jars every day. How many are in the last jar?"
@@ -246,14 +247,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default=cli.default_device(), help="default: cuda, else cpu")
     args = parser.parse_args(argv)
     console = Console()
+    results.claim(args.json, {"model": "SmolLM2-135M-Instruct"}, ["rows", "step_scores"])
     where = demo.where(args.device) | demo.commit()  # before results are written, a change too
     model, tokenizer = models.load("smollm2", getattr(torch, args.dtype), args.device)
-    args.json.parent.mkdir(parents=True, exist_ok=True)
 
     def save(result: RESULT) -> None:
         more = {"where": where, "targets": targets(result)}
         text = json.dumps({"model": "SmolLM2-135M-Instruct"} | result | more, indent=1)
-        args.json.write_text(text + "\n")
+        results.write(args.json, text + "\n")
 
     targets(run(model, tokenizer, Scale(), console, save)).show(console)
     return 0

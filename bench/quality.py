@@ -19,7 +19,8 @@ from rich.console import Console
 import kvtools
 from bench.rivals import available, rivals
 from bench.targets import Targets
-from kvtools import CacheConfig, cli, demo, models, tasks
+from kvtools import CacheConfig, cli, models, tasks
+from kvtools.cli import demo
 from kvtools.config import PRESETS
 from kvtools.policy import POLICIES
 from kvtools.quality import Contender, Journal, Ours, best_of
@@ -347,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no task {', '.join(sorted(only - {*names}))}; there are {', '.join(names)}")
     header = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "seed": 7}
     header |= {"commit": demo.commit()["commit"]}  # other sources, other results
-    journal = Journal(args.json, header)
+    journal = Journal(args.json, header, stale=["commit"])
     run([task for task in todo if task.name in only], journal, console)
     if "problems" in only:
         solve(journal, console)

@@ -33,7 +33,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kvtools import KVPages, ops
+from kvtools import KVPages, ops, results
 from kvtools.ops.attention import merge_states, tree_attention
 from kvtools.ops.evict import compact_kv, key_scores, select_victims
 from kvtools.ops.quant import append_kv, dequantize_kv, quantize_kv
@@ -360,6 +360,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count(), help="processes")
     parser.add_argument("--cuda", type=Path, metavar="PATH", help="library with csrc/cuda")
     args = parser.parse_args(argv)
+    if args.json:
+        results.claim(args.json, {}, ["triton", "kernels", "cuda", "targets"])
 
     console = Console()
     found = build_all(args.rows, args.jobs, console)
@@ -384,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
             "triton": triton.__version__, "kernels": rows(found), "cuda": rows(of_cuda),
             "targets": targets,
         }  # fmt: skip
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        results.write(args.json, json.dumps(result, indent=1) + "\n")
     return 0 if all(target["ok"] or SPILLS in target["name"] for target in targets) else 1
 
 

@@ -25,7 +25,8 @@ import kvtools
 from bench.probe import Probe, area, first_layers
 from bench.problems import TASKS, Task, chance
 from bench.targets import Targets
-from kvtools import Rollouts, cli, demo, search
+from kvtools import Rollouts, cli, search
+from kvtools.cli import demo
 from kvtools.quality import Journal, interval
 
 SEED = 7
@@ -341,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     width = scale.widths[-1]
     header = {"seed": SEED, "scale": json.loads(json.dumps(vars(scale)))}
     header |= {"commit": demo.commit()["commit"]}  # other sources, other results
-    journal = Journal(args.json, header)
+    journal = Journal(args.json, header, stale=["commit"])
     for task in TASKS:
         if args.only in (None, task.name):
             Bench(task, scale, journal).run(console)

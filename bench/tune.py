@@ -15,6 +15,7 @@ import torch
 from rich.progress import track
 
 from bench import bench_attention
+from kvtools import results
 from kvtools.ops.attention import tree_attention
 
 KINDS = {
@@ -35,6 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, type=Path, help="where the table goes, JSON")
     args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out {args.out} exists: name a new file")
     if not torch.cuda.is_available():
         sys.exit("bench.tune needs a CUDA device")
     import triton
@@ -66,7 +69,7 @@ def main() -> None:
             if best is None or ms < best:
                 best, table[key] = ms, sizes
         print(key, table[key], f"{best:.3f} ms")
-        args.out.write_text(json.dumps(table, indent=1) + "\n")
+        results.write(args.out, json.dumps(table, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,15 @@ def load(
         dtype: a torch dtype, its name, or "auto" for that of the checkpoint.
         device: where the model goes.
         read: called with folder and dtype; default reads a causal model.
+
+    Raises:
+        ImportError: a package is missing; names it and what installs it.
+        FileNotFoundError: there is no such folder.
+        OSError: it does not load: also where tensors are missing, or it needs code of its own.
+        ValueError: there is no such device.
     """
     need("transformers", "pip install 'kvtools[hf]'")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: no CUDA device here; leave it out, or say cpu")
+    check_device(device)
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -49,20 +54,77 @@ def load(
         raise FileNotFoundError(f"model {name!r}: no such folder; give a folder or smollm2")
     try:
         model, tokenizer = (read or causal)(folder, dtype)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        message = f"model {name!r} does not load; give a folder or smollm2 ({reason})"
-        raise OSError(message) from error
+    except ImportError:
+        raise
+    except Exception as error:  # of any kind, where files are damaged
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"model {name!r} does not load: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.to(device).eval(), tokenizer
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError unless models can go there."""
+    try:
+        kind, index = torch.device(device).type, torch.device(device).index
+    except RuntimeError:
+        kind, index = "", None
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"device {device!r}: expected cpu, cuda or cuda:0")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: no CUDA device here; leave it out, or say cpu")
+    if kind == "cuda" and (index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: there are {torch.cuda.device_count()} CUDA devices")
+
+
 def causal(folder: str, dtype: str | torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tokenizer
+    tokenizer = pretrained(AutoTokenizer, folder)
+    return whole(AutoModelForCausalLM, folder, dtype), tokenizer
+
+
+def pretrained(kind: Any, name: str, **options: Any) -> Any:
+    """`kind.from_pretrained(name)` that neither runs nor asks to run code that comes with it.
+
+    Raises:
+        ValueError: it needs such code.
+    """
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{name} needs code that comes with it, which is not run here: load model and "
+            "tokenizer yourself, and pass them on"
+        ) from error
+
+
+def whole(kind: Any, name: str, dtype: str | torch.dtype, unused: Sequence[str] = ()) -> Any:
+    """A model all of whose weights are in its checkpoint; tied ones are there once.
+
+    Args:
+        kind: a transformers class with `from_pretrained`.
+        unused: beginnings of the names of tensors that may be missing.
+
+    Raises:
+        ValueError: tensors are missing, or of another shape; names them.
+    """
+    model, info = pretrained(
+        kind, name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    missing = sorted(x for x in info["missing_keys"] if not x.startswith(tuple(unused)))
+    shapes = [f"{key} {tuple(a)} for {tuple(b)}" for key, a, b in sorted(info["mismatched_keys"])]
+    for what, found in (("has no", missing), ("has other shapes than its config says:", shapes)):
+        if found:
+            more = f" and {len(found) - 4} more" if len(found) > 4 else ""
+            raise ValueError(
+                f"{name} {what} {', '.join(found[:4])}{more}, which {type(model).__name__} needs: "
+                "it would be random; take a checkpoint that has it"
+            )
+    return model
 
 
 def smollm2() -> Path:

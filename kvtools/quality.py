@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .config import CacheConfig
 from .hf import Session
+from .results import claim, write
 from .rollouts import Rollouts
 from .tasks import Item, answer_of
 
@@ -270,18 +271,26 @@ class Journal:
 
     Args:
         path: a JSON file; None keeps them in memory.
-        header: what must agree for a result to be used again: model, seed, and so on.
+        header: what the file's results must have been made with: model, seed, and so on.
+        stale: entries of the header that may differ: such results are replaced at the first save.
+
+    Raises:
+        ValueError: the file is something else, or was made with another header.
     """
 
     path: Path | None
     header: dict
+    stale: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.cells: dict[str, dict] = {}
-        if self.path is not None and self.path.exists():
-            old = json.loads(self.path.read_text())
-            if {name: old.get(name) for name in self.header} == self.header:
-                self.cells = old.get("cells", {})
+        if self.path is not None:
+            old = claim(self.path, self.header, ["cells"], self.stale)
+            self.cells = old["cells"] if old else {}
+            self._known = self._held()
+
+    def _held(self) -> bytes | None:
+        return self.path.read_bytes() if self.path.is_file() else None
 
     def run(
         self,
@@ -301,10 +310,11 @@ class Journal:
         return {name: row[name] for name in ["exact", *(x.name for x in contenders)]}
 
     def save(self, **more: Any) -> None:
+        """Write all; raises RuntimeError if the file was changed by something else meanwhile."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._held() != self._known:
+            raise RuntimeError(f"{self.path} was changed while this ran: does another run use it?")
         text = json.dumps(self.header | {"cells": self.cells} | more, indent=1)
-        scratch = self.path.with_suffix(".part")
-        scratch.write_text(text + "\n")
-        scratch.replace(self.path)
+        write(self.path, text + "\n")
+        self._known = self._held()

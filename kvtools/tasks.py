@@ -269,9 +269,12 @@ def problem_items(count: int, seed: int) -> list[tuple[str, int]]:
 
 
 def answer_of(text: str) -> int | None:
-    """The N of "The answer is N" in a continuation, up to its first newline or "Q:"."""
-    found = re.search(r"The answer is (-?\d+)\b", re.split(r"\n|Q:", text, maxsplit=1)[0])
-    return int(found[1]) if found else None
+    """The N of "The answer is N" in a continuation, up to its first newline or "Q:"; an integer,
+    with or without commas between thousands."""
+    said = re.split(r"\n|Q:", text, maxsplit=1)[0]
+    number = r"(-?(?:\d{1,3}(?:,\d{3})+|\d+))(?![.,]?\d|[%\w])"
+    found = re.search(f"The answer is {number}", said)
+    return int(found[1].replace(",", "")) if found else None
 
 
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "0123456789"

@@ -17,7 +17,7 @@ pytest.importorskip("pytest_benchmark")
 
 from bench import bench_attention, bench_sampling, cpu  # noqa: E402
 from bench.bench_attention import Shape  # noqa: E402
-from kvtools import demo  # noqa: E402
+from kvtools.cli import demo  # noqa: E402
 from kvtools.ops import COMPILED  # noqa: E402
 from kvtools.quality import Journal  # noqa: E402
 

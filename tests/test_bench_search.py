@@ -9,7 +9,8 @@ import torch
 from models import Counter
 from rich.console import Console
 
-from kvtools import demo, search
+from kvtools import search
+from kvtools.cli import demo
 from kvtools.quality import Journal
 
 bench = pytest.importorskip("bench.search")
@@ -42,8 +43,8 @@ def result(policy, tmp_path_factory):
         k: v for k, v in kept.items() if k not in lost
     }
     where = demo.where("cpu") | {"commit": "1234567", "dirty": False}
-    journal.cells[WORDS.name] = journal.cells[task.name]  # both policies in table and figure
-    journal.save(where=where, targets=bench.targets(journal.cells, 4))
+    resumed.cells[WORDS.name] = resumed.cells[task.name]  # both policies in table and figure
+    resumed.save(where=where, targets=bench.targets(resumed.cells, 4))
     return json.loads(path.read_text())
 
 

@@ -1,12 +1,19 @@
 """The command line: what it prints, and one line for what the user can put right."""
 
 import collections
+import dataclasses
 import io
 import json
+import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from kvtools import cli, demo, models, search_command
+import kvtools
+from kvtools import CacheConfig, cli, models, results
+from kvtools.cli import demo, env, options, search
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +22,8 @@ def tiny(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 32)}
+    vocabulary = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 30)}
+    vocabulary |= {"yes": 30, "no": 31}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
@@ -79,7 +87,7 @@ def test_generate(capsys, tiny):
 
 
 def test_generate_greedy_is_plain(capsys, tiny):
-    given = ["--prompt", "w2 w3 w4", "-n", 2, "--max-new-tokens", 5, "--greedy"]
+    given = ["--prompt", "w2 w3 w4", "--max-new-tokens", 5, "--greedy"]
     code, out, _ = run(capsys, "generate", tiny, *given, "--compare", "--json")
     result = json.loads(out)
     assert code == 0
@@ -99,55 +107,231 @@ def test_generate_prints_texts_and_figures(capsys, tiny, monkeypatch, tmp_path):
     assert outputs[0].startswith("--- 1\n")
 
 
-ERRORS = {
-    "no prompt": ([], "required"),
-    "two prompts": (["--prompt", "w2", "--prompt-file", "x"], "not allowed with"),
-    "missing file": (["--prompt-file", "/no/such/file"], "no such file"),
-    "empty prompt": (["--prompt", " "], "prompt is empty"),
-    "n of zero": (["--prompt", "w2", "-n", 0], "1 or more"),
-    "bad bits": (["--prompt", "w2", "--bits", 5], "bits"),
-    "bad policy": (["--prompt", "w2", "--policy", "none-such"], "policy"),
-    "small budget": (["--prompt", "w2", "--budget", 2], "budget"),
-    "bad dtype": (["--prompt", "w2", "--dtype", "float33"], "float33"),
-    "no chat template": (["--prompt", "w2", "--chat"], "--chat"),
-    "bad top_p": (["--prompt", "w2", "--top-p", 2], "--top-p"),
-    "unknown option": (["--prompt", "w2", "--beams", 2], "--beams"),
+PROMPT = ["--prompt", "w2 w3"]
+# Of each command: its arguments, and what the message must say. Every one is refused before a model
+# is loaded (exit code 2), but for those of LATER.
+ERRORS = [
+    ("generate", [], "required"),
+    ("generate", [*PROMPT, "--prompt-file", "x"], "not allowed with"),
+    ("generate", ["--prompt-file", "/no/such/file"], "--prompt-file /no/such/file: no such file"),
+    ("generate", ["--prompt-file", "LATIN"], "--prompt-file LATIN is not UTF-8"),
+    ("generate", ["--prompt-file", "."], "--prompt-file .: no such file"),
+    ("generate", ["--prompt", " "], "prompt is empty"),
+    ("generate", [*PROMPT, "-n", 0], "-n: '0' is not an integer from 1"),
+    ("generate", [*PROMPT, "-n", "9" * 30], "-n: "),
+    ("generate", [*PROMPT, "-n", 3, "--greedy"], "-n 3 with --greedy"),
+    ("generate", [*PROMPT, "-n", 3, "--temperature", 0], "-n 3 with --temperature 0"),
+    ("generate", [*PROMPT, "--greedy", "--top-p", 0.5], "--greedy with --top-p"),
+    ("generate", [*PROMPT, "--top-p", 2], "--top-p"),
+    ("generate", [*PROMPT, "--temperature", "nan"], "--temperature: 'nan'"),
+    ("generate", [*PROMPT, "--temperature", "inf"], "--temperature: 'inf'"),
+    ("generate", [*PROMPT, "--seed", "-1"], "--seed: '-1'"),
+    ("generate", [*PROMPT, "--seed", 2**64], "--seed"),
+    ("generate", [*PROMPT, "--top-k", 2**40], "--top-k"),
+    ("generate", [*PROMPT, "--bits", 5], "--bits: '5' is not one of 16, 8"),
+    ("generate", [*PROMPT, "--bits", "4,4"], "--bits: '4,4'"),
+    ("generate", [*PROMPT, "--bits", "none"], "--bits: 'none'"),
+    ("generate", [*PROMPT, "--policy", "none-such"], "--policy: 'none-such' is not one of sciss"),
+    ("generate", [*PROMPT, "--budget", 2], "--budget=2 must be"),
+    ("generate", [*PROMPT, "--budget", 0.5], "--budget: '0.5' is not an integer"),
+    ("generate", [*PROMPT, "--prompt-budget", "1.5"], "--prompt-budget: '1.5'"),
+    ("generate", [*PROMPT, "--layer-budget", "a,b"], "--layer-budget: 'a'"),
+    ("generate", [*PROMPT, "--layer-budget", ""], "--layer-budget: ''"),
+    ("generate", [*PROMPT, "--page-size", 2147483648], "--page-size: '2147483648'"),
+    ("generate", [*PROMPT, "--sinks", 10**9], "--sinks: '1000000000'"),
+    ("generate", [*PROMPT, "--drop", 3], "--drop=3 needs a budget"),
+    ("generate", [*PROMPT, "--impl", "gpu"], "--impl: 'gpu'"),
+    ("generate", [*PROMPT, "--dtype", "float33"], "--dtype: invalid choice: 'float33'"),
+    ("generate", [*PROMPT, "--dtype", "float8_e4m3fn"], "--dtype: invalid choice"),
+    ("generate", [*PROMPT, "--device", "meta"], "--device: device 'meta': expected cpu, cuda"),
+    ("generate", [*PROMPT, "--device", "bogus"], "--device: device 'bogus': expected cpu, cuda"),
+    ("generate", [*PROMPT, "--device", "cuda:99"], "--device: device 'cuda:99': "),
+    ("generate", [*PROMPT, "--beams", 2], "--beams"),
+    ("quality", ["--probe"], "--probe measures on a prompt: give --prompt"),
+    ("quality", ["--presets", "tiny"], "--presets: preset 'tiny' does not exist; expected loss"),
+    ("quality", ["--presets", ","], "--presets: "),
+    ("quality", ["--json", "."], "--json . is a folder"),
+    ("quality", ["--json", "NOTES"], "--json NOTES holds something else"),
+    ("quality", ["--json", "OBJECT"], "--json OBJECT holds something else"),
+    ("demo", ["--json", "NOTES"], "--json NOTES holds something else"),
+    ("demo", ["--json", "OBJECT"], "--json OBJECT holds something else"),
+    ("demo", ["--readme", "NOTES"], "--readme NOTES has no <!-- demo:begin"),
+    ("demo", ["--readme", "/no/such"], "--readme"),
+    ("demo", ["--device", "meta"], "--device"),
+    ("search", [], "required"),
+    ("search", [*PROMPT, "--strategy", "mcts"], "--strategy: invalid choice: 'mcts'"),
+    ("search", [*PROMPT, "--ess", 0.5], "--ess is not an option of --strategy beam"),
+    ("search", [*PROMPT, "--strategy", "particle_filter", "--ess", 5], "--ess: '5' is not"),
+    ("search", [*PROMPT, "--strategy", "rebase", "--weight-temperature", 0], "--weight-temperat"),
+    ("search", [*PROMPT, "--strategy", "rebase", "--weight-temperature", 1e-9], "--weight-temp"),
+    ("search", [*PROMPT, "--strategy", "particle_gibbs", "-n", 1], "-n 1: particle_gibbs"),
+    ("search", [*PROMPT, "-n", 5], "-n 5 is not a multiple of --beam 4"),
+    ("search", [*PROMPT, "--temperature", 0], "--temperature 0 makes all 16 rows"),
+    ("search", [*PROMPT, "--reduce", "median"], "--reduce: 'median'"),
+    ("search", [*PROMPT, "--delimiter", ""], "--delimiter: it is empty"),
+    ("search", [*PROMPT, "--scorer", "arithmatic"], "--scorer: 'arithmatic' is no folder; did yo"),
+    ("search", [*PROMPT, "--scorer", "nosuch"], "--scorer: 'nosuch' is neither arithmetic, nor"),
+    ("search", [*PROMPT, "--scorer", "/nonexistent"], "--scorer: '/nonexistent' is neither"),
+    ("search", ["--questions", "/no/such"], "--questions /no/such: no such file"),
+    ("search", ["--questions", "EMPTY"], "--questions EMPTY: it holds no question"),
+    ("search", ["--questions", "LATIN"], "--questions LATIN: line 2 is not UTF-8"),
+    ("search", ["--questions", "DEEP"], "--questions DEEP: line 3 is nested too deeply"),
+    ("search", ["--questions", "NUMBERS"], "--questions NUMBERS: line 3 is not {"),
+    ("search", ["--questions", "TWICE"], "--questions TWICE: line 2: another answer"),
+    ("search", ["--questions", "INFINITE"], "--questions INFINITE: line 1 is not {"),
+    ("search", ["--questions", "WORDS"], "--questions WORDS: line 1: the answer 'ten'"),
+    ("score", ["/no/such"], "input /no/such: no such file"),
+    ("score", ["EMPTY", "--separator", "|"], "--separator is for --family trl"),
+    ("score", ["EMPTY", "--separator", ""], "--separator: it is empty"),
+    ("score", ["EMPTY", "--family", "eurus"], "--family eurus: expected qwen"),
+    ("score", ["EMPTY", "--bits", 5], "--bits"),
+    ("score", ["EMPTY", "--batch", 0], "--batch"),
+    ("score", ["EMPTY", "--output", "NOTES"], "--output NOTES holds something else"),
+    ("score", ["EMPTY", "--output", "."], "--output . is a folder"),
+    ("score", ["EMPTY", "--output", "no/such/file"], "--output no/such/file: there is no folder"),
+    ("score", ["EMPTY", "--dtype", "int8"], "--dtype"),
+    ("nosuch", [], "invalid choice"),
+]
+FILES = {
+    "NOTES": "remember the milk",
+    "OBJECT": '{"mine": 1}',
+    "EMPTY": "\n",
+    "LATIN": '{"question": "w2"}\n\xe9\n'.encode("latin1"),
+    "DEEP": '{"question": "w2"}\n\n' + "[" * 100_000,
+    "NUMBERS": '{"question": "w2"}\n\n{"question": 5}',
+    "TWICE": '{"question": "w2", "answer": 1}\n{"question": "w2", "answer": 2}',
+    "INFINITE": '{"question": "w2", "answer": Infinity}',
+    "WORDS": '{"question": "w2", "answer": "ten"}',
 }
 
 
-@pytest.mark.parametrize("given,words", ERRORS.values(), ids=ERRORS)
-def test_user_errors_are_one_line(capsys, tiny, given, words):
-    code, out, err = run(capsys, "generate", tiny, *given)
-    assert (code, out, len(err)) == (2, "", 1), err
-    assert err[0].startswith("kvtools") and words in err[0]
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """A working folder with some files that are the user's own."""
+    for name, said in FILES.items():
+        (tmp_path / name).write_bytes(said if isinstance(said, bytes) else said.encode())
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    for name, said in FILES.items():
+        assert (tmp_path / name).read_bytes() in (said, str(said).encode()), f"{name} was changed"
+    left = {path.name for path in tmp_path.iterdir()} - FILES.keys()
+    assert not {name for name in left if name.endswith(".part")}, left
+
+
+def test_wrong_command_lines(capsys, files, monkeypatch):
+    """One line that names the option, before a model is loaded."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("it loaded a model"))
+    for command, given, words in ERRORS:
+        model = [] if command in ("demo", "nosuch") else ["tiny"]
+        code, out, err = run(capsys, command, *model, *given)
+        assert (code, out, len(err)) == (2, "", 1), (command, given, err)
+        assert err[0].startswith("kvtools") and words in err[0], (command, given, err)
+
+
+def test_every_option_of_the_cache_has_a_type():
+    fields = {field.name for field in dataclasses.fields(CacheConfig)}
+    assert options.CACHE.keys() == fields
+    for field in dataclasses.fields(CacheConfig):
+        said = "none" if field.default is None else str(field.default)
+        if (field.name, said) != ("drop", "none"):
+            assert options.CACHE[field.name](said) == field.default
+    assert options.CACHE["layer_budget"]("0.5,1.5") == [0.5, 1.5]
+    assert options.CACHE["layer_budget"]("0.5") == [0.5]
+    assert (
+        options.CACHE["prompt_budget"]("0.13") == 0.13
+        and options.CACHE["prompt_budget"]("64") == 64
+    )
+
+
+def test_options_of_search_are_those_of_the_library():
+    from kvtools.search.result import REDUCE
+    from kvtools.search.run import TEMPERATURES
+
+    assert (*REDUCE,) == search.REDUCE and search.TEMPERATURES == TEMPERATURES
+
+
+LATER = [
+    ("generate", [*PROMPT, "--layer-budget", "0.5"], 1, "--layer-budget has 1 factors; the model"),
+    ("generate", [*PROMPT, "--chat"], 2, "--chat"),
+    ("generate", [*PROMPT, "--page-size", 65536, "-n", 2**24], 2, "--page-size 65536: so many"),
+    ("generate", [*PROMPT, "--sinks", 65536, "--bits", 8, "-n", 2**24], 2, "--sinks 65536: so ma"),
+    ("quality", ["--probe", *PROMPT], 1, "the prompt has 2 tokens; a probe needs 128"),
+    ("quality", ["--length", 2**24, "--count", 1], 2, "--length 16777216: text 'debugger' has"),
+]
+
+
+@pytest.mark.parametrize("command,given,code,words", LATER)
+def test_what_only_the_model_tells(capsys, tiny, files, command, given, code, words):
+    found, out, err = run(capsys, command, tiny, *given)
+    assert (found, out, len(err)) == (code, "", 1), err
+    assert err[0].startswith("kvtools: ") and words in err[0]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_has_an_example(capsys, name):
+    """One that the command's own parser takes, and the exit codes."""
+    code, out, _ = run(capsys, name, "--help")
+    assert code == 0 and "example:\n  kvtools " in out and "exit codes:\n  0  done" in out
+    example = shlex.split(cli.COMMANDS[name].EXAMPLE)
+    assert example[:2] == ["kvtools", name] and cli.COMMANDS[name].EXAMPLE in out
+    assert cli.parser().parse_args(example[1:]).run is cli.COMMANDS[name].run
+
+
+def test_module_runs():
+    said = subprocess.run(
+        [sys.executable, "-m", "kvtools.cli", "generate"], capture_output=True, text=True
+    )
+    assert said.returncode == 2 and said.stderr.startswith("kvtools generate: ")
+    assert "Traceback" not in said.stderr
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"kvtools {kvtools.__version__}\n", [])
+
+
+def test_what_nobody_foresaw_is_one_line(capsys, monkeypatch):
+    for error in (KeyError("x"), RecursionError(), OverflowError("too large"), MemoryError()):
+        monkeypatch.setattr(env, "environment", lambda error=error: (_ for _ in ()).throw(error))
+        code, out, err = run(capsys, "env")
+        assert (code, out, len(err)) == (1, "", 1)
+        assert type(error).__name__ in err[0]
 
 
 def test_unknown_model(capsys, tmp_path):
     pytest.importorskip("transformers")
-    for folder in (tmp_path / "none", tmp_path):
+    for folder, expected in ((tmp_path / "none", 2), (tmp_path, 1)):
         code, _, err = run(capsys, "generate", folder, "--prompt", "w2")
-        assert (code, len(err)) == (2, 1), err
+        assert (code, len(err)) == (expected, 1), err
         assert str(folder) in err[0]
 
 
+def test_missing_weights_of_a_model(capsys, tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for given in (["generate", folder, *PROMPT], ["search", folder, *PROMPT]):
+        code, out, err = run(capsys, *given)
+        assert (code, out, len(err)) == (1, "", 1), err
+        assert "has no lm_head.weight, which LlamaForCausalLM needs" in err[0]
+
+
 def test_debug_shows_the_traceback():
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(cli.Usage):
         cli.main(["generate", "/no/such", "--prompt", "w2", "--debug"])
 
 
 def test_missing_package_names_its_remedy(capsys, monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     code, _, err = run(capsys, "generate", "smollm2", "--prompt", "w2")
-    assert (code, err) == (2, ["kvtools: transformers is not installed: pip install 'kvtools[hf]'"])
-
-
-def test_literal():
-    texts = ("4", "0.5", "fp8", "0.5,1.5", "none")
-    assert [cli.literal(text) for text in texts] == [4, 0.5, "fp8", [0.5, 1.5], None]
+    assert (code, err) == (1, ["kvtools: transformers is not installed: pip install 'kvtools[hf]'"])
 
 
 def test_quality_probe(tiny, capsys, tmp_path):
-    words = " ".join(f"w{2 + i * i % 29}" for i in range(140))
+    words = " ".join(f"w{2 + i * i % 27}" for i in range(140))
     path = tmp_path / "out.json"
     argv = [
         "quality",
@@ -169,17 +353,7 @@ def test_quality_probe(tiny, capsys, tmp_path):
     assert cells["lossless"]["kl"] < cells["bits=2 recent_bits=None"]["kl"]
 
 
-@pytest.mark.parametrize("argv,message", [
-    (["--probe"], "give --prompt"),
-    (["--probe", "--prompt", "w2 w3"], "the prompt has 2 tokens; a probe needs 128 or more"),
-    (["--presets", "tiny"], "preset 'tiny' does not exist; expected lossless, balanced, max"),
-])  # fmt: skip
-def test_quality_errors_are_one_line(tiny, capsys, argv, message):
-    code, _, err = run(capsys, "quality", tiny, *argv)
-    assert code == 2 and len(err) == 1 and message in err[0]
-
-
-@pytest.mark.parametrize("strategy", search_command.STRATEGIES)
+@pytest.mark.parametrize("strategy", search.STRATEGIES)
 def test_search(tiny, capsys, tmp_path, strategy):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "w2 w3", "answer": 4}\n\n{"question": "w5 w6 w7"}\n')
@@ -200,24 +374,6 @@ def test_search(tiny, capsys, tmp_path, strategy):
     assert again["questions"] == result["questions"]
     code, out, _ = run(capsys, "search", tiny, *given, "--batch", 1)
     assert code == 0 and out.startswith("--- w2 w3\n") and "generated" in out
-
-
-@pytest.mark.parametrize("given,words", [
-    ([], "required"), (["--prompt", "w2", "--strategy", "mcts"], "mcts"),
-    (["--prompt", "w2", "--ess", 0.5], "--ess is not an option of --strategy beam"),
-    (["--prompt", "w2", "-n", 5], "n=5 is not a positive multiple of beam=4"),
-    (["--prompt", "w2", "--reduce", "median"], "reduce='median'"),
-    (["--prompt", "w2", "--delimiter", ""], "delimiters"),
-    (["--questions", "/no/such"], "no such file"), (["--questions", "FILE"], "line 2"),
-    (["--questions", "EMPTY"], "no question"),
-])  # fmt: skip
-def test_search_errors_are_one_line(tiny, capsys, tmp_path, given, words):
-    (tmp_path / "FILE").write_text('{"question": "w2"}\n{"answer": 2}\n')
-    (tmp_path / "EMPTY").write_text("\n")
-    given = [tmp_path / x if x in ("FILE", "EMPTY") else x for x in given]
-    code, out, err = run(capsys, "search", tiny, *given)
-    assert (code, out, len(err)) == (2, "", 1), err
-    assert words in err[0]
 
 
 def test_readme_table(tmp_path):
@@ -277,6 +433,7 @@ def test_score(capsys, reward, questions, tmp_path):
     assert (code, err) == (0, [])
     found = [json.loads(line) for line in out.splitlines()]
     assert [x.get("id") for x in found] == ["a", None, None]
+    assert found[0]["settings"]["family"] == "trl" and "settings" not in found[1]
     assert [[len(steps) for steps in x["probs"]] for x in found] == [[2, 0, 1], [3, 1], []]
     for x in found:
         for steps, last, least in zip(x["probs"], x["last"], x["min"], strict=True):
@@ -287,52 +444,134 @@ def test_score(capsys, reward, questions, tmp_path):
     code, printed, _ = run(capsys, "score", reward, questions, *TRL, "--output", output)
     assert (code, printed) == (0, "")
     assert output.read_text() == out
+    for stdout in ("-", "/dev/stdout"):
+        assert run(capsys, "score", reward, questions, *TRL, "--output", stdout) == (0, out, [])
+    assert run(capsys, "score", reward, questions, *TRL, "--output", "/dev/null") == (0, "", [])
 
 
 def test_score_goes_on(capsys, reward, questions, tmp_path, monkeypatch):
-    """After it was cut off in the middle of a line."""
+    """After it was cut off in the middle of a line, wherever that was."""
     from kvtools.prm import PRM
 
     output, scored, score = tmp_path / "out.jsonl", [], PRM.score
     run(capsys, "score", reward, questions, *TRL, "--output", output)
     whole = output.read_text()
-    output.write_text(whole[: whole.index("\n") + 20])
     monkeypatch.setattr(
         PRM, "score", lambda self, q, *args, **how: scored.append(q) or score(self, q, *args, **how)
     )
-    monkeypatch.setattr("sys.stdin", io.StringIO(questions.read_text()))
-    code, _, err = run(capsys, "score", reward, "-", *TRL, "--output", output)
-    assert (code, err) == (0, [])
-    assert output.read_text() == whole
-    assert scored == ["w9", "w2"]
+    ends = [i + 1 for i, x in enumerate(whole) if x == "\n"]
+    for cut in (0, 30, 400, ends[0], ends[0] + 1, ends[0] + 20, ends[1], ends[2]):
+        output.write_text(whole[:cut])
+        scored.clear()
+        monkeypatch.setattr("sys.stdin", io.StringIO(questions.read_text()))
+        code, _, err = run(capsys, "score", reward, "-", *TRL, "--output", output)
+        assert (code, err) == (0, []), cut
+        assert output.read_text() == whole
+        assert scored == ["w2 w3", "w9", "w2"][sum(end <= cut for end in ends) :]
 
 
 @pytest.mark.parametrize("line,given,words", [
-    ("{", TRL, "line 2 is no JSON with"),
-    ('{"question": "w2"}', TRL, "line 2 is no JSON with"),
-    ('{"question": "w2", "solutions": [[1]]}', TRL, "line 2: a solution must be"),
-    ("", ["--separator", "|"], "--separator is for --family trl"),
-    ("", ["--family", "eurus"], "--family eurus: expected qwen"),
+    ("{", TRL, "line 3 is no JSON with"),
+    ('{"question": "w2"}', TRL, "line 3 is no JSON with"),
+    ('{"question": "w2", "solutions": [[1]]}', TRL, "line 3: a solution must be"),
+    ('{"question": "w2", "solutions": 5}', TRL, 'line 3: "solutions" must be a list'),
+    ('{"question": "w2", "solutions": null}', TRL, 'line 3: "solutions" must be a list'),
+    ('{"question": "w2", "solutions": "w3"}', TRL, 'line 3: "solutions" must be a list'),
+    ('{"question": "w2", "solutions": [null]}', TRL, "line 3: a solution must be"),
+    ('{"question": 5, "solutions": []}', TRL, "line 3: a solution must be"),
+    ("[" * 100_000, TRL, "line 3 is nested too deeply"),
+    ("\udce9", TRL, "line 3 is not UTF-8"),
     ("", ["--family", "rlhflow"], "RLHFlow: the tokenizer has no chat template"),
-    ("", ["--bits", 5], "bits"),
 ])  # fmt: skip
 def test_score_errors_are_one_line(capsys, reward, questions, tmp_path, line, given, words):
-    questions.write_text(f"{json.dumps(QUESTIONS[0])}\n{line}")
+    said = f"{json.dumps(QUESTIONS[0])}\n\n{line}"
+    questions.write_bytes(said.encode("utf-8", "surrogateescape"))
     code, _, err = run(capsys, "score", reward, questions, *given)
-    assert (code, len(err)) == (2, 1), err
-    assert words in err[0]
+    assert (code, len(err)) == (1, 1), err
+    assert words in err[0] and ("line" not in words or f"input {questions}: " in err[0])
 
 
-def test_score_keeps_other_outputs(capsys, reward, questions, tmp_path):
+@pytest.mark.parametrize("said", [
+    "something else\n", "no newline", "{", '{"settings"', '{"settings": {}}\n', "{}\n",
+    '{"input": "00000000"}\n', '{"settings": {"kvtools": "0.1.0"}, "input": "0"}\nmy notes',
+    '{"settings": {"kvtools": "0.1.0"}}\n', "\n", "[" * 100_000, "\x89PNG\r\n\x1a\n\0",
+])  # fmt: skip
+def test_score_touches_no_other_file(capsys, reward, questions, tmp_path, said):
+    output = tmp_path / "mine"
+    output.write_text(said, newline="")
+    for path in (output, questions):  # the input itself, too
+        before = path.read_bytes()
+        code, out, err = run(capsys, "score", reward, questions, *TRL, "--output", path)
+        assert (code, out, len(err)) == (2, "", 1), err
+        assert f"--output {path}" in err[0] and path.read_bytes() == before
+
+
+def test_score_keeps_results_of_other_settings(capsys, reward, questions, tmp_path):
     output = tmp_path / "out.jsonl"
     run(capsys, "score", reward, questions, *TRL, "--output", output)
-    before = output.read_text()
-    questions.write_text(questions.read_text().replace("w9", "w8"))
+    before = output.read_bytes()
+    other = shutil.copytree(reward, tmp_path / "other")
+    for model, given, words in (
+        (reward, [*TRL, "--bits", 8], "was made with cache={}, not {'bits': 8}"),
+        (reward, [*TRL, "--dtype", "bfloat16"], "dtype='auto', not 'bfloat16'"),
+        (reward, ["--family", "trl", "--separator", "w2"], "separator='|', not 'w2'"),
+        (reward, [*TRL, "--reference-quirks"], "reference_quirks=False, not True"),
+        (other, TRL, "model="),
+    ):
+        code, _, err = run(capsys, "score", model, questions, *given, "--output", output)
+        assert (code, len(err)) == (2, 1) and words in err[0] and str(output) in err[0], err
+        assert output.read_bytes() == before
+    for text, words in (
+        (questions.read_text().replace("w9", "w8"), "line 3 is not the one that was scored"),
+        (json.dumps(QUESTIONS[0]), "the output has 3 records, the input 1"),
+    ):
+        questions.write_text(text)
+        code, _, err = run(capsys, "score", reward, questions, *TRL, "--output", output)
+        assert code == 1 and words in err[0], err
+        assert output.read_bytes() == before
+
+
+def test_two_writers_of_scores(capsys, reward, questions, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    output = tmp_path / "out.jsonl"
+    with output.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, _, err = run(capsys, "score", reward, questions, *TRL, "--output", output)
+        assert (code, len(err)) == (1, 1) and "another process writes to it" in err[0]
+        assert output.read_text() == ""
     code, _, err = run(capsys, "score", reward, questions, *TRL, "--output", output)
-    assert code == 2 and "line 2 is not the one that was scored" in err[0]
-    assert output.read_text() == before
-    output.write_text("something else\n")
-    code, _, err = run(capsys, "score", reward, questions, *TRL, "--output", output)
-    assert code == 2 and "holds something else than scores" in err[0]
-    code, _, err = run(capsys, "score", reward, tmp_path / "none.jsonl")
-    assert code == 2 and "no such file" in err[0]
+    assert (code, err) == (0, [])
+
+
+def test_a_failed_run_leaves_no_output(capsys, reward, questions, tmp_path):
+    questions.write_text("{")
+    code, _, _ = run(capsys, "score", reward, questions, *TRL, "--output", tmp_path / "out.jsonl")
+    assert code == 1 and not (tmp_path / "out.jsonl").exists()
+
+
+def test_quality_keeps_results_of_other_settings(tiny, capsys, tmp_path):
+    words = " ".join(f"w{2 + i * i % 27}" for i in range(140))
+    given = ["--probe", "--prompt", words, "--presets", "lossless", "--json", tmp_path / "out.json"]
+    assert run(capsys, "quality", tiny, *given)[0] == 0
+    before = (tmp_path / "out.json").read_bytes()
+    for more, said in ((["--length", 900], "items="), (["--dtype", "bfloat16"], "dtype='auto'")):
+        code, _, err = run(capsys, "quality", tiny, *given, *more)
+        assert code == 2 and f"--json {tmp_path / 'out.json'} was made with {said}" in err[0]
+        assert (tmp_path / "out.json").read_bytes() == before
+
+
+def test_files_are_written_whole(tmp_path, monkeypatch):
+    path, link = tmp_path / "out.json", tmp_path / "link"
+    path.write_text("before")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(results.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("full")))
+        with pytest.raises(OSError, match="full"):
+            results.write(path, "after")
+    assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 2
+    results.write(link, "after")
+    assert link.is_symlink() and path.read_text() == "after"
+    assert path.stat().st_mode & 0o777 == 0o640 and len(list(tmp_path.iterdir())) == 2
+    results.write(tmp_path / "../" / tmp_path.name / "new", "x")
+    assert (tmp_path / "new").read_text() == "x"

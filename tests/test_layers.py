@@ -26,16 +26,15 @@ ALLOWED = {
     "cache": {"ops", "policy", "config", "store", "recent", "transaction"},
     "hf": {"hf", "ops", "config", "cache"},
     "rollouts": {"ops", "config", "cache", "hf", "transaction"},
-    "prm": {"prm", "ops", "config", "cache", "hf", "rollouts"},
+    "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models"},
     "search": {"search", "rollouts"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),
-    "quality": {"config", "hf", "rollouts", "tasks"},
-    "demo": {"__init__", "models", "cli"},
-    "search_command": {"__init__", "cli", "search", "prm"},
-    "cli": {"__init__", "ops", "config", "policy", "models", "demo", "quality", "tasks", "prm",
-            "search_command"},
+    "results": set(),
+    "quality": {"config", "hf", "results", "rollouts", "tasks"},
+    "cli": {"cli", "__init__", "ops", "config", "policy", "models", "results", "quality", "tasks",
+            "prm", "search"},
     "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "search", "_host"},
 }  # fmt: skip
 OUTSIDE = {
@@ -70,6 +69,46 @@ def test_imports_go_up_only(path):
             assert name in ALLOWED[layer], f"{layer} imports kvtools.{inside}"
         elif top in ("transformers", "triton"):
             assert top in OUTSIDE.get(layer, ()), f"{layer} imports {top}"
+
+
+def files_that(path: Path) -> set[Path]:
+    """Files of the package that a file imports, also within functions, but not for types alone."""
+    found, tree = set(), ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = ["kvtools", *path.relative_to(PACKAGE).with_suffix("").parts]
+            module = ".".join(
+                filter(None, [*(parts[: -node.level] if node.level else []), node.module])
+            )
+            names = [f"{module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            top, *rest = name.split(".")
+            # The longest beginning that is a file: the rest are names within it.
+            ours = top == "kvtools" and rest[:1] not in (["_C"], ["_host"])
+            for end in range(len(rest), -1, -1) if ours else ():
+                place = PACKAGE.joinpath(*rest[:end])
+                file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+                if file.is_file():
+                    found.add(file)
+                    break
+    return found - {path}
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    left = {path: files_that(path) for path in PACKAGE.rglob("*.py")}
+    assert len(left) > 30 and any(left.values())
+    while free := [path for path, needs in left.items() if not needs & left.keys()]:
+        for path in free:
+            del left[path]
+    circle = sorted(str(path.relative_to(PACKAGE)) for path in left)
+    assert not circle, f"these import one another: {', '.join(circle)}"
 
 
 def test_import_is_light():

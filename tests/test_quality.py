@@ -89,7 +89,15 @@ def test_journal_resumes(tmp_path, monkeypatch):
         )
     resumed.save(targets=[])
     assert json.loads(path.read_text())["targets"] == []
-    assert not Journal(path, {"model": "b"}).cells  # of another model
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="out.json was made with model='a', not 'b': name a new"):
+        Journal(path, {"model": "b"})
+    replaced = Journal(path, {"model": "b"}, stale=["model"])  # of sources that changed, as it were
+    assert not replaced.cells and path.read_bytes() == before
+    path.write_text("{}")
+    with pytest.raises(RuntimeError, match="does another run use it"):
+        replaced.save()
+    assert path.read_text() == "{}"
 
 
 def test_probe_items():

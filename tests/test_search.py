@@ -3,19 +3,24 @@
 import hashlib
 import itertools
 import math
+import re
+import time
 import zlib
 from collections import Counter
+from fractions import Fraction
 
+import hypothesis
 import numpy as np
 import published
 import pytest
 import torch
+from hypothesis import strategies as st
 from models import fresh_model, tiny_model
 
 import kvtools
 from kvtools import Rollouts, search
 from kvtools.ops.scoring import REDUCES
-from kvtools.search import Steps
+from kvtools.search import Steps, sums
 
 EOS = 0
 
@@ -695,24 +700,126 @@ ARITHMETIC = {
     " 5 + 7 = 13, then 13 - 2 = 11. The answer is 11": False,
     " 5 + 7 = 12, then 12 - 2 = 9": False,
     " 5 + 7 = 12,": True,
-    "no sums here": True,
-    "The answer is 3": True,
+    "no sums here": None,
+    "The answer is 3": None,
     "2 + 3 * 4 = 14": True,
     "2 + 3 * 4 = 20": False,
     "8 / 2 / 2 = 2 = 2 and 7 - 3 - 2 = 2": True,
     "10 / 4 = 2.5, 10 / 3 = 3.33": True,
     "10 / 3 = 3.34": False,
-    "3 - 5 = -2, -2 * -3 = 6": True,
+    "1/8 = 0.13 and 1/8 = 0.12": True,
+    "10 / 3 = 2.5 + 0.83": False,
+    "3 - 5 = -2, -2 * -3 = 6, 3 − 5 = −2": True,
     "1 / 0 = 5": False,
     "$5 + $1.50 = $6.50. #### 6.50": True,
     "6 × 7 = 42, so \\boxed{41}": False,
     "4 - 2 = 2 + 0 = 2": True,
+    "(1+2)*3+4 = 13": True,
+    "(1+2)*3+4 = 14": False,
+    "2^3+1 = 9, 2**3+1 = 9, 2^3^2 = 512, -2^2 = -4, 3² = 9": True,
+    "2(3 + 4) = 14 and [1 + (2 - 3)](5) = 0": True,
+    "1,234 + 1 = 1,235. The answer is 1,235": True,
+    "1,234 + 1 = 2,235": False,
+    "15/60 * 100 = 25% and 1/4 = 25% and 1/3 = 33.33%": True,
+    "1/4 = 26%": False,
+    "\\frac{1}{2} + \\left(\\frac{1}{4}\\right) = 0.75, 5 \\times 7 = 35": True,
+    "3 x 4 = 12, 3x4 = 12": True,
+    "(so 3 + 4 = 7), (3 + 4 = 7), **3 + 4 = 7**": True,
+    "(3 + 4 = 8)": False,
+    "- 3 + 4 = 7\n* 3 + 4 = 7\n1) 3 + 4 = 7\n1. 3 + 4 = 7": True,
+    "5 + 7\n= 12\n- 3 + 4 = 7": True,
+    "5 + 7\n= 13": False,
+    "x = 5 + 7 = 13": False,
+    # what is not understood is not judged
+    "x + 5 = 13, 2x + 3 + 4 = 12, 3 + x = 4, 3 + 4 = 7x": None,
+    "5 apples + 7 apples = 12 apples": None,
+    "f(3) + 4 = 9, |5 - 7| = 2, 3 1/2 + 1 = 4 1/2, 1e5 + 1 = 3, 1.2.3 + 1 = 2": None,
+    "5! = 120, 5 + 7 != 13, 20% of 50 + 1 = 11, 17 % 5 = 2, 2 * (3 + 4 = 7": None,
+    "day 1 = 5 + 3 = 8": True,
+    f"{'9' * 41} + 1 = 2, 2^999 = 1, {'(' * 31}1{')' * 31} + 1 = 3": None,
+    "2^100 = 1267650600228229401496703205376": True,
 }
 
 
 @pytest.mark.parametrize("text,right", ARITHMETIC.items())
 def test_arithmetic(text, right):
     assert search.arithmetic().check("Q", text) is right
+
+
+@pytest.mark.parametrize("text,number", [
+    ("The answer is 1,234.", 1234), ("answer: **7** apples", 7), ("#### -6.50", -6.5),
+    ("the answer is 12 - 2 = 10", 10), ("The answer is 10 - so it is", 10),
+    ("\\boxed{\\frac{3}{4}}", 0.75), ("The answer is $3/4", 0.75), ("so \\boxed{2^3}", 8),
+    ("The answer is not known. The answer is 5", 5), ("answer is (B)", None), ("5", None),
+    (f"#### {'9' * 300}", None),
+])  # fmt: skip
+def test_final_number(text, number):
+    assert search.final_number(text) == number
+    check = search.arithmetic({"Q": 1234 if number is None else number}).check
+    found = True if number is not None else False if "999" in text else None
+    assert check("Q", text) is found
+    assert search.arithmetic({"Q": 77}).check("Q", text) is (None if found is None else False)
+
+
+def expressions():
+    """Texts of sums, as Python writes them."""
+    numbers = st.integers(0, 99).map(str) | st.decimals(0, 9, places=2).map(str)
+
+    def more(inner):
+        binary = st.tuples(inner, st.sampled_from(["+", "-", " * ", "/", " - "]), inner)
+        return (
+            binary.map("".join)
+            | inner.map("({})".format)
+            | inner.map("(-{})".format)
+            | st.tuples(inner, st.integers(-3, 3)).map(lambda x: f"({x[0]})**{x[1]}")
+        )
+
+    return st.recursive(numbers, more, max_leaves=12)
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@hypothesis.given(expressions(), st.integers(1, 5))
+def test_sums_are_what_python_makes_of_them(text, off):
+    exact = re.sub(r"[\d.]+", lambda match: f"Fraction('{match[0]}')", text)
+    exact = re.sub(r"\*\*(-?)Fraction\('(\d+)'\)", r"**\1\2", exact)
+    try:
+        want = eval(exact, {"Fraction": Fraction})
+    except ZeroDivisionError:
+        assert next(sums.equations(f"{text} = 1")).holds() is False
+        return
+    found = sums.value(text)
+    for other in (text.replace("**", "^"), text.replace(" * ", "×").replace("/", " ÷ ")):
+        assert sums.value(other) == found
+    if max(want.numerator.bit_length(), want.denominator.bit_length()) > 100:
+        hypothesis.assume(found is not None)  # it may be beyond the limits
+    assert found == want
+    claim = f"0 + {text} = {want.numerator} / {want.denominator}"
+    assert search.arithmetic().check("", claim) is True
+    assert search.arithmetic().check("", f"{claim} + {off}") is False
+
+
+HOSTILE = ["(", "-", "1+", "1=1+1=", "1,234", "1/3+1/7+", "2^", "answer is ", "x ", "9", "(1+1)=",
+           "\\boxed{", "* ", "$", "\n", "1/" + "3" * 30 + "+", "%", "\\frac{"]  # fmt: skip
+
+
+def test_hostile_texts_take_no_time():
+    """As long as a megabyte of plain words at most: time is linear in the text."""
+    check = search.arithmetic({"Q": 1}).check
+    begin = time.process_time()
+    for unit in HOSTILE:
+        check("Q", unit * (40_001 // len(unit)))
+        check("Q", f"1{unit}" * (10_000 // len(unit)) + "1 = 1")
+    assert time.process_time() - begin < 0.4 * len(HOSTILE)
+
+
+def test_nothing_to_check_is_neither_right_nor_wrong():
+    """Without known answers a text of no sums does not win over one whose sums hold."""
+    session = search.arithmetic().session("Q", 3)
+    margin, probability = session.append(["It is nice.", "1 + 1 = 2.", "1 + 1 = 3."])
+    assert probability.tolist() == [0.5, 1, 0] and margin[0] == 0
+    for wrong in (float("nan"), float("inf"), "ten", None):
+        with pytest.raises(ValueError, match=r"answers\['Q'\]"):
+            search.arithmetic({"Q": wrong})
 
 
 def test_arithmetic_with_known_answers():
@@ -779,23 +886,79 @@ def test_delimiters():
     assert not steps.ended(encode("5 + 7 = 12, the"))
     assert steps.ended(encode("5 + 7 = 12, then"))
     assert steps.ended(encode("12\n")) and not steps.ended(encode(" \n"))
-    for wrong in ("\n", [""], ["a", ""]):
+    for wrong in ("\n", [""], ["a", ""], [], (), [None], ["a", 1]):
         with pytest.raises(ValueError, match="delimiters"):
             Steps(Characters(), delimiters=wrong)
+    assert Steps(Characters(), delimiters=iter(["a", "b"])).delimiters == ("a", "b")
     for name in ("step_tokens", "tokens", "depth"):
-        with pytest.raises(ValueError, match=f"{name}=0"):
-            Steps(Characters(), **{name: 0})
+        for wrong in (0, -1, 2.5, True, None, "8"):
+            with pytest.raises(ValueError, match=f"{name}={wrong!r}: an integer of at least 1"):
+                Steps(Characters(), **{name: wrong})
+    for name, wrong in (("done", None), ("done", "boxed"), ("prompt", "Q"), ("progress", 3)):
+        with pytest.raises(TypeError, match=name):
+            Steps(Characters(), **{name: wrong})
+    with pytest.raises(TypeError, match="tokenizer=5 has no method encode"):
+        Steps(5)
+
+
+class Refusing:
+    """Rollouts of which nothing may be asked: an argument was found wrong too late."""
+
+    rows = 0
+
+
+TREES = (search.beam, search.dvts, search.rebase, search.prune)
+PARTICLES = (search.particle_filter, search.particle_gibbs)
+NAN = float("nan")
+# Strategies, an argument of theirs, and values that it must refuse before anything is run.
+WRONG = [
+    ((search.best_of_n, *TREES, *PARTICLES), "n", (0, -1, 1.5, None)),
+    ((search.best_of_n, *TREES, *PARTICLES), "seed", (-1, 0.5, None)),
+    ((search.beam, search.dvts), "beam", (0, -4, 2.0)),
+    ((search.beam, search.dvts), "lookahead", (-1, 0.5)),
+    (TREES, "reduce", ("median", None)),
+    ((search.rebase, *PARTICLES), "temperature", (0, 0.0, 1e-9, 1e-320, -1, NAN, math.inf, None)),
+    (PARTICLES, "ess", (5, -0.1, NAN)),
+    (PARTICLES[1:], "iterations", (0, 1.5)),
+    ((search.prune,), "least", (-0.1, 1.1, NAN)),
+]
+
+
+@pytest.mark.parametrize("values", [
+    [0.9, 0.1, 0.5], [0.5, 0.5, 0.1], [1.0, 1.0 - 1e-16, 0.0], [0.0, 0.0, 0.0],
+])  # fmt: skip
+def test_rebase_at_any_temperature(values):
+    """From all for the best to equal shares, and the width is always given out whole."""
+    script = [*((f"{i}\n\n", False) for i in range(3)), *[("end", True)] * 9]
+
+    def scorer(question, solutions):
+        return [[values[int(steps[0][0])]] * len(steps) for steps in solutions]
+
+    shares = {}
+    for temperature in (1e-6, 1e-3, 0.2, 1e6):
+        said = iter(script)
+        found = search.rebase(
+            Script(lambda *_, said=said: next(said)), ["Q"], scorer, STEPS, n=3,
+            temperature=temperature,
+        )  # fmt: skip
+        assert len(found.trace[0].kept) == 3
+        shares[temperature] = Counter(found.trace[0].kept)
+    best = {i for i, x in enumerate(values) if max(values) - x < 1e-12}
+    assert set(shares[1e-6]) == best
+    assert shares[1e6].total() == 3
 
 
 def test_bad_input():
     def run(strategy=search.beam, scorer=by_text, questions=("Q",), rollouts=None, **how):
         return strategy(rollouts or policy(), questions, scorer, TOKENS, **how)
 
-    for n, beam in ((5, 2), (2, 4), (4, 0), (0, 1)):
+    for n, beam in ((5, 2), (2, 4)):
         with pytest.raises(ValueError, match="multiple of beam"):
             run(n=n, beam=beam)
     with pytest.raises(TypeError, match="scores nothing"):
         run(scorer=None)
+    with pytest.raises(TypeError, match=r"questions\[1\]=5"):
+        run(questions=["Q", 5])
     with pytest.raises(TypeError, match="questions is a string"):
         run(questions="Q")
     with pytest.raises(ValueError, match="reduce='median': one of last"):
@@ -806,11 +969,20 @@ def test_bad_input():
         run(rollouts=busy)
     assert busy.rows == 1
     for how, match in (
-        (dict(n=1, iterations=2), "too few"), (dict(temperature=0.0), "temperature"),
-        (dict(resampling="none"), "resampling='none'"),
+        (dict(n=1, iterations=2), "too few"), (dict(resampling="none"), "resampling='none'"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=match):
             run(search.particle_gibbs, **how)
+    for strategies, name, values in WRONG:
+        for strategy, value in itertools.product(strategies, values):
+            how = {name: value}
+            if strategy is search.prune:
+                how["evaluation"] = search.SelfEvaluation(good="y", bad="n")
+            with pytest.raises(ValueError, match=f"{name}="):
+                run(strategy, rollouts=Refusing(), **how)
+    for how in (dict(good=""), dict(bad=""), dict(ask=""), dict(good="yes", bad="you")):
+        with pytest.raises(ValueError, match="evaluation"):
+            run(search.prune, evaluation=search.SelfEvaluation(**how), rollouts=Refusing())
     for wrong in ([[0.5, 0.5, 0.5, 0.5]], [[1.5]], [[float("nan")]]):
         rollouts = policy()
         with pytest.raises(ValueError, match="the scorer returned"):

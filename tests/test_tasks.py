@@ -158,6 +158,7 @@ def test_problem_items():
     (" 5 + 7 = 12, then 12 - 2 = 10. The answer is 10\n\nQ: The answer is 3", 10),
     (" The answer is -4.", -4), (" 12", None), ("\nThe answer is 3", None),
     (" Q: The answer is 3", None), ("", None), ("The answer is ten", None),
+    ("The answer is 1,234.", 1234), ("The answer is 12.5", None), ("The answer is 1,23", None),
 ])  # fmt: skip
 def test_answer_of(text, expected):
     assert tasks.answer_of(text) == expected

@@ -102,7 +102,16 @@ class PRM:
             config: how keys and values are kept; default exact.
             batch: solutions that are held at a time.
             progress: called after each batch with the number of its solutions.
+
+        Raises:
+            TypeError: a solution is a text instead of a list of steps, or a step is no text.
+            ValueError: a step would be read for the family's tag, see `kvtools.prm.families`.
         """
+        asked(question)
+        if isinstance(solutions, str):
+            raise TypeError("solutions is a text: pass a list of solutions, each a list of steps")
+        if batch < 1:
+            raise ValueError(f"batch={batch}: at least 1")
         cleaned = [self.family.clean(steps) for steps in solutions]
         session = PRMSession(self, question, 1, config)
         margins: list[list[float]] = [[] for _ in cleaned]
@@ -130,6 +139,9 @@ class PRM:
         Raises:
             ValueError: published quirks were asked for, which exist for whole solutions only.
         """
+        asked(question)
+        if rows < 1:
+            raise ValueError(f"rows={rows}: at least 1")
         if self.family.quirks:
             raise ValueError("reference_quirks are of whole solutions: load the PRM without them")
         return PRMSession(self, question, rows, config)
@@ -206,6 +218,12 @@ def from_pretrained(
     return load(
         model.to(device), tokenizer, family, reference=other, reference_quirks=reference_quirks
     )
+
+
+def asked(question: str) -> None:
+    """Raise TypeError unless a question is a text."""
+    if not isinstance(question, str):
+        raise TypeError(f"question={question!r}: a text is needed")
 
 
 def _backbone(model: Any) -> Any:

@@ -14,15 +14,20 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
+from .. import models
 from .qwen import Headed, Qwen2ForProcessRewardModel
 
 FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
-    """The model and the tokenizer of a folder or a name on the hub."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    architecture = (AutoConfig.from_pretrained(name).architectures or [""])[0]
+    """The model and the tokenizer of a folder or a name on the hub.
+
+    Raises:
+        ValueError: a tensor of the model or its head is missing, or code of its own is needed.
+    """
+    tokenizer = models.pretrained(AutoTokenizer, name)
+    architecture = (models.pretrained(AutoConfig, name).architectures or [""])[0]
     heads = tensors(name, ("v_head.summary.", "score_head."))
     kind: Any = AutoModelForCausalLM
     if architecture == "Qwen2ForProcessRewardModel":
@@ -31,7 +36,8 @@ def read(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
         kind = AutoModelForTokenClassification
     elif any("score_head." in key for key in heads):
         kind = AutoModel
-    model = kind.from_pretrained(name, dtype=dtype)
+    # A value head stands beside the language-model head, which such checkpoints may lack.
+    model = models.whole(kind, name, dtype, unused=("lm_head.",) if heads else ())
     if heads:
         layer = linear(heads, model.dtype)
         if kind is AutoModel:
@@ -43,7 +49,9 @@ def read(name: str, dtype: str | torch.dtype = "auto") -> tuple[Any, Any]:
 
 def linear(tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
     """A layer of a weight and, if there is one, a bias."""
-    weight = next(x for key, x in tensors.items() if key.endswith("weight"))
+    weight = next((x for key, x in tensors.items() if key.endswith("weight")), None)
+    if weight is None:
+        raise ValueError(f"the checkpoint has {', '.join(tensors)} but no weight beside it")
     bias = next((x for key, x in tensors.items() if key.endswith("bias")), None)
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=dtype)
     layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))

@@ -1,4 +1,20 @@
-"""Families of process reward models, each as its published reader lays it out and reads it."""
+"""Families of process reward models, each as its published reader lays it out and reads it.
+
+What a step can do to the positions that are read, by what it holds:
+
+| family | special tokens, chat turns | the family's own tag |
+| --- | --- | --- |
+| qwen, pqm | characters | characters if the tokenizer has it as a special token, else refused |
+| math-shepherd, er-prm | characters | refused where it would be that token: "носки" is not |
+| openr, versa | characters | refused: so many line breaks behind a blank |
+| rlhflow | characters | a turn answered by "+": characters; refused without special tokens |
+| reasoneval | characters | padding, a special token: characters |
+| skywork, trl, prm800k, pure | characters | none: steps are tokenised apart; a separator is text |
+| implicit | characters | none: steps are found by where they stand in the text |
+
+"Characters": it is tokenised as it is written, not as a control token, which no published reader
+needs in a step. "Refused": ValueError, naming family, step and text. The same holds for questions.
+"""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -8,7 +24,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from .heads import LogRatio, StepHead, TokenHead
-from .layouts import Encoded, Family, Pieces, Solution, Tagged
+from .layouts import HIDDEN, Encoded, Family, Pieces, Solution, Tagged
 
 
 @dataclass
@@ -211,15 +227,17 @@ class RLHFlow(Family):
     def __post_init__(self) -> None:
         user = [{"role": "user", "content": "0"}]
         opened = self.render(user, add_generation_prompt=True)
-        header = opened.removeprefix(self.render(user, add_generation_prompt=False))
-        self.pattern = [*self.tokenize([header])[0], self.single("+")]
+        self.header = opened.removeprefix(self.render(user, add_generation_prompt=False))
+        self.pattern = [*self.tokenize([self.header])[0], self.single("+")]
 
-    def encode(self, question: str, solutions: Sequence[Solution]) -> list[Encoded]:
+    def lay_out(self, question: str, solutions: Sequence[Solution]) -> list[Encoded]:
         texts = [self.render(self.messages(question, steps)) for steps in solutions]
-        width, encoded = len(self.pattern), []
+        encoded = []
         for ids, steps in zip(self.tokenize(texts), solutions, strict=True):
-            ends = range(width, len(ids) + 1)
-            turns = [end - 2 for end in ends if ids[end - width : end] == self.pattern]
+            turns = self.answers(ids)
+            for place, text in self.places(question, steps):
+                if self.header.strip() in text and self.answers(self.tokenize([text])[0]):
+                    self.refuse_step(text, f"{self.header.strip()}+", place)
             if len(turns) != len(steps):
                 self.refuse(
                     f"{len(turns)} answers '+' found in the tokens of {len(steps)} steps",
@@ -227,6 +245,12 @@ class RLHFlow(Family):
                 )
             encoded.append(Encoded(ids, [(i, i + 1) for i in turns]))
         return encoded
+
+    def answers(self, ids: list[int]) -> list[int]:
+        """Where an answer "+" is read."""
+        width = len(self.pattern)
+        ends = range(width, len(ids) + 1)
+        return [end - 2 for end in ends if ids[end - width : end] == self.pattern]
 
     def messages(self, question: str, steps: Solution) -> list[dict[str, str]]:
         if not steps:
@@ -258,7 +282,7 @@ class ReasonEval(Family):
         if self.tokenizer.pad_token_id is None:
             self.refuse("the tokenizer has no padding token", "load that of the PRM")
 
-    def encode(self, question: str, solutions: Sequence[Solution]) -> list[Encoded]:
+    def lay_out(self, question: str, solutions: Sequence[Solution]) -> list[Encoded]:
         pad = self.tokenizer.pad_token
         prompt = f"Question:\n{question}\nAnswer:\nLet's think step by step.\n{pad}"
         texts = [prompt + "".join(step + pad for step in steps) for steps in solutions]
@@ -306,24 +330,22 @@ class ImplicitPRM(Family):
 
     reduce: ClassVar[str] = "min"
 
-    def encode(self, question: str, solutions: Sequence[Solution]) -> list[Encoded]:
-        texts = [self.conversation(question, steps) for steps in solutions]
-        tokens = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    def lay_out(self, question: str, solutions: Sequence[Solution]) -> list[Encoded]:
+        mark = chr(HIDDEN - 1)
+        before = self.conversation(question, [mark]).partition(mark)[0]
         encoded = []
-        for text, ids, offsets, steps in zip(
-            texts, tokens.input_ids, tokens.offset_mapping, solutions, strict=True
-        ):
+        for steps in solutions:
+            text = self.conversation(question, steps)
+            ids, begins = self.located(text)
             if self.quirks and steps:
                 first, *lasts = (self.boundary(question, steps, k) for k in range(len(steps) + 1))
                 encoded.append(Encoded(ids, [(first - 1, last + 1) for last in lasts]))
                 continue
-            answer = "\n\n".join(steps)
-            at = text.rfind(answer) if steps else len(text)
-            if at < 0:
+            if not text.startswith(before + "\n\n".join(steps)):
                 self.refuse("the chat template changes the answer", "load that of the PRM")
-            ends, begins = [at], [begin for begin, _ in offsets]
+            ends = [len(self.show(before))]
             for step in steps:
-                ends.append(ends[-1] + len(step) + (2 if len(ends) > 1 else 0))
+                ends.append(ends[-1] + len(self.show(step)) + (2 if len(ends) > 1 else 0))
             bounds = [bisect_left(begins, end) - 1 for end in ends]
             encoded.append(Encoded(ids, list(zip(bounds, bounds[1:], strict=False))))
         return encoded

@@ -106,7 +106,13 @@ class PRMSession:
         Returns:
             Margin and score of each row's newest step [rows], fp32, on the CPU; NaN where there is
             none yet.
+
+        Raises:
+            TypeError: steps is a text, or an entry is neither a text nor None.
+            ValueError: a step would be read for the family's tag, see `kvtools.prm.families`.
         """
+        if isinstance(steps, str):
+            raise TypeError("steps is a text: pass a list with the new step of each row, or None")
         if len(steps) != self.rows:
             raise ValueError(f"steps has {len(steps)} entries; there are {self.rows} rows")
         new = [[] if step is None else self._prm.family.clean([step]) for step in steps]

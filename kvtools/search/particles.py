@@ -8,7 +8,7 @@ import numpy as np
 
 from ..rollouts import Rollouts
 from .result import NOTHING, Candidate, Result, Rows, growing
-from .run import Run, Steps
+from .run import TEMPERATURES, Run, Steps, whole, within
 
 
 def resample(
@@ -54,9 +54,9 @@ def particle_filter(
     Args:
         n: particles of each question.
         resampling: "multinomial" or "systematic".
-        temperature: what margins are divided by.
-        ess: resample only where the effective sample size is under ess * n; weights multiply up
-            until then. None resamples after every step.
+        temperature: what margins are divided by, from 1e-6 to 1e6.
+        ess: resample only where the effective sample size is under ess * n, from 0 to 1; weights
+            multiply up until then. None resamples after every step.
 
     Returns:
         The `n` particles of each question as candidates, with their log-weights, and the evidence.
@@ -99,15 +99,18 @@ def particle_gibbs(
 
     Reference: Andrieu, Doucet and Holenstein, 2010; arXiv:2502.01618.
     """
-    if n < 1 or iterations < 1 or (iterations > 1 and n < 2):
+    whole("iterations", iterations, 1)
+    whole("n", n, 1)
+    if iterations > 1 and n < 2:
         raise ValueError(f"n={n}, iterations={iterations}: too few particles")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
+    within("temperature", temperature, *TEMPERATURES)
+    if ess is not None:
+        within("ess", ess, 0, 1)
     if resampling not in ("multinomial", "systematic"):
         raise ValueError(f"resampling={resampling!r}: multinomial or systematic")
-    with Run(rollouts, questions, scorer, steps, seed, keep=iterations > 1) as run:
+    with Run(rollouts, questions, scorer, steps, n, seed, keep=iterations > 1) as run:
         particles = _Filter(run, resampling, temperature, ess)
-        found, evidence = particles.sweep(run.start(n), n)
+        found, evidence = particles.sweep(run.start(), n)
         rows = found
         for _ in range(1, iterations):
             rows, _ = particles.sweep(particles.restart(rows), n - 1)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..rollouts import Rollouts
 from .result import Candidate, Event, Result, Rows, growing
-from .scorers import Session, TextSession, append, session, sigmoid
+from .scorers import Session, TextSession, append, scores, session, sigmoid
 
 
 class Tokenizer(Protocol):
@@ -45,11 +45,21 @@ class Steps:
     progress: Callable[[int], Any] | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.delimiters, str) or not all(self.delimiters):
-            raise ValueError(f"delimiters={self.delimiters!r}: a list of strings, none empty")
+        found = () if isinstance(self.delimiters, str) else tuple(self.delimiters)
+        if not found or not all(isinstance(x, str) and x for x in found):
+            raise ValueError(
+                f"delimiters={self.delimiters!r}: a list of strings, at least one and none empty"
+            )
+        object.__setattr__(self, "delimiters", found)
         for name in ("step_tokens", "tokens", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
+            whole(name, getattr(self, name), 1)
+        for name in ("encode", "decode"):
+            if not callable(getattr(self.tokenizer, name, None)):
+                raise TypeError(f"tokenizer={self.tokenizer!r} has no method {name}")
+        for name in ("done", "prompt", "progress"):
+            value = getattr(self, name)
+            if not callable(value) and (value is not None or name == "done"):
+                raise TypeError(f"{name}={value!r}: a function is needed")
 
     def ended(self, tokens: Sequence[int]) -> bool:
         """Whether a step ends with the last of its tokens."""
@@ -59,6 +69,23 @@ class Steps:
         if not any(x in tail for x in self.delimiters):
             return False
         return bool(self.tokenizer.decode(tokens).strip())
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    """Raise ValueError unless an argument is an integer of at least `least`."""
+    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not integer or value < least:
+        raise ValueError(f"{name}={value!r}: an integer of at least {least}")
+
+
+def within(name: str, value: Any, least: float, most: float) -> None:
+    """Raise ValueError unless an argument is a number from `least` to `most`."""
+    if not isinstance(value, (int, float, np.number)) or not least <= value <= most:
+        raise ValueError(f"{name}={value!r}: a number from {least:g} to {most:g}")
+
+
+# Nearer to zero a softmax is the maximum but for rounding; log-weights stay finite down to this.
+TEMPERATURES = (1e-6, 1e6)
 
 
 class Run:
@@ -74,6 +101,7 @@ class Run:
         questions: Sequence[str],
         scorer: Any,
         steps: Steps,
+        n: int,
         seed: int,
         keep: bool = False,
     ) -> None:
@@ -81,8 +109,15 @@ class Run:
             raise ValueError(f"rollouts holds {rollouts.rows} rows: a search starts without any")
         if isinstance(questions, str):
             raise TypeError("questions is a string: give a list of them")
-        self.rollouts, self.scorer, self.steps, self.keep = rollouts, scorer, steps, keep
         self.questions = list(questions)
+        for i, question in enumerate(self.questions):
+            if not isinstance(question, str):
+                raise TypeError(f"questions[{i}]={question!r}: each must be a string")
+        scores(scorer)
+        whole("seed", seed, 0)
+        whole("n", n, 1)
+        self.rollouts, self.scorer, self.steps, self.keep = rollouts, scorer, steps, keep
+        self.n = n
         entropy = [(seed, zlib.crc32(question.encode())) for question in self.questions]
         self.draws = [np.random.default_rng(x) for x in entropy]
         states = [np.random.SeedSequence(x).generate_state(1, np.uint64) for x in entropy]
@@ -95,8 +130,9 @@ class Run:
         self.seconds = dict.fromkeys(("policy", "scorer", "caches"), 0.0)
         self._begin = time.perf_counter()
 
-    def start(self, n: int) -> Rows:
+    def start(self) -> Rows:
         """`n` empty rows of each question."""
+        n = self.n
         encode = self.steps.prompt or self.steps.tokenizer.encode
         with self._timed("policy"):
             self.rollouts.prefill([encode(question) for question in self.questions], n)

@@ -1,6 +1,5 @@
 """What can score steps: a PRM, a callable on texts, an exact verifier; all of them as sessions."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,6 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import sums
 
 # (question, solutions as steps) -> probability of each step of each solution.
 TextScorer = Callable[[str, list[list[str]]], Sequence[Sequence[float]]]
@@ -53,12 +54,21 @@ class TextSession:
         return len(self.solutions)
 
     def append(self, steps: Sequence[str | None]) -> tuple[Tensor, Tensor]:
+        if isinstance(steps, str):
+            raise TypeError("steps is a text: pass a list of one step, or None, for each row")
         self.extend([[] if step is None else [step] for step in steps])
         newest = [scores[-1] if scores else 0.5 for scores in self.scores]
         return log_odds(newest), torch.tensor(newest, dtype=torch.float32)
 
     def extend(self, steps: Sequence[Sequence[str]]) -> list[list[float]]:
         """Give each row any number of steps; returns their probabilities."""
+        if isinstance(steps, str) or any(isinstance(new, str) for new in steps):
+            raise TypeError("steps holds a text where a list of steps is needed: [[text], ...]")
+        if len(steps) != self.rows:
+            raise ValueError(f"steps has {len(steps)} entries; there are {self.rows} rows")
+        for step in (step for new in steps for step in new):
+            if not isinstance(step, str):
+                raise TypeError(f"{step!r} is no step: a step is a text")
         solutions = [[*old, *new] for old, new in zip(self.solutions, steps, strict=True)]
         grown = [row for row, new in enumerate(steps) if new]
         before = getattr(self.scorer, "tokens", 0)
@@ -89,86 +99,70 @@ class Verifier:
     """An exact check as a scorer: every step up to the first mistake is certain.
 
     Args:
-        check: (question, text so far) -> whether that may still become, or is, a right solution.
+        check: (question, text so far) -> whether that may still become, or is, a right solution;
+            None where nothing can be told of it, which scores 0.5, a margin of 0.
     """
 
-    check: Callable[[str, str], bool]
+    check: Callable[[str, str], bool | None]
 
     def session(self, question: str, rows: int) -> TextSession:
         return TextSession(self._score, question, rows)
 
     def _score(self, question: str, solutions: list[list[str]]) -> list[list[float]]:
-        return [
-            [float(self.check(question, "".join(steps[: i + 1]))) for i in range(len(steps))]
+        found = [
+            [self.check(question, "".join(steps[: i + 1])) for i in range(len(steps))]
             for steps in solutions
         ]
-
-
-NUMBER = r"\$?\d+(?:\.\d+)?"
-OPERATION = rf"\s*[-+*/×÷]\s*-?{NUMBER}"
-EQUATION = re.compile(
-    rf"(?<![\w.])-?{NUMBER}(?:{OPERATION})+(?:\s*=\s*-?{NUMBER}(?:{OPERATION})*)+"
-)
-FINAL = re.compile(rf"(?:answer is|answer:|####|\\boxed{{)\s*(-?{NUMBER})", re.IGNORECASE)
+        return [[0.5 if x is None else float(x) for x in row] for row in found]
 
 
 def arithmetic(answers: Mapping[str, float] | None = None) -> Verifier:
     """A verifier of sums: all equations of a text hold, and its final number is right.
 
+    What counts as an equation is told in `kvtools.search.sums`; what it cannot read is not judged.
     A final number follows "answer is", "answer:", "####" or "\\boxed{"; it must be the one known,
-    or else what the last equation before it comes to. Quotients may be rounded.
+    or else what the last equation before it comes to. Decimals may be rounded. A text with nothing
+    to check, neither an equation nor a final number to compare, scores 0.5.
 
     Args:
         answers: final numbers by question, as far as known.
-    """
-    known = dict(answers or {})
 
-    def check(question: str, text: str) -> bool:
-        result = None
-        for equation in EQUATION.finditer(text):
-            sides = equation[0].split("=")
-            result = sides[-1]
-            if any(not equal(left, right) for left, right in zip(sides, sides[1:], strict=False)):
+    Raises:
+        ValueError: an answer is no finite number.
+    """
+    known = {}
+    for question, answer in dict(answers or {}).items():
+        try:
+            known[question] = Fraction(str(answer))
+        except ValueError as error:
+            raise ValueError(f"answers[{question!r}]={answer!r}: no finite number") from error
+
+    def check(question: str, text: str) -> bool | None:
+        found = sums.final(text)
+        right, before = None, None
+        for equation in sums.equations(text):
+            holds = equation.holds()
+            if holds is False:
                 return False
-        final = FINAL.search(text)
-        if final is None:
-            return True
+            right = right or holds
+            if holds and found and equation.start <= found[0]:
+                before = equation.sides[-1]
+        if found is None:
+            return right
+        numbers = sums.readings(found[1]) if found[1] else set()
         if question in known:
-            return value(final[1]) == Fraction(str(known[question]))
-        return result is None or equal(result, final[1])
+            return known[question] in numbers
+        if before is None or not numbers:
+            return right
+        return sums.agree(before, found[1]) is not False
 
     return Verifier(check)
 
 
 def final_number(text: str) -> Fraction | None:
     """The number that `arithmetic` takes for a text's answer."""
-    final = FINAL.search(text)
-    return None if final is None else value(final[1])
-
-
-def equal(left: str, right: str) -> bool:
-    """Whether two expressions are equal, up to the decimals that are written on the right."""
-    try:
-        a, b = value(left), value(right)
-    except ZeroDivisionError:
-        return False
-    decimals = right.rpartition(".")[2].strip() if "." in right else ""
-    return a == b or (decimals.isdigit() and round(a, len(decimals)) == b)
-
-
-def value(text: str) -> Fraction:
-    """What an expression of +, -, * and / comes to."""
-    text = re.sub(r"[\s$]", "", text).replace("×", "*").replace("÷", "/")
-    total = Fraction(0)
-    for term in re.findall(r"(?:^-?|[-+]-?)\d[\d.]*(?:[*/]-?\d[\d.]*)*", text):
-        sign = -1 if term.count("-", 0, len(term) - len(term.lstrip("+-"))) % 2 else 1
-        first, *rest = re.findall(r"[*/]?-?\d[\d.]*", term.lstrip("+-"))
-        product = Fraction(first)
-        for factor in rest:
-            number = Fraction(factor[1:])
-            product = product * number if factor[0] == "*" else product / number
-        total += sign * product
-    return total
+    found = sums.final(text)
+    return None if found is None or found[1] is None else min(sums.readings(found[1]))
 
 
 def log_odds(probabilities: Sequence[float]) -> Tensor:
@@ -177,15 +171,20 @@ def log_odds(probabilities: Sequence[float]) -> Tensor:
     return torch.from_numpy(np.log(p) - np.log1p(-p)).float()
 
 
+def scores(scorer: Any) -> None:
+    """Raise TypeError unless that is a scorer."""
+    if not hasattr(scorer, "session") and not callable(scorer):
+        raise TypeError(
+            f"{type(scorer).__name__} scores nothing: pass a PRM, a callable on texts, or a "
+            "Verifier"
+        )
+
+
 def session(scorer: Any, question: str, rows: int) -> Session:
     """A session of a scorer: its own, or one over a callable on texts."""
     if hasattr(scorer, "session"):
         return scorer.session(question, rows)
-    if callable(scorer):
-        return TextSession(scorer, question, rows)
-    raise TypeError(
-        f"{type(scorer).__name__} scores nothing: pass a PRM, a callable on texts, or a Verifier"
-    )
+    return TextSession(scorer, question, rows)
 
 
 def append(session: Session, steps: Sequence[Sequence[str]]) -> list[list[tuple[float, float]]]:

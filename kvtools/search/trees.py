@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from ..rollouts import Rollouts
-from .result import Candidate, Result, Rows, growing
-from .run import Run, Steps
+from .result import REDUCE, Candidate, Result, Rows, growing
+from .run import TEMPERATURES, Run, Steps, whole, within
 
 # (question, rows, what they are judged by) -> rows that go on, rows that become candidates, why.
 Rule = Callable[[int, list[Candidate], Sequence[float]], tuple[list[int], list[int], str]]
@@ -35,8 +35,9 @@ def best_of_n(
     Returns:
         All candidates; `Result.best` takes the best, or a weighted or plain vote.
     """
-    with Run(rollouts, questions, scorer or _indifferent, steps, seed) as run:
-        rows = run.start(n)
+    scorer = _indifferent if scorer is None else scorer
+    with Run(rollouts, questions, scorer, steps, n, seed) as run:
+        rows = run.start()
         run.grow(rows, whole=True)
         return run.result(rows)
 
@@ -70,6 +71,7 @@ def beam(
     Reference: arXiv:2408.03314, as in search-and-learn.
     """
     width = _divided(n, beam)
+    _judged(lookahead, reduce)
 
     def rule(
         question: int, rows: list[Candidate], values: Sequence[float]
@@ -80,8 +82,8 @@ def beam(
         ended = [i for i, c in enumerate(rows) if c.finished]
         return (kept * n)[:n], ended, f"best {width} of {len(live)} by {reduce}"
 
-    with Run(rollouts, questions, scorer, steps, seed) as run:
-        found = _descend(run, run.start(n), rule, lambda rows: run.ahead(rows, lookahead, reduce))
+    with Run(rollouts, questions, scorer, steps, n, seed) as run:
+        found = _descend(run, run.start(), rule, lambda rows: run.ahead(rows, lookahead, reduce))
         return run.result(found)
 
 
@@ -111,6 +113,7 @@ def dvts(
     Reference: search-and-learn.
     """
     _divided(n, beam)
+    _judged(lookahead, reduce)
 
     def rule(
         question: int, rows: list[Candidate], values: Sequence[float]
@@ -124,8 +127,8 @@ def dvts(
                 kept += [best] * beam
         return kept, ended, f"best of each {beam} by {reduce}"
 
-    with Run(rollouts, questions, scorer, steps, seed) as run:
-        found = _descend(run, run.start(n), rule, lambda rows: run.ahead(rows, lookahead, reduce))
+    with Run(rollouts, questions, scorer, steps, n, seed) as run:
+        found = _descend(run, run.start(), rule, lambda rows: run.ahead(rows, lookahead, reduce))
         return run.result([sorted(some, key=lambda c: c.origin // beam) for some in found])
 
 
@@ -147,7 +150,8 @@ def rebase(
 
     Args:
         n: width.
-        temperature: of the softmax; probabilities are compared, not log-odds.
+        temperature: of the softmax, from 1e-6, at which the best rows take all, to 1e6;
+            probabilities are compared, not log-odds.
         reduce: as for `beam`.
 
     Returns:
@@ -155,6 +159,8 @@ def rebase(
 
     Reference: arXiv:2408.00724.
     """
+    within("temperature", temperature, *TEMPERATURES)
+    _judged(0, reduce)
     left = [n] * len(questions)
 
     def rule(
@@ -164,16 +170,19 @@ def rebase(
         live = [i for i, c in enumerate(rows) if not c.finished]
         left[question] -= len(ended)
         order = sorted(live, key=lambda i: values[i])[::-1]
-        weights = np.exp([values[i] / temperature for i in order])
+        top = max((values[i] for i in order), default=0.0)
+        weights = np.exp([(values[i] - top) / temperature for i in order])
         width, kept = left[question], []
         for i, weight, rest in zip(order, weights, _rests(weights), strict=True):
+            if width <= 0:  # what is left may weigh nothing at all
+                break
             children = max(0, math.ceil(width * weight / rest))
             kept += [i] * children
             width -= children
         return kept, ended, f"{left[question]} shared out by {reduce}"
 
-    with Run(rollouts, questions, scorer, steps, seed) as run:
-        rows = run.start(n)
+    with Run(rollouts, questions, scorer, steps, n, seed) as run:
+        rows = run.start()
         return run.result(_descend(run, rows, rule, lambda rows: run.ahead(rows, 0, reduce)))
 
 
@@ -219,12 +228,23 @@ def prune(
     Reference: arXiv:2410.02725.
     """
     asked = evaluation or SelfEvaluation()
+    within("least", least, 0, 1)
+    _judged(0, reduce)
     encode = steps.tokenizer.encode
-    good, bad = encode(asked.good)[0], encode(asked.bad)[0]
+    tokens = {name: list(encode(getattr(asked, name))) for name in ("ask", "good", "bad")}
+    for name, found in tokens.items():
+        if not found:
+            raise ValueError(f"evaluation.{name}={getattr(asked, name)!r} gives no token")
+    good, bad = tokens["good"][0], tokens["bad"][0]
+    if good == bad:
+        raise ValueError(
+            f"evaluation: {asked.good!r} and {asked.bad!r} begin with the same token, which alone "
+            "is read: choose other answers"
+        )
     finished = [False] * len(questions)
 
     def judge(rows: Rows) -> list[list[float]]:
-        return run.probe(rows, encode(asked.ask), good, bad)
+        return run.probe(rows, tokens["ask"], good, bad)
 
     def rule(
         question: int, rows: list[Candidate], values: Sequence[float]
@@ -237,8 +257,8 @@ def prune(
             kept = [max(live, key=lambda i: values[i])]
         return kept, ended, f"self-evaluation at least {least}"
 
-    with Run(rollouts, questions, scorer, steps, seed) as run:
-        return run.result(_descend(run, run.start(n), rule, judge))
+    with Run(rollouts, questions, scorer, steps, n, seed) as run:
+        return run.result(_descend(run, run.start(), rule, judge))
 
 
 def _descend(run: Run, rows: Rows, rule: Rule, judge: Callable[[Rows], list[list[float]]]) -> Rows:
@@ -265,8 +285,16 @@ def _indifferent(question: str, solutions: list[list[str]]) -> list[list[float]]
     return [[0.5] * len(steps) for steps in solutions]
 
 
+def _judged(lookahead: int, reduce: str) -> None:
+    whole("lookahead", lookahead, 0)
+    if reduce not in REDUCE:
+        raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+
+
 def _divided(n: int, beam: int) -> int:
-    if beam < 1 or n < beam or n % beam:
+    whole("n", n, 1)
+    whole("beam", beam, 1)
+    if n < beam or n % beam:
         raise ValueError(f"n={n} is not a positive multiple of beam={beam}")
     return n // beam
 

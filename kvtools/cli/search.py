@@ -2,8 +2,10 @@
 
 import argparse
 import dataclasses
+import difflib
 import inspect
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,27 +14,53 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtools
-from kvtools import cli
-from kvtools.cli import count, number
 
+from .options import (
+    MOST,
+    Usage,
+    add_cache,
+    add_model,
+    add_prompt,
+    cache_of,
+    choice,
+    count,
+    encode,
+    fits,
+    load,
+    number,
+    read_prompt,
+    seed,
+    text,
+)
+from .output import progress
+
+HELP = "search step by step"
+EXAMPLE = (
+    'kvtools search smollm2 --prompt "What is 12 * 12 + 5?" --chat --strategy beam -n 8 '
+    "--max-new-tokens 128"
+)
+
+# As `kvtools.search` has them, which needs transformers: a test compares.
+REDUCE = ("last", "min", "max", "mean", "sum", "prod", "gmean", "sum_logit", "softmin")
+TEMPERATURES = (1e-6, 1e6)
 STRATEGIES = ("best_of_n", "beam", "dvts", "rebase", "particle_filter", "particle_gibbs", "prune")
 # What some strategies take, and the flags of it.
 OPTIONS = {
     "--beam": ("beam", count),
-    "--lookahead": ("lookahead", number(int, 0)),
-    "--reduce": ("reduce", str),
-    "--resampling": ("resampling", str),
-    "--weight-temperature": ("temperature", number(float, 0)),
-    "--ess": ("ess", number(float, 0)),
+    "--lookahead": ("lookahead", number(int, 0, MOST)),
+    "--reduce": ("reduce", choice(*REDUCE)),
+    "--resampling": ("resampling", choice("multinomial", "systematic")),
+    "--weight-temperature": ("temperature", number(float, *TEMPERATURES)),
+    "--ess": ("ess", number(float, 0, 1)),
     "--iterations": ("iterations", count),
     "--least": ("least", number(float, 0, 1)),
 }
 
 
 def add(command: argparse.ArgumentParser) -> None:
-    cli.add_model(command)
+    add_model(command)
     source = command.add_mutually_exclusive_group(required=True)
-    cli.add_prompt(source)
+    add_prompt(source)
     source.add_argument(
         "--questions",
         type=Path,
@@ -44,6 +72,7 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("-n", "--n", type=count, default=16, help="rows per question (default 16)")
     command.add_argument(
         "--scorer",
+        type=scorer,
         default="arithmetic",
         metavar="X",
         help="arithmetic, which checks sums (default), or the folder or hub name of a PRM",
@@ -52,18 +81,24 @@ def add(command: argparse.ArgumentParser) -> None:
         "--pick", default="max", choices=("max", "weighted", "majority"), help="default max"
     )
     command.add_argument("--batch", type=count, default=8, help="questions at a time (default 8)")
-    command.add_argument("--seed", type=number(int, 0), default=0, help="default 0")
+    command.add_argument("--seed", type=seed, default=0, help="default 0")
     command.add_argument("--json", action="store_true", help="print candidates and trace as JSON")
 
     steps = command.add_argument_group("steps")
     steps.add_argument(
-        "--delimiter", action="append", metavar="X", help="ends a step; repeatable (default \\n\\n)"
+        "--delimiter",
+        type=text,
+        action="append",
+        metavar="X",
+        help="ends a step; repeatable (default \\n\\n)",
     )
-    steps.add_argument("--done", metavar="X", help="a solution that holds it is complete")
+    steps.add_argument(
+        "--done", type=text, metavar="X", help="a solution that holds it is complete"
+    )
     steps.add_argument("--step-tokens", type=count, default=256, metavar="N", help="default 256")
     steps.add_argument("--max-new-tokens", type=count, default=1024, metavar="N")
     steps.add_argument("--depth", type=count, default=40, help="selections (default 40)")
-    steps.add_argument("--temperature", type=number(float, 0), default=0.8, help="default 0.8")
+    steps.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="default 0.8")
     steps.add_argument("--top-p", type=number(float, 0, 1), default=1.0, metavar="P")
 
     some = command.add_argument_group("options of some strategies")
@@ -71,16 +106,17 @@ def add(command: argparse.ArgumentParser) -> None:
         some.add_argument(
             flag, dest=f"rule_{name}", type=kind, default=argparse.SUPPRESS, metavar="X"
         )
-    cli.add_cache(command)
+    add_cache(command)
 
 
 def run(args: argparse.Namespace) -> None:
     # All that can be wrong without a model comes before loading one.
     questions, answers = read_questions(args)
-    config, given = cli.cache_of(args)
+    config, given = cache_of(args)
     strategy, options = strategy_of(args)
     scorer = scorer_of(args, answers)
-    model, tokenizer = cli.load(args)
+    model, tokenizer = load(args)
+    fits(config, given, model, args.n * min(args.batch, len(questions)))
     rollouts = kvtools.Rollouts(model, config, temperature=args.temperature, top_p=args.top_p)
     steps = kvtools.search.Steps(
         tokenizer,
@@ -89,11 +125,11 @@ def run(args: argparse.Namespace) -> None:
         args.max_new_tokens,
         args.depth,
         done=lambda text: bool(args.done) and args.done in text,
-        prompt=lambda text: cli.encode(tokenizer, text, args.chat)["input_ids"][0].tolist(),
+        prompt=lambda text: encode(tokenizer, text, args.chat)["input_ids"][0].tolist(),
     )
     found: list[dict] = []
     costs: Counter[str] = Counter()
-    with cli.progress() as bar:
+    with progress() as bar:
         line = bar.add_task(args.strategy, total=len(questions))
         for start in range(0, len(questions), args.batch):
             some = questions[start : start + args.batch]
@@ -116,28 +152,49 @@ def run(args: argparse.Namespace) -> None:
     Console().print(table)
 
 
-def read_questions(args: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
+def read_questions(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]:
     """Questions, and the answers that are known."""
     if args.questions is None:
-        return [cli.read_prompt(args)], {}
+        return [read_prompt(args)], {}
+    place = f"--questions {args.questions}"
     if not args.questions.is_file():
-        raise FileNotFoundError(f"--questions {args.questions}: no such file; name a JSONL file")
+        raise Usage(f"{place}: no such file; name a JSONL file")
+    from kvtools.prm.lines import text_lines
+
     questions, answers = [], {}
-    for i, text in enumerate(args.questions.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            questions.append(str(line["question"]))
-            if line.get("answer") is not None:
-                answers[questions[-1]] = float(line["answer"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f'--questions {args.questions}, line {i}: not {{"question": "...", "answer": 1}}'
-            ) from error
+    try:
+        with args.questions.open("rb") as file:
+            for number, line in text_lines(file):
+                question, answer = question_of(line, number)
+                if answer is not None and answers.setdefault(question, answer) != answer:
+                    raise ValueError(f"line {number}: another answer to a question above")
+                questions.append(question)
+    except (ValueError, OSError) as error:
+        raise Usage(f"{place}: {error}") from error
     if not questions:
-        raise ValueError(f"--questions {args.questions}: it holds no question")
+        raise Usage(f"{place}: it holds no question")
     return questions, answers
+
+
+def question_of(line: str, number: int) -> tuple[str, Any]:
+    """A line's question, and its answer or None."""
+    form = f'line {number} is not {{"question": "...", "answer": 1}}'
+    try:
+        found = json.loads(line)
+        question, answer = found["question"], found.get("answer")
+    except RecursionError as error:
+        raise ValueError(f"line {number} is nested too deeply") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(form) from error
+    if not isinstance(question, str) or isinstance(answer, bool):
+        raise ValueError(form)
+    if isinstance(answer, str):
+        answer = kvtools.search.sums.value(answer)
+        if answer is None:
+            raise ValueError(f"line {number}: the answer {found['answer']!r} is no number")
+    elif answer is not None and not (isinstance(answer, (int, float)) and math.isfinite(answer)):
+        raise ValueError(form)
+    return question, answer
 
 
 def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
@@ -147,16 +204,43 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
     given = {name[5:]: value for name, value in vars(args).items() if name.startswith("rule_")}
     for flag, (name, _) in OPTIONS.items():
         if name in given and name not in known:
-            raise ValueError(f"{flag} is not an option of --strategy {args.strategy}")
+            raise Usage(f"{flag} is not an option of --strategy {args.strategy}")
+    if "beam" in known:
+        beam = given.get("beam", known["beam"].default)
+        if args.n % beam:
+            raise Usage(f"-n {args.n} is not a multiple of --beam {beam}")
+    if args.strategy == "particle_gibbs" and args.n < 2 and given.get("iterations") != 1:
+        raise Usage(f"-n {args.n}: particle_gibbs needs two rows or more")
+    if args.temperature == 0 and args.n > 1:
+        raise Usage(f"--temperature 0 makes all {args.n} rows of -n equal")
     return strategy, given
 
 
-def scorer_of(args: argparse.Namespace, answers: dict[str, float]) -> Any:
+def scorer(name: str) -> str:
+    """An argparse type: arithmetic, a folder, or a name on the hub."""
+    if name == "arithmetic" or Path(name).is_dir():
+        return name
+    near = difflib.get_close_matches(name.lower(), ["arithmetic"], cutoff=0.6)
+    if near:
+        raise argparse.ArgumentTypeError(f"{name!r} is no folder; did you mean arithmetic?")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is neither arithmetic, nor a folder, nor a name on the hub as owner/model"
+        )
+    return name
+
+
+def scorer_of(args: argparse.Namespace, answers: dict[str, Any]) -> Any:
     if args.scorer == "arithmetic":
         return kvtools.search.arithmetic(answers)
     from kvtools import prm
+    from kvtools.prm import checkpoint
 
-    return prm.from_pretrained(args.scorer, dtype=args.dtype, device=args.device)
+    try:
+        model, tokenizer = load(args, args.scorer, read=checkpoint.read)
+        return prm.load(model, tokenizer)
+    except (ValueError, OSError) as error:
+        raise type(error)(f"--scorer {args.scorer}: {error}") from error
 
 
 def rows_of(result: Any, pick: str) -> list[dict]:

@@ -1,5 +1,7 @@
-"""The demo: rollouts of SmolLM2-135M-Instruct on a page of Python's documentation, four ways."""
+"""The command `kvtools demo`: rollouts of SmolLM2-135M-Instruct on a page of Python's
+documentation, four ways."""
 
+import argparse
 import json
 import subprocess
 from collections.abc import Sequence
@@ -11,12 +13,30 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from kvtools import cli, models
+from kvtools import models, results
+
+from .env import environment
+from .options import DEVICE, Usage, count, default_device, encode
+from .options import device as device_type
+from .output import figures, progress
+
+HELP = "16 rollouts of a real model, four ways"
+EXAMPLE = "kvtools demo -n 8 --max-new-tokens 32"
 
 QUESTION = (
     "Explain in your own words what garbage collection is, and why programs should close files."
 )
 COLUMNS = ("", "prefill s", "tokens/s", "KV MiB", "ratio", "ratio to 16 bit")
+
+
+def add(command: argparse.ArgumentParser) -> None:
+    command.add_argument("-n", type=count, default=16, help="continuations (default 16)")
+    command.add_argument("--max-new-tokens", type=count, default=64, metavar="N", help="default 64")
+    command.add_argument("--device", type=device_type, default=default_device(), help=DEVICE)
+    command.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file")
+    command.add_argument(
+        "--readme", type=Path, metavar="PATH", help="rewrite the table in this file"
+    )
 
 
 def configs() -> dict:
@@ -30,11 +50,25 @@ def configs() -> dict:
     }
 
 
-def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Path | None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run all rows, print them, and write what was asked for."""
+    n, new_tokens, device = args.n, args.max_new_tokens, args.device
+    json_path, readme = args.json, args.readme
     console = Console()
+    settings = {"model": "SmolLM2-135M-Instruct", "dtype": "float32", "n": n,
+                "new_tokens": new_tokens, "device": place(device)}  # fmt: skip
+    if json_path:
+        try:
+            results.claim(json_path, settings, ["rows"])
+        except (ValueError, OSError) as error:
+            raise Usage(f"--json {error}") from error
+    if readme:
+        try:
+            parts(readme, "demo")
+        except (ValueError, OSError) as error:
+            raise Usage(f"--readme {error}") from error
     model, tokenizer = models.load("smollm2", torch.float32, device)
-    inputs = cli.encode(tokenizer, f"{topics['objects']}\nQuestion: {QUESTION}", chat=True)
+    inputs = encode(tokenizer, f"{topics['objects']}\nQuestion: {QUESTION}", chat=True)
     inputs = inputs.to(model.device)
     length = inputs["input_ids"].shape[1]
     console.print(
@@ -46,7 +80,7 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
     rows = {}
     for name, config in configs().items():
         console.rule(name)
-        with cli.progress() as bar:
+        with progress() as bar:
             task = bar.add_task(name, total=new_tokens)
             torch.manual_seed(0)
             new, rows[name] = models.measure(
@@ -62,16 +96,13 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
                 num_return_sequences=n,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        seconds, rate, held = cli.figures(rows[name])
+        seconds, rate, held = figures(rows[name])
         console.print(f"prefill {seconds} s, then {rate} tokens/s; holds {held} MiB of KV")
         for text in tokenizer.batch_decode(new[:3], skip_special_tokens=True):
             console.print("• " + " ".join(text.split())[:200], markup=False, highlight=False)
     result = {
-        "model": "SmolLM2-135M-Instruct",
-        "dtype": "float32",
-        "n": n,
+        **settings,
         "prompt_tokens": length,
-        "new_tokens": new_tokens,
         **where(device),
         **commit(),
         "rows": rows,
@@ -82,8 +113,7 @@ def run(n: int, new_tokens: int, device: str, json_path: Path | None, readme: Pa
     console.print(table)
     console.print(caption(result), highlight=False)
     if json_path:
-        json_path.parent.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(json.dumps(result, indent=2) + "\n")
+        results.write(json_path, json.dumps(result, indent=2) + "\n")
     if readme:
         rewrite(readme, "demo", [COLUMNS, *lines(result)], caption(result))
 
@@ -95,7 +125,7 @@ def lines(result: dict) -> list[list[str]]:
     for name, row in result["rows"].items():
         ratio = plain / row["memory"]["total"]
         # Plain generate held 4 bytes per element here; compression is quoted against 2.
-        out.append([name, *cli.figures(row), f"{ratio:.1f}", f"{ratio / 2:.1f}"])
+        out.append([name, *figures(row), f"{ratio:.1f}", f"{ratio / 2:.1f}"])
     return out
 
 
@@ -113,14 +143,20 @@ def caption(result: dict) -> str:
 
 def rewrite(readme: Path, name: str, rows: Sequence[Sequence[str]], caption: str) -> None:
     """Put a table, its first row the heads, between the markers `name` of `readme`."""
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    text = readme.read_text()
-    if begin not in text or end not in text:
-        raise ValueError(f"{readme} has no {begin} ... {end} to put the table in")
+    head, tail = parts(readme, name)
     ruled = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in ruled)
-    head, tail = text.split(begin)[0], text.split(end, 1)[1]
-    readme.write_text(f"{head}{begin}\n{table}\n\n{caption}\n{end}{tail}")
+    results.write(readme, f"{head}\n{table}\n\n{caption}\n{tail}")
+
+
+def parts(readme: Path, name: str) -> tuple[str, str]:
+    """What a file has up to the first marker `name`, and from the second on."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    text = readme.read_text(encoding="utf-8")
+    head, found, rest = text.partition(begin)
+    if not found or end not in rest:
+        raise ValueError(f"{readme} has no {begin} ... {end} to put the table in")
+    return head + begin, end + rest.partition(end)[2]
 
 
 def where(device: str) -> dict:
@@ -129,7 +165,7 @@ def where(device: str) -> dict:
         "device": place(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "transformers": cli.environment()["versions"]["transformers"],
+        "transformers": environment()["versions"]["transformers"],
         "date": date.today().isoformat(),
     }
 

@@ -1,0 +1,60 @@
+"""Files of results: written whole or not at all, and never over something else."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+
+def claim(
+    path: Path, settings: dict[str, Any], keys: Iterable[str] = (), stale: Iterable[str] = ()
+) -> dict[str, Any] | None:
+    """What a file of results has, or None where there is none or nothing to look at (a pipe).
+
+    Args:
+        path: where results are to be written; its folder is made.
+        settings: entries that those of the file must be equal to.
+        keys: further entries that it must have.
+        stale: names of settings that may differ: such results are to be replaced, so None.
+
+    Raises:
+        ValueError: the file is something else, or was made with other settings; says which.
+        IsADirectoryError: it is a folder.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or not path.is_file() or not path.stat().st_size:
+        return None
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        alien = not old.keys() >= {*settings, *keys}
+    except (ValueError, RecursionError, AttributeError):
+        alien = True
+    if alien:
+        raise ValueError(f"{path} holds something else than such results: name a new file")
+    other = {name for name in settings if old[name] != settings[name]}
+    if other - {*stale}:
+        said = ", ".join(f"{x}={old[x]!r}, not {settings[x]!r}" for x in sorted(other - {*stale}))
+        raise ValueError(f"{path} was made with {said}: name a new file, or remove it")
+    return None if other else old
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one go: it is as before, or whole, whatever happens in between."""
+    path = Path(os.path.realpath(path))  # what a link leads to, not the link
+    if path.exists() and not path.is_file():  # a pipe, a terminal
+        path.write_text(text, encoding="utf-8")
+        return
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with scratch.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            scratch.chmod(path.stat().st_mode & 0o777)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
