@@ -3,7 +3,7 @@ import pytest
 import scipy.stats
 import torch
 
-from kvtools.ops.sampling import sample
+from kvtools.ops.sampling import drawn, sample
 from kvtools.reference import sampling as reference
 from kvtools.testing import assert_within_budget
 
@@ -474,3 +474,17 @@ def test_sample_contract(device):
         kwargs = {"temperature": 0.8, "top_k": torch.arange(B, device=device), "top_p": 0.9}
         for ours, theirs in zip(compiled(*args, **kwargs), sample(*args, **kwargs), strict=True):
             assert torch.equal(ours, theirs)
+
+
+def test_drawn():
+    """-1 is an error that names the rows and their steps; anything else passes."""
+    assert drawn(torch.tensor([3, 0]), 7) == drawn([3, 0], [7, 9]) == [3, 0]
+    assert drawn([], 0) == []
+    with pytest.raises(ValueError, match="for row 1 at step 7: the logits hold NaN"):
+        drawn(torch.tensor([3, -1]), 7)
+    with pytest.raises(ValueError, match="for row 5 at step 2, row 4 at step 0: "):
+        drawn([-1, 3, -1], [2, 1, 0], torch.tensor([5, 9, 4]))
+    with pytest.raises(ValueError, match="row 7 at step 0 and 92 more"):
+        drawn([-1] * 100, 0)
+    with pytest.raises(ValueError, match="token_b: on meta"):
+        drawn(torch.empty(2, device="meta", dtype=torch.int64), 0)

@@ -1,5 +1,7 @@
 """`sample`: filters per row, counter-based noise, log-probabilities of the chosen token."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,52 @@ def sample(
         _per_row("min_p", min_p, logits_bv, FLOATS),
     )
     return _sample(impl, logits_bv, seed_b, position_b, *filters)
+
+
+def drawn(
+    token_b: Tensor | Sequence[int],
+    step: int | Tensor | Sequence[int],
+    row_b: Tensor | Sequence[int] | None = None,
+) -> list[int]:
+    """The tokens that `sample` returned, or an error where it could draw none: what a loop over
+    steps passes them through before it uses them.
+
+    Args:
+        token_b: tokens on the host, a list or a CPU tensor.
+        step: which step of the loop drew them, counted from 0; one for all, or one per token.
+        row_b: numbers of the rows, as the caller counts them; default 0, 1, ...
+
+    Returns:
+        The tokens as a list of ints.
+
+    Raises:
+        ValueError: a token is -1. The message names each such row and its step.
+    """
+    tokens = _on_host("token_b", token_b)
+    if -1 not in tokens:
+        return tokens
+    rows = range(len(tokens)) if row_b is None else _on_host("row_b", row_b)
+    steps = [step] * len(tokens) if isinstance(step, int) else _on_host("step", step)
+    failed = [
+        f"row {row} at step {at}"
+        for token, row, at in zip(tokens, rows, steps, strict=True)
+        if token == -1
+    ]
+    more = f" and {len(failed) - 8} more" if len(failed) > 8 else ""
+    raise ValueError(
+        f"no token can be drawn for {', '.join(failed[:8])}{more}: the logits hold NaN or +inf, or "
+        "are all -inf; look at the model's output and at the logits processors"
+    )
+
+
+def _on_host(name: str, values: Tensor | Sequence[int]) -> list[int]:
+    if not isinstance(values, Tensor):
+        return list(values)
+    check(
+        values.device.type == "cpu",
+        lambda: f"{name}: on {values.device}; read it back first, this function does not wait",
+    )
+    return values.tolist()
 
 
 def _check_rows(
