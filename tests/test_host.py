@@ -214,6 +214,7 @@ def test_plan():
     forest.insert(6, copies=3)
     forest.append([1, 5, 0])
     plan = forest.plan([2, 1, 0], tile=2, chunk=4)
+    assert plan.pop("page_size") == 4
     assert all(array.dtype == np.int32 for array in plan.values())
     assert plan["page_indptr"].tolist() == [0, 2, 3, 5]
     assert plan["own"].tolist() == [0, 1, 1]

@@ -47,6 +47,7 @@ class Op:
     def __init__(self, name: str, schema: str, fake: Callable, *, reference: Callable) -> None:
         OPS[name] = self
         self.name = name
+        self._arguments = [part.split()[1] for part in schema[1 : schema.index(") ->")].split(", ")]
         self._overloads: dict[str, Any] = {}
         self._add("reference", schema, fake)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -73,9 +74,12 @@ class Op:
     def __call__(self, impl: str, *args: Any) -> Any:
         """Run `impl` on `args`."""
         double = False
+        device = args[0].device
         for arg in args:
             if isinstance(arg, Tensor):
                 double = double or arg.dtype == torch.float64
+                if arg.device != device:
+                    self._elsewhere(args)
                 if arg.requires_grad and torch.is_grad_enabled():
                     raise RuntimeError(
                         f"{self.name} is for inference only: call it under torch.no_grad() or "
@@ -83,7 +87,7 @@ class Op:
                     )
             elif arg is torch.float64:
                 double = True
-        place = args[0].device.type
+        place = device.type
         best = NATIVE.get(place)
         if impl == "auto":
             impl = best if best in self._overloads and not double else "reference"
@@ -97,6 +101,15 @@ class Op:
                 f"{'float64' if double else f'tensors on {place}'}: use impl='auto'"
             )
         return overload(*args)
+
+    def _elsewhere(self, args: tuple) -> NoReturn:
+        first, device = self._arguments[0], args[0].device
+        away = ", ".join(
+            f"{name} on {arg.device}"
+            for name, arg in zip(self._arguments, args, strict=True)
+            if isinstance(arg, Tensor) and arg.device != device
+        )
+        raise ValueError(f"{self.name}: {first} is on {device}, but {away}; use one device")
 
     def _lacks(self, impl: str) -> NoReturn:
         if impl not in get_args(Impl):

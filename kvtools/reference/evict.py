@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .attention import below_mean
+from .quant import as_bytes, in_pages
 
 EMPTY = 2**31 - 1
 QUERY_CHUNK = 64  # bounds the scores held at once
@@ -84,14 +85,13 @@ def compact_kv(
     importance: Tensor | None,
     history: Tensor | None,
 ) -> None:
-    page_size = k.shape[2]
-    head_h = torch.arange(k.shape[1], device=k.device)
+    moves = in_pages("source_nh", source_nh, k) & in_pages("target_nh", target_nh, k)
+    head, page_size = moves.nonzero()[:, 1], k.shape[2]
     source, target = (
-        (x.long() // page_size, head_h.expand_as(x), x.long() % page_size)
-        for x in (source_nh, target_nh)
+        (x // page_size, head, x % page_size)
+        for x in (source_nh[moves].long(), target_nh[moves].long())
     )
     for pages in (k, v, k_scale, v_scale, position, importance, history):
         if pages is not None:
-            # Moved as bytes: indexing is not implemented for every float8 type.
-            raw = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+            raw = as_bytes(pages)
             raw[target] = raw[source]
