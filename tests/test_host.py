@@ -361,7 +361,7 @@ def test_block_table_row_alone_is_one_node():
         (([[1]], [-1], 4), ValueError, "seq_lens: row 0 has -1"),
         (([[1]], [1, 1], 4), ValueError, "seq_lens must have one entry per row"),
         (([[1]], [1], 4, [1, 1]), ValueError, "counts must have one entry per row"),
-        (([[-1]], [1], 4), ValueError, "block_table: row 0 has a negative block"),
+        (([[-1]], [1], 4), ValueError, "block_table: row 0 has a block within its length"),
         (([1], [1], 4), ValueError, "block_table must have 2 dimension"),
         (([[1.0]], [1], 4), TypeError, "block_table must be an array of integers"),
         (([[1]], [1], 0), ValueError, "page_size must be positive, not 0"),

@@ -133,6 +133,7 @@ def _key_scores_kernel(
             total, beyond = total * keep + tl.exp(sink - peak), beyond * keep
         seen = tl.minimum(now + 1 - window.sinks, tl.minimum(window.sliding, now + 1))
         mean = tl.div_rn(beyond, tl.maximum(seen, 1).to(tl.float32))
+        mean = tl.where(total == total, mean, float("-inf"))  # nothing is low to a NaN
         e = tl.exp(x - tl.where(live, peak, 0.0)[:, None])
         share = 1 / tl.where(live, total, 1.0)
         mass += tl.sum(e * share[:, None], 0)

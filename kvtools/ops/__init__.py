@@ -81,9 +81,10 @@ class Op:
                 if arg.device != device:
                     self._elsewhere(args)
                 if arg.requires_grad and torch.is_grad_enabled():
+                    learnt = self._named(args, lambda x: x.requires_grad)
                     raise RuntimeError(
                         f"{self.name} is for inference only: call it under torch.no_grad() or "
-                        "detach its inputs"
+                        f"detach {', '.join(learnt)}"
                     )
             elif arg is torch.float64:
                 double = True
@@ -104,12 +105,13 @@ class Op:
 
     def _elsewhere(self, args: tuple) -> NoReturn:
         first, device = self._arguments[0], args[0].device
-        away = ", ".join(
-            f"{name} on {arg.device}"
-            for name, arg in zip(self._arguments, args, strict=True)
-            if isinstance(arg, Tensor) and arg.device != device
-        )
+        away = self._named(args, lambda x: x.device != device)
+        away = ", ".join(f"{name} on {x.device}" for name, x in away.items())
         raise ValueError(f"{self.name}: {first} is on {device}, but {away}; use one device")
+
+    def _named(self, args: tuple, which: Callable[[Tensor], bool]) -> dict[str, Tensor]:
+        named = zip(self._arguments, args, strict=True)
+        return {name: x for name, x in named if isinstance(x, Tensor) and which(x)}
 
     def _lacks(self, impl: str) -> NoReturn:
         if impl not in get_args(Impl):

@@ -244,6 +244,7 @@ def plan_from_block_table(
             x.dtype in (torch.int32, torch.int64),
             lambda name=name, x=x: f"{name} has dtype {x.dtype}, expected int32 or int64",
         )
+        check(not x.is_meta, f"{name} is on meta: a plan without ids cannot be made")
         check(
             name == "block_table" or x.shape == (rows,),
             lambda name=name, x=x: f"{name} has shape {tuple(x.shape)}, expected {(rows,)}",

@@ -74,8 +74,8 @@ def key_scores(
     Returns:
         mass_bhs in fp32 (fp64 for fp64), and low_bhs in int32.
 
-    Numerics: accumulates in fp32. A query that is NaN, or sees a key that is, makes mass NaN and
-        finds nothing low.
+    Numerics: accumulates in fp32. A query that is NaN, sees a key that is, or has a score of +inf
+        makes mass NaN and finds nothing low.
 
     Reference: Scissorhands, arXiv:2305.17118; SnapKV, arXiv:2404.14469.
     """

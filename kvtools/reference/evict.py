@@ -43,7 +43,7 @@ def key_scores(
         lse = torch.logsumexp(x, -1, keepdim=True)
         if sink_h is not None:
             lse = torch.logaddexp(lse, sink_h.to(dtype).view(heads, -1, 1, 1))
-        p = (x - lse).exp()
+        p = (x - lse.masked_fill(lse == torch.inf, torch.nan)).exp()
         seen = visible[:, sinks:].sum(-1)[:, None].clamp(min=1)
         mean = p[..., sinks:].sum(-1, keepdim=True) / seen
         mass += p.mean(2).sum(2)
