@@ -333,7 +333,9 @@ def test_evict_raises(device):
             "protect_below_n is",
         ),
         (
-            lambda: kvtools.select_victims(score, position, 2, protect_from_n=score[:, 0, 0]),
+            lambda: kvtools.select_victims(
+                score, position, 2, protect_from_n=score[:, 0, 0].float()
+            ),
             "protect_from_n is torch.float32",
         ),
         (lambda: kvtools.select_victims(score[:1], position, 2), "score_nhs has shape"),

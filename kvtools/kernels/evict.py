@@ -133,14 +133,15 @@ def _key_scores_kernel(
             total, beyond = total * keep + tl.exp(sink - peak), beyond * keep
         seen = tl.minimum(now + 1 - window.sinks, tl.minimum(window.sliding, now + 1))
         mean = tl.div_rn(beyond, tl.maximum(seen, 1).to(tl.float32))
-        mean = tl.where(total == total, mean, float("-inf"))  # nothing is low to a NaN
         e = tl.exp(x - tl.where(live, peak, 0.0)[:, None])
         share = 1 / tl.where(live, total, 1.0)
         mass += tl.sum(e * share[:, None], 0)
         # How far a group is above the mean: its highest head, or all together.
         above = e - mean[:, None]
         if ALL:
-            above = tl.where(live[:, None], above, float("-inf"))
+            # To a NaN nothing is low.
+            other = tl.where(live, float("inf"), float("-inf"))
+            above = tl.where((live & (total == total))[:, None], above, other[:, None])
             above = tl.max(tl.reshape(above, [QUERIES, BLOCK_G, KEYS]), 1)
         else:
             above = tl.sum(tl.reshape(above * share[:, None], [QUERIES, BLOCK_G, KEYS]), 1)
