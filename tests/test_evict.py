@@ -305,6 +305,14 @@ def test_key_scores_of_nan(at, group, device, impl):
         assert torch.equal(x[0, 1], y[0, 1])
 
 
+def test_key_scores_with_a_sink_that_takes_nothing(device, impl):
+    q, k = make_window(1, 2, 2, 3, 40, 16, torch.float32, device)
+    none = torch.full((4,), -torch.inf, device=device)
+    actual = kvtools.key_scores(q, k, sink_h=none, impl=impl)
+    for x, y in zip(actual, kvtools.key_scores(q, k, impl=impl), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_evict_raises(device):
     q, k = make_window(1, 2, 2, 3, 5, 8, torch.float32, device)
     score, _, position, _, _ = make_candidates(2, 2, 5, device)
@@ -323,6 +331,7 @@ def test_evict_raises(device):
         (lambda: kvtools.key_scores(q, k, sink_h=q[0, 0, :, 0]), "sink_h must be"),
         (lambda: kvtools.key_scores(q, k, softcap=-1.0), "softcap=-1.0"),
         (lambda: kvtools.key_scores(q, k, sliding=-1), "sliding=-1"),
+        (lambda: kvtools.key_scores(q, k, scale=float("inf")), "scale=inf"),
         (lambda: kvtools.key_scores(q, k.to("meta")), "k_bhsd on meta"),
         (lambda: kvtools.select_victims(score, position, 2, tie_nhs=score[:1]), "tie_nhs has sh"),
         (lambda: kvtools.select_victims(score[0], position[0], 2), "position_nhs is"),

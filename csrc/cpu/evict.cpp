@@ -137,8 +137,8 @@ class Scorer {
           for (int64_t d = 0; d < p.d; ++d) q[d * kLanes + lane] = load_one(x + d) * scale;
         }
       });
-      const float sink =
-          p.sink.data ? number_at(p.sink.at(h * p.g + g), p.sink.type) * kLog2e : kLowest;
+      float sink = p.sink.data ? number_at(p.sink.at(h * p.g + g), p.sink.type) * kLog2e : kLowest;
+      if (sink < kLowest) sink = kLowest;  // -inf, but not NaN
       store(window.peak + g * kLanes, splat(sink));
       store(window.sum + g * kLanes, splat(p.sink.data ? 1 : 0));
       store(window.mean + g * kLanes, f32{});

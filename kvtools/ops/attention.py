@@ -2,6 +2,7 @@
 
 import operator
 from dataclasses import dataclass, field
+from math import inf
 from types import ModuleType
 from typing import ClassVar
 
@@ -79,7 +80,8 @@ class Plan:
                     f"got {x.dtype} on {x.device}"
                 )
         if self.length.shape != self.first.shape:
-            raise ValueError(f"length has {len(self.length)} entries, first {len(self.first)}")
+            shapes = tuple(self.length.shape), tuple(self.first.shape)
+            raise ValueError(f"length has shape {shapes[0]}, first {shapes[1]}; both are [nodes]")
         made_for = _but_length(tensors, self.page_size)
         if self._checked is None or any(map(operator.is_not, made_for, self._checked[1])):
             check(not self.item.is_meta, "item is on meta: a plan without ids cannot be checked")
@@ -387,10 +389,13 @@ def tree_attention(
         )
     if group not in ("all", "mean"):
         raise ValueError(f"group={group!r}: expected 'all' or 'mean'")
-    if not softcap >= 0 or not 0 <= sliding < 2**31:
+    scale = d**-0.5 if scale is None else scale
+    if not -inf < scale < inf:
+        raise ValueError(f"scale={scale}: expected a finite number")
+    if not 0 <= softcap < inf or not 0 <= sliding < 2**31:
         raise ValueError(
             f"softcap={softcap}, sliding={sliding}: softcap and sliding must not be negative, "
-            "sliding below 2**31; 0 turns them off"
+            "softcap finite and sliding below 2**31; 0 turns them off"
         )
     if sink_h is not None and (sink_h.shape != (hq,) or sink_h.dtype not in FLOATS):
         raise ValueError(
@@ -420,7 +425,7 @@ def tree_attention(
         impl, q_thd, position_t, *pages.tensors(), plan.page_indptr, plan.page, plan.first,
         plan.length, plan.base, plan.own, plan.token_indptr, plan.token, plan.item,
         plan.part_indptr, plan.part, before_t, state_out, state_lse, sink_h,
-        d**-0.5 if scale is None else scale, softcap, sliding, window, group,
+        scale, softcap, sliding, window, group,
     )  # fmt: skip
 
 

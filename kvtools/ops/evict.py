@@ -1,6 +1,7 @@
 """Importance from a window of queries, who goes, and closing the gaps."""
 
 from dataclasses import fields
+from math import inf
 
 import torch
 from torch import Tensor
@@ -106,15 +107,18 @@ def key_scores(
     )
     check(group in ("all", "mean"), lambda: f"group={group!r}: expected 'all' or 'mean'")
     check(0 <= sinks < 2**31, lambda: f"sinks={sinks} must not be negative, nor beyond int32")
-    if not softcap >= 0 or not 0 <= sliding < 2**31:
+    scale = q_bhwd.shape[-1] ** -0.5 if scale is None else scale
+    if not -inf < scale < inf:
+        raise ValueError(f"scale={scale}: expected a finite number")
+    if not 0 <= softcap < inf or not 0 <= sliding < 2**31:
         raise ValueError(
-            f"softcap={softcap}, sliding={sliding}: must not be negative, sliding below 2**31"
+            f"softcap={softcap}, sliding={sliding}: must not be negative, softcap finite and "
+            "sliding below 2**31"
         )
     check(
         sink_h is None or (sink_h.shape == (q_bhwd.shape[1],) and sink_h.dtype in FLOATS),
         lambda: f"sink_h must be floating point of shape {(q_bhwd.shape[1],)}, one per query head",
     )
-    scale = q_bhwd.shape[-1] ** -0.5 if scale is None else scale
     return _key_scores(impl, q_bhwd, k_bhsd, sink_h, sinks, scale, softcap, sliding, group)
 
 
