@@ -312,6 +312,8 @@ def block_table(rng, put) -> Case:
 
     def plan_and_read(**arguments):
         plan = kvtools.plan_from_block_table(**arguments)
+        if plan.page_size > 2**20:
+            return None
         pages = KVPages.empty(3, 1, arguments["page_size"], 8)
         for x in (pages.k, pages.v):
             x.zero_()
