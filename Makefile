@@ -28,7 +28,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 
 # What the compiled parts do is tested by these. Leaks are not looked for: Python has its own. The C++ library comes along
 # because AddressSanitizer must see its exceptions.
-ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
+ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
 .PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext sweep

@@ -142,17 +142,15 @@ Pages pages_of(const Tensor& k, const Tensor& v, const Optional& k_scale, const 
           history ? history->size(3) : 0};
 }
 
-// A slot outside the pages would be a write outside memory.
-void check_slots(const Strided<2>& slot, int64_t n, int64_t heads, int64_t slots,
-                 bool skip_negative) {
-  for (int64_t i = 0; i < n; ++i) {
-    if (skip_negative && integer_at(slot, i, 0) < 0) continue;
+// A slot outside the pages would be a write outside memory. Negative ones are skipped.
+void check_slots(const char* name, const Strided<2>& slot, int64_t n, int64_t heads,
+                 int64_t slots) {
+  for (int64_t i = 0; i < n; ++i)
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t s = integer_at(slot, i, h);
-      STD_TORCH_CHECK(0 <= s && s < slots, "slot ", s, " is not among the ", slots,
+      STD_TORCH_CHECK(s < slots, name, " holds slot ", s, ", which is not among the ", slots,
                       " of the pages");
     }
-  }
 }
 
 enum class Impl { cpu, cuda };
@@ -249,7 +247,7 @@ void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, O
   if (position) p.position = integers<1>(*position_t);
   check_head_size(impl, p.pages.d, 1);
   if (impl == Impl::cpu)
-    check_slots(p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size, true);
+    check_slots("slot", p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size);
   KVTOOLS_RUN_ON(impl, append_kv, k_thd, p);
 }
 
@@ -360,8 +358,8 @@ void compact_kv(Tensor source, Tensor target, Tensor k, Tensor v, Optional k_sca
       p.moved[i] = {paged(*x), elements * static_cast<int64_t>(x->element_size())};
     }
   const int64_t slots = k.size(0) * p.page_size;
-  check_slots(p.source, p.n, p.heads, slots, false);
-  check_slots(p.target, p.n, p.heads, slots, false);
+  check_slots("source_nh", p.source, p.n, p.heads, slots);
+  check_slots("target_nh", p.target, p.n, p.heads, slots);
   if (p.n) KVTOOLS_RUN(compact_kv, p, pool());
 }
 

@@ -13,6 +13,9 @@
 
 namespace kvtools {
 
+// a modulo b > 0, never negative.
+KVTOOLS_ANYWHERE inline int64_t floor_mod(int64_t a, int64_t b) { return (a % b + b) % b; }
+
 enum class Type { f32, bf16, f16, i64, i32, i16, i8, u8 };
 enum class Format { none, fp8, int8, int6, int4, int3, int2 };
 

@@ -57,6 +57,8 @@ class Plan(TypedDict):
     leaf: Int32
     """[rows]: the node that the row's next slots go to in place, or -1 where `append` would make a
     new one."""
+    page_size: int
+    """What it was made for."""
 
 class Forest:
     """A pool of `num_pages` pages, all free at first, and the forest of nodes that hold them."""
@@ -198,4 +200,14 @@ def plan_from_block_table(
     Returns:
         The plan. `own` marks nodes of one row; `leaf` is the node with a row's last slot if only
         that row has it.
+    """
+
+def plan_pages(plan: Plan, page_size: int) -> int:
+    """How many pages kernels need in order to follow `plan`, whoever made it.
+
+    Raises:
+        IndexError: an id or an offset points nowhere: at a page below 0, a slot outside of its
+            node's pages, or a node, a token or a partial result that the plan does not have.
+        ValueError: sizes do not fit one another, or the partial results of tokens are not those
+            that the items leave.
     """

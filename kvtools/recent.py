@@ -95,8 +95,8 @@ class Recent:
         self.held.view(-1)[slot_t] = position_t[to_device(stays)]
         several = bool((counts > 1).any())
         alone = np.arange(rows + 1)
-        nodes = to_plan(alone, alone[:-1], np.full(rows, self.slots), counts, device)
-        among = to_plan(np.append(0, end), np.arange(total), counts, counts, device)
+        nodes = to_plan(alone, alone[:-1], np.full(rows, self.slots), counts, self.slots, device)
+        among = to_plan(np.append(0, end), np.arange(total), counts, counts, 1, device)
         return Step(
             position_t, to_device(before.astype(np.int32)), held if several else self.held, nodes,
             among if several else None, None if stays.all() else to_device(np.flatnonzero(stays)),
@@ -165,6 +165,7 @@ def to_plan(
     page: np.ndarray,
     length: np.ndarray,
     counts: np.ndarray,
+    page_size: int,
     device: torch.device,
 ) -> Plan:
     """A plan in which row i alone reads node i."""
@@ -179,4 +180,5 @@ def to_plan(
         token_indptr=np.append(0, end), token=token, item=item,
         part_indptr=np.append(token, len(token)), part=token, leaf=np.full(rows, -1),
     )  # fmt: skip
-    return Plan.from_host({name: x.astype(np.int32) for name, x in arrays.items()}, device)
+    arrays = {name: x.astype(np.int32) for name, x in arrays.items()}
+    return Plan.from_host({**arrays, "page_size": page_size}, device)

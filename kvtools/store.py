@@ -1,6 +1,6 @@
 """A forest of nodes and the pages of the layers that follow it."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -274,5 +274,5 @@ class Store:
 
     def tensors(self) -> list[Tensor]:
         """What the store keeps on the device besides pages and victims."""
-        plan = [] if self._plan is None else [getattr(self._plan, f.name) for f in fields(Plan)]
-        return plan + ([] if self.table is None else [self.table])
+        plan = () if self._plan is None else self._plan.tensors()
+        return [*plan, *([] if self.table is None else [self.table])]

@@ -1,6 +1,7 @@
 """Row `attention`: attention over a forest, merging states, importance."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -392,7 +393,8 @@ def test_tree_attention_sees_nothing(impl):
     nothing = some_items(case.plan, slice(0))
     out, lse = kvtools.tree_attention(case.q, case.position, case.pages, nothing, impl=impl)
     assert (out == 0).all() and (lse == -torch.inf).all()
-    out, lse = kvtools.tree_attention(case.q[:0], case.position[:0], case.pages, nothing, impl=impl)
+    none = Plan.from_host(case.forest.plan(0 * case.counts))
+    out, lse = kvtools.tree_attention(case.q[:0], case.position[:0], case.pages, none, impl=impl)
     assert out.shape == (0, 6, 16) and lse.shape == (0, 6)
 
 
@@ -400,10 +402,10 @@ def test_plans_take_turns_in_reserved_tensors(impl):
     """What is captured once serves other plans of as many query tokens."""
     dtype = native(impl)
     small, large = (Case(seed, dtype=dtype, tile=2, chunk=16) for seed in (14, 12))
-    sizes = {f.name: getattr(large.plan, f.name).shape[0] + 3 for f in fields(Plan)}
-    del sizes["part_indptr"]
-    tokens = max(len(small.q), len(large.q))
-    held = small.plan.reserve(**sizes, part_indptr=tokens + 1)
+    sizes = {name: len(getattr(large.plan, name)) + 3 for name in Plan.TENSORS}
+    sizes["part_indptr"] = 1 + max(len(small.q), len(large.q))
+    tokens = sizes["part_indptr"] - 1
+    held = small.plan.reserve(**sizes, pages=large.plan.pages)
     for case in (small, large, small):
         expected = attend(case, impl)
         blank = tokens - len(case.q)
@@ -415,9 +417,11 @@ def test_plans_take_turns_in_reserved_tensors(impl):
             torch.testing.assert_close(x[: len(y)], y)  # tiles may differ
             assert (x[len(y) :] == nothing).all()
     with pytest.raises(ValueError, match=r"reserve\(page"):
-        small.plan.copy_(large.plan)
-    with pytest.raises(ValueError, match="no pages"):
-        small.plan.reserve(pages=3)
+        small.plan.reserve(pages=large.plan.pages).copy_(large.plan)
+    with pytest.raises(ValueError, match=r"reserve\(pages=...\) more"):
+        small.plan.reserve(**sizes).copy_(large.plan)
+    with pytest.raises(ValueError, match="no rows"):
+        small.plan.reserve(rows=3)
 
 
 @pytest.mark.gpu
@@ -435,8 +439,8 @@ def test_tree_attention_in_a_graph():
     q = torch.randn(rows, H * G, D, device="cuda")
     position = torch.zeros(rows, dtype=torch.int32, device="cuda")
     plan = Plan.from_host(forest.plan(ones, **limits), "cuda")
-    plan = plan.reserve(**{f.name: 4 * getattr(plan, f.name).shape[0] for f in fields(Plan)
-                           if f.name != "part_indptr"})  # fmt: skip
+    plan = plan.reserve(pages=200, **{name: 4 * len(getattr(plan, name)) for name in Plan.TENSORS
+                                      if name != "part_indptr"})  # fmt: skip
     kvtools.tree_attention(q, position, pages, plan)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -595,29 +599,253 @@ def test_attention_compiles():
             torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize(
-    "change,message",
-    [
-        (dict(q_thd=torch.randn(2, 5, 16)), "not a multiple of the pages' 2 KV heads"),
-        (dict(q_thd=torch.zeros(2, 6, 16, dtype=torch.int32)), "q_thd has dtype"),
-        (dict(q_thd=torch.randn(2, 6, 24)), "heads of size 24 need"),
-        (dict(position_t=torch.zeros(1, dtype=torch.int32)), "position_t has shape"),
-        (dict(group="any"), "group='any'"),
-        (dict(softcap=-1.0), "softcap and sliding"),
-        (dict(sink_h=torch.zeros(2)), "sink_h must have shape"),
-        (dict(window=3), "window=3 does not fit"),
-        (dict(position_t=torch.zeros(2, dtype=torch.int32, device="meta")), "one device"),
-        (dict(q_thd=torch.randn(2, 6, 16, requires_grad=True)), "inference only"),
-    ],
-)
+def meta(x):
+    return x.to("meta")
+
+
+# What is changed in the arguments of a call, and the error.
+BAD = [
+    (lambda a: dict(q_thd=a.q_thd[:, :5]), "not a multiple of the pages' 2 KV heads"),
+    (lambda a: dict(q_thd=a.q_thd[:, :0]), "q_thd has 0 heads"),
+    (lambda a: dict(q_thd=a.q_thd[0]), "q_thd has dtype torch.float32 and shape"),
+    (lambda a: dict(q_thd=a.q_thd.int()), "q_thd has dtype torch.int32"),
+    (lambda a: dict(q_thd=torch.randn(10, 6, 24)), "heads of size 24 need"),
+    (lambda a: dict(q_thd=a.q_thd[..., :0]), "pages.k has shape .* heads are of size 0"),
+    (lambda a: dict(q_thd=a.q_thd.clone().requires_grad_()), "inference only"),
+    # A plan for other query tokens, other pages.
+    (lambda a: dict(q_thd=a.q_thd[:9], position_t=a.position_t[:9]), "plan was made for 10"),
+    (lambda a: dict(q_thd=a.q_thd[:0], position_t=a.position_t[:0]), "plan was made for 10"),
+    (lambda a: dict(pages=cut(a.pages, slice(3))), "3 pages of 16 slots, plan was made for 13"),
+    (lambda a: dict(pages=cut(a.pages, slice(None), 8)), "of 8 slots, plan was made for .* of 16"),
+    (lambda a: dict(position_t=a.position_t[:1]), "position_t has shape"),
+    (lambda a: dict(position_t=a.position_t.long()), "position_t .*int64"),
+    (lambda a: dict(before_t=a.position_t[:1]), "before_t has shape"),
+    (lambda a: dict(before_t=a.position_t.float()), "before_t .*float32"),
+    (lambda a: dict(group="any"), "group='any'"),
+    (lambda a: dict(softcap=-1.0), "softcap and sliding"),
+    (lambda a: dict(softcap=float("nan")), "softcap and sliding"),
+    (lambda a: dict(softcap=float("inf")), "softcap and sliding"),
+    (lambda a: dict(scale=float("inf")), "scale=inf"),
+    (lambda a: dict(scale=float("nan")), "scale=nan"),
+    (lambda a: dict(sliding=2**31), "softcap and sliding"),
+    (lambda a: dict(sink_h=torch.zeros(2)), "sink_h must have shape"),
+    (lambda a: dict(sink_h=torch.zeros(6).int()), "sink_h must have shape"),
+    (lambda a: dict(window=3), "window=3 does not fit"),
+    (lambda a: dict(state=(a.q_thd[:9], a.state[1])), "state: out is"),
+    (lambda a: dict(state=(a.q_thd[..., :8], a.state[1])), "state: out is"),
+    (lambda a: dict(state=(a.q_thd.int(), a.state[1])), "state: out is torch.int32"),
+    (lambda a: dict(state=(a.q_thd, a.state[1][:9])), "state: lse is"),
+    (lambda a: dict(state=(a.q_thd, a.state[1].half())), "state: lse is torch.float16"),
+    # Pages that do not fit one another.
+    (lambda a: dict(pages=replace(a.pages, v=a.pages.v[:5])), "pages.v has shape"),
+    (lambda a: dict(pages=replace(a.pages, v=a.pages.v.byte())), "pages.v_scale of shape"),
+    (lambda a: dict(pages=replace(a.pages, k=a.pages.k[0])), "pages.k has shape"),
+    (lambda a: dict(pages=replace(a.pages, k=a.pages.k[:, :0])), "pages.k has shape"),
+    (lambda a: dict(pages=replace(a.pages, k=a.pages.k.int())), "pages.k has dtype torch.int32"),
+    (lambda a: dict(pages=replace(a.pages, position=int32(5, 2, 16))), "pages.position is"),
+    (lambda a: dict(pages=replace(a.pages, position=a.pages.k[..., 0])), "pages.position is"),
+    (lambda a: dict(pages=replace(a.pages, importance=torch.zeros(5, 2, 16))), "pages.importance"),
+    (lambda a: dict(pages=replace(a.pages, history=int32(5, 2, 16, 1)), window=9), "pages.history"),
+    # Devices.
+    (lambda a: dict(position_t=meta(a.position_t)), "position_t on meta"),
+    (lambda a: dict(plan=a.plan.to("meta")), "page_indptr on meta"),
+    (lambda a: dict(pages=replace(a.pages, v=meta(a.pages.v))), "but v on meta"),
+    (lambda a: dict(state=tuple(map(meta, a.state))), "state_out on meta, state_lse on meta"),
+    (lambda a: dict(sink_h=meta(torch.zeros(6))), "sink_h on meta"),
+    (lambda a: dict(before_t=meta(a.position_t)), "before_t on meta"),
+]  # fmt: skip
+
+
+def int32(*shape):
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def cut(pages, which, slots=None):
+    return KVPages(*(None if x is None else x[which, :, :slots] for x in pages.tensors()))
+
+
+@pytest.mark.parametrize("change,message", BAD)
 def test_tree_attention_raises(change, message):
     case = Case(0, dtype=torch.float32)
-    args = dict(
-        q_thd=torch.randn(2, 6, 16), position_t=torch.zeros(2, dtype=torch.int32),
-        pages=case.pages, plan=case.plan,
-    )  # fmt: skip
+    state = torch.zeros(len(case.q), 6, 16), torch.zeros(len(case.q), 6)
+    args = SimpleNamespace(
+        q_thd=case.q, position_t=case.position, pages=case.pages, plan=case.plan, state=state
+    )
+    kvtools.tree_attention(**vars(args))
     with pytest.raises((ValueError, RuntimeError), match=message):
-        kvtools.tree_attention(**{**args, **change})
+        kvtools.tree_attention(**{**vars(args), **change(args)})
+
+
+def test_merge_states_raises_for_what_kernels_do_not_take():
+    a, lse = torch.zeros(3, 2, 8), torch.zeros(3, 2)
+    for args, message in [
+        ((a[0], lse[0], a[0], lse[0]), "a_bhd is"),
+        ((a.int(), lse, a.int(), lse), "a_bhd is torch.int32"),
+        ((a, lse.half(), a, lse), "a_lse_bh is torch.float16"),
+        ((a, lse, meta(a), lse), "b_bhd on meta"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            kvtools.merge_states(*args)
+
+
+# Of a plan: which tensor is changed, how, and the error.
+BROKEN = [
+    ("page", lambda x: x - 10, IndexError, "page holds -"),
+    ("page", lambda x: x[:-1], IndexError, "page_indptr holds"),
+    ("first", lambda x: x + 16, IndexError, "first holds 16; there are 16 slots in a page"),
+    ("first", lambda x: x - 1, IndexError, "first holds -1"),
+    ("first", lambda x: x[:-1], ValueError, "first"),
+    ("length", lambda x: x - 1000, ValueError, "length holds -"),
+    ("length", lambda x: x[:-1], ValueError, "length has"),
+    ("length", lambda x: x[0], ValueError, "length (has shape|must have 1 dim)"),
+    ("first", lambda x: x[0], ValueError, "first"),
+    ("page", lambda x: x[0], ValueError, "page must have 1 dim"),
+    ("base", lambda x: x + 2**31 - 20, ValueError, "base holds"),
+    ("own", lambda x: x[:-1], ValueError, "own has"),
+    ("token_indptr", lambda x: x.flip(0), IndexError, "token_indptr holds"),
+    ("token", lambda x: x + 1, IndexError, "token holds 10; there are 10 query tokens"),
+    ("token", lambda x: x - 1, IndexError, "token holds -1"),
+    ("token", lambda x: x.flip(0), ValueError, "part: token"),
+    ("item", lambda x: x[:, :5].contiguous(), ValueError, "item must be"),
+    ("item", lambda x: x.flatten(), ValueError, "item must have 2 dim"),
+    ("item", lambda x: x + int32(6).index_fill_(0, torch.tensor(0), 99), IndexError, "item holds"),
+    ("item", lambda x: x + int32(6).index_fill_(0, torch.tensor(2), 1), IndexError, "tokens"),
+    ("item", lambda x: x + int32(6).index_fill_(0, torch.tensor(3), -1), IndexError, "slots -1"),
+    ("item", lambda x: x + int32(6).index_fill_(0, torch.tensor(4), 16), IndexError, "slots"),
+    ("item", lambda x: x + int32(6).index_fill_(0, torch.tensor(5), 1), IndexError, "partial"),
+    ("item", lambda x: x[:-1], ValueError, "part: token"),
+    ("part", lambda x: x + 1000, IndexError, "part holds"),
+    ("part", lambda x: x.flip(0), ValueError, "part: token"),
+    ("part_indptr", lambda x: x + 1, IndexError, "part_indptr holds"),
+    ("leaf", lambda x: x + 99, IndexError, "leaf holds"),
+    ("page", lambda x: x.long(), ValueError, "page must be contiguous int32"),
+    ("page", lambda x: meta(x), ValueError, "page must be contiguous int32"),
+    ("page", lambda x: x.repeat_interleave(2)[::2], ValueError, "page must be contiguous int32"),
+    ("page_size", lambda x: 0, ValueError, "page_size=0"),
+    ("page_size", lambda x: 4.0, ValueError, "page_size=4.0"),
+]
+
+
+@pytest.mark.parametrize("name,change,error,message", BROKEN)
+def test_plans_are_checked_when_they_are_made(name, change, error, message):
+    plan = Case(0).plan
+    parts = {n: getattr(plan, n) for n in (*Plan.TENSORS, "page_size")}
+    assert Plan(**parts).pages == plan.pages == int(plan.page.max()) + 1
+    parts[name] = change(parts[name])
+    with pytest.raises(error, match=message):
+        Plan(**parts)
+    if not message.startswith("length holds"):
+        with pytest.raises(error, match=message):
+            replace(plan, **{name: parts[name]})
+    if name != "page_size" and parts[name].dtype == torch.int32 and not parts[name].is_meta:
+        arrays = {n: x if n == "page_size" else x.numpy() for n, x in parts.items()}
+        if parts[name].is_contiguous():
+            with pytest.raises(error, match=message):
+                Plan.from_host(arrays)
+
+
+def test_a_plan_may_be_followed_whatever_its_lengths_become(impl):
+    """`length` is the caller's to change: items bound what is read."""
+    case = Case(7, dtype=native(impl), tile=2, chunk=16)
+    plan, whole = case.plan, case.plan.length.clone()
+    expected = attend(case, impl)
+    for length in (2**31 - 1, -5):
+        case.plan = replace(plan, length=torch.full_like(plan.length, length))
+        out, lse = attend(case, impl)
+        assert out.shape == expected[0].shape
+        if length < 0:
+            assert (out == 0).all() and (lse == -torch.inf).all()
+    case.plan = replace(plan, length=whole)
+    assert torch.equal(attend(case, impl)[0], expected[0])
+
+
+def test_positions_below_zero_are_noted_within_history(impl):
+    """The remainder counts from 0: a bit in a word before the slot's own would be another's."""
+    histories = []
+    for each in (impl, "reference"):
+        case = Case(3, dtype=native(impl))
+        tracks(case, 64)
+        case.position = -33 - torch.arange(len(case.q), dtype=torch.int32)
+        case.pages.position = int32(*case.pages.history.shape[:3]) - 1000
+        attend(case, each, window=64)
+        histories.append(case.pages.history)
+    assert (histories[1] != 0).any() and torch.equal(*histories)
+
+
+@pytest.mark.parametrize("what", ["q", "k", "v"])
+@pytest.mark.parametrize("format", ["none", "int4", "fp8"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_never_look_like_numbers(format, value, what, impl):
+    """What a query sees makes its output NaN; the rows of other prompts keep theirs."""
+    many = not interpreted(impl)
+    case = Case(12, k_format=format, v_format=format, dtype=native(impl), D=32, G=9 if many else 2)
+    tracks(case, 40)
+    expected = attend(case, impl, window=40)
+    row = int(case.row[-1])
+    slot = torch.from_numpy(case.forest.row_slots(row)[:1].astype(np.int64))  # of its prompt
+    root = case.forest.root_of(row)
+    hit = torch.tensor([case.forest.root_of(r) == root for r in case.row])
+    assert hit.any() and not hit.all()
+    bad = torch.randn(1, 2, 32, dtype=case.dtype)
+    bad[0, 1, 3] = value
+    if what == "q":
+        hit[:] = False
+        hit[-1] = True
+        case.q[-1, -1] = bad[0, 1]
+    else:
+        good = torch.ones_like(bad)
+        kvtools.append_kv(*((bad, good) if what == "k" else (good, bad)), slot, case.pages)
+    out, lse = attend(case, impl, window=40)
+    last = slice(-1, None) if what == "q" else slice(case.q.shape[1] // 2, None)
+    if value == torch.inf and format == "none" and what != "q":
+        # A score of -inf is that of a key that is not seen; infinite values give infinities.
+        seen = case.q[hit, last, 3] > 0
+        assert (
+            (out[hit, last].isnan().any(-1) == seen).all()
+            if what == "k"
+            else (out[hit, last, 3].isinf().all())
+        )
+        return
+    assert out[hit, last].isnan().any(-1).all()
+    if what == "q" or format != "none":  # with NaN codes or queries, all of the head
+        assert out[hit, last].isnan().all()
+    if what == "v":
+        assert lse.isfinite().all()
+    else:
+        assert lse[hit, last].isnan().all()
+    assert torch.equal(out[~hit], expected[0][~hit]) and torch.equal(lse[~hit], expected[1][~hit])
+
+
+def test_nan_in_states(impl):
+    """A lse that is NaN or +inf makes both results NaN; an empty state may hold anything."""
+    a, a_lse, b, b_lse = make_states(5, 4, 24, torch.float32, "cpu")
+    for x, value in ((a_lse, torch.nan), (b_lse, torch.nan), (b_lse, torch.inf)):
+        args = [t.clone() for t in (a, a_lse, b, b_lse)]
+        bad = args[1] if x is a_lse else args[3]
+        bad[:, 1] = value
+        out, lse = kvtools.merge_states(*args, impl=impl)
+        assert out[:, 1].isnan().all() and lse[:, 1].isnan().all()
+        assert out[:, 0].isfinite().all() and not lse[:, 0].isnan().any()
+    case = Case(14, dtype=native(impl))
+    state = (
+        torch.zeros_like(case.q),
+        torch.full(case.q.shape[:2], -torch.inf, dtype=lse_dtype(impl)),
+    )
+    state[1][0, 1] = torch.nan
+    out, lse = attend(case, impl, state=state)
+    assert out[0, 1].isnan().all() and lse[0, 1].isnan()
+    assert out[0, 0].isfinite().all() and lse[1:].isfinite().all()
+
+
+def lse_dtype(impl):
+    return torch.float64 if native(impl) == torch.float64 else torch.float32
+
+
+def tracks(case, window):
+    """Let pages hold importance, and a history of `window` steps."""
+    lead = case.pages.k.shape[:3]
+    case.pages.importance = torch.zeros(lead)
+    case.pages.history = int32(*lead, -(-window // 32))
 
 
 def test_tree_attention_of_large_heads_in_cuda_raises():
@@ -632,11 +860,40 @@ def test_tree_attention_of_large_heads_in_cuda_raises():
 
 
 def test_plan_from_block_table_raises():
-    table = torch.zeros(2, 3, dtype=torch.int32)
-    for args, message in [
-        ((table[0], torch.ones(3).int(), 4), "block_table must be"),
-        ((table, torch.ones(3).int(), 4), "seq_lens has shape"),
-        ((table, torch.tensor([1, 13]), 4), "row 1 has 13"),
+    table, lens = int32(2, 3), torch.tensor([1, 2], dtype=torch.int32)
+    big = table.long() + 2**32
+    for change, message in [
+        (dict(block_table=table[0]), "block_table must be"),
+        (dict(block_table=table.float()), "block_table has dtype torch.float32"),
+        (dict(block_table=table - 1), "block_table: row 0 has a block"),
+        (dict(block_table=big), "block_table: row 0 has a block"),
+        (dict(seq_lens=torch.ones(3).int()), "seq_lens has shape"),
+        (dict(seq_lens=lens.float()), "seq_lens has dtype torch.float32"),
+        (dict(seq_lens=torch.tensor([1, 13])), "seq_lens: row 1 has 13"),
+        (dict(seq_lens=torch.tensor([1, 2**32 + 1])), "seq_lens holds 4294967297"),
+        (dict(seq_lens=torch.tensor([1, -1])), "seq_lens: row 1 has -1"),
+        (dict(query_lens=lens[:1]), "query_lens has shape"),
+        (dict(query_lens=lens.half()), "query_lens has dtype"),
+        (dict(query_lens=torch.tensor([1, 3])), "query_lens: row 1 has 3, seq_lens has 2"),
+        (dict(query_lens=torch.tensor([-1, 2])), "query_lens: row 0 has -1"),
+        (dict(query_lens=torch.tensor([1, 2**32])), "query_lens: row 1 has 4294967296"),
+        (dict(page_size=0), "page_size=0"),
+        (dict(page_size=2**31), "page_size=2147483648"),
+        (dict(tile=-1), "tile is negative"),
+        (dict(chunk=3), "chunk must be a multiple"),
     ]:
+        args = dict(block_table=table, seq_lens=lens, page_size=4) | change
         with pytest.raises(ValueError, match=message):
-            kvtools.plan_from_block_table(*args)
+            kvtools.plan_from_block_table(**args)
+    # What lies past a row's end may be no int32.
+    far = torch.cat([table, big], 1)
+    plan = kvtools.plan_from_block_table(far, lens, 4)
+    assert plan.pages == 1 and plan.page_size == 4
+    # One page too few.
+    pages = KVPages.empty(1, 1, 4, 8)
+    q, position = torch.randn(2, 1, 8), lens - 1
+    kvtools.tree_attention(q, position, pages, plan)
+    with pytest.raises(ValueError, match="pages has 1 pages of 4 slots, plan was made for 2"):
+        kvtools.tree_attention(
+            q, position, pages, kvtools.plan_from_block_table(table + 1, lens, 4)
+        )

@@ -1,5 +1,7 @@
 """Row `evict`: importance from a window of queries, who goes, and closing the gaps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -267,6 +269,50 @@ def test_compact_kv_of_nothing_and_in_views(device, impl):
     assert all(map(torch.equal, contents(pages), contents(view)))
 
 
+def test_compact_kv_writes_nothing_outside(device, impl):
+    """What goes to or from a negative slot is skipped, and so is one that the pages do not have on
+    a GPU; on a CPU that is an error."""
+    around = make_pages(device, pages=7)
+    pages = KVPages(*(x if x is None else x[1:6] for x in around.tensors()))
+    expected = [x.clone() for x in contents(around)]
+    for x in expected:
+        x[2, 0, 1] = x[1, 0, 0]
+    far = -1 if impl in ("reference", "cpu") else 20
+    source = torch.tensor([[0, 3], [-1, far], [4, 2**31 - 1 if far > 0 else -9]], device=device)
+    target = torch.tensor([[5, -1], [3, 2], [far, 7]], device=device)
+    kvtools.compact_kv(source, target, pages, impl=impl)
+    assert all(map(torch.equal, contents(around), expected))
+    if impl in ("reference", "cpu"):
+        for args, name in (((source + 20, target), "source_nh"), ((source, target + 20), "target")):
+            with pytest.raises((IndexError, RuntimeError), match=f"{name}.* holds slot 2"):
+                kvtools.compact_kv(*args, pages, impl=impl)
+        assert all(map(torch.equal, contents(around), expected))
+
+
+@pytest.mark.parametrize("at", ["query", "head", "sink", "key"])
+@pytest.mark.parametrize("group", ["all", "mean"])
+def test_key_scores_of_nan(at, group, device, impl):
+    """It spoils the mass of its KV head, and nothing is low there for queries that see it."""
+    q, k = make_window(1, 2, 2, 3, 40, 16, torch.float32, device)
+    expected = kvtools.key_scores(q, k, sinks=2, group=group, impl=impl)
+    if at in ("query", "head"):
+        q[0, 0 if at == "query" else 1 : 2, :, 3] = torch.nan
+    else:
+        k[0, 0, 1 if at == "sink" else 20, 3] = torch.nan
+    mass, low = kvtools.key_scores(q, k, sinks=2, group=group, impl=impl)
+    assert mass[0, 0].isnan().all() and (low[0, 0] == 0).all()
+    for x, y in zip((mass, low), expected, strict=True):
+        assert torch.equal(x[0, 1], y[0, 1])
+
+
+def test_key_scores_with_a_sink_that_takes_nothing(device, impl):
+    q, k = make_window(1, 2, 2, 3, 40, 16, torch.float32, device)
+    none = torch.full((4,), -torch.inf, device=device)
+    actual = kvtools.key_scores(q, k, sink_h=none, impl=impl)
+    for x, y in zip(actual, kvtools.key_scores(q, k, impl=impl), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_evict_raises(device):
     q, k = make_window(1, 2, 2, 3, 5, 8, torch.float32, device)
     score, _, position, _, _ = make_candidates(2, 2, 5, device)
@@ -277,11 +323,46 @@ def test_evict_raises(device):
         (lambda: kvtools.key_scores(q[:, :3], k), "q_bhwd has 3 heads, not a multiple of the 2"),
         (lambda: kvtools.key_scores(q, k, group="any"), "group='any': expected 'all' or 'mean'"),
         (lambda: kvtools.key_scores(q, k, sinks=-1), "sinks=-1 must not be negative"),
+        (lambda: kvtools.key_scores(q, k[:, :0]), "not a multiple of the 0 of k_bhsd"),
+        (lambda: kvtools.key_scores(q, k[..., :4]), "q_bhwd has shape .* must agree"),
+        (lambda: kvtools.key_scores(q[..., :0], k[..., :0]), "q_bhwd has shape .* must agree"),
+        (lambda: kvtools.key_scores(q[:0], k), "q_bhwd has shape .* must agree"),
+        (lambda: kvtools.key_scores(q.int(), k), "q_bhwd is torch.int32"),
+        (lambda: kvtools.key_scores(q, k, sink_h=q[0, 0, :, 0]), "sink_h must be"),
+        (lambda: kvtools.key_scores(q, k, softcap=-1.0), "softcap=-1.0"),
+        (lambda: kvtools.key_scores(q, k, sliding=-1), "sliding=-1"),
+        (lambda: kvtools.key_scores(q, k, scale=float("inf")), "scale=inf"),
+        (lambda: kvtools.key_scores(q, k.to("meta")), "k_bhsd on meta"),
+        (lambda: kvtools.select_victims(score, position, 2, tie_nhs=score[:1]), "tie_nhs has sh"),
+        (lambda: kvtools.select_victims(score[0], position[0], 2), "position_nhs is"),
+        (lambda: kvtools.select_victims(score, position.float(), 2), "position_nhs is"),
+        (lambda: kvtools.select_victims(score.to(torch.complex64), position, 2), "score_nhs has d"),
+        (
+            lambda: kvtools.select_victims(score, position, 2, protect_below_n=position[0, 0]),
+            "protect_below_n is",
+        ),
+        (
+            lambda: kvtools.select_victims(
+                score, position, 2, protect_from_n=score[:, 0, 0].float()
+            ),
+            "protect_from_n is torch.float32",
+        ),
         (lambda: kvtools.select_victims(score[:1], position, 2), "score_nhs has shape"),
         (lambda: kvtools.select_victims(score, position, 6), "count=6 must be between 0 and the 5"),
         (lambda: kvtools.select_victims(score, position, -1), "count=-1 must be between"),
         (lambda: kvtools.compact_kv(slots, slots[:2], pages), r"must both be \[n, 2\]"),
         (lambda: kvtools.compact_kv(slots[:, :1], slots[:, :1], pages), r"must both be \[n, 2\]"),
+        (lambda: kvtools.compact_kv(slots.float(), slots, pages), "source_nh is torch.float32"),
+        (lambda: kvtools.compact_kv(slots, slots.to("meta"), pages), "target_nh on meta"),
+        (lambda: kvtools.compact_kv(slots, slots, replace(pages, v=pages.v[:2])), "pages.v has"),
+        (
+            lambda: kvtools.compact_kv(slots, slots, replace(pages, position=pages.position[:2])),
+            "pages.position has",
+        ),
+        (
+            lambda: kvtools.compact_kv(slots, slots, replace(pages, k=pages.k[:, :, :0])),
+            "pages.k has shape",
+        ),
         (lambda: kvtools.key_scores(q, k, impl="mkl"), "impl='mkl': expected one of"),
     ]
     for call, message in cases:

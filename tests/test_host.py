@@ -230,6 +230,7 @@ def test_plan():
     forest.insert(6, copies=3)
     forest.append([1, 5, 0])
     plan = forest.plan([2, 1, 0], tile=2, chunk=4)
+    assert plan.pop("page_size") == 4
     assert all(array.dtype == np.int32 for array in plan.values())
     assert plan["page_indptr"].tolist() == [0, 2, 3, 5]
     assert plan["own"].tolist() == [0, 1, 1]
@@ -376,7 +377,7 @@ def test_block_table_row_alone_is_one_node():
         (([[1]], [-1], 4), ValueError, "seq_lens: row 0 has -1"),
         (([[1]], [1, 1], 4), ValueError, "seq_lens must have one entry per row"),
         (([[1]], [1], 4, [1, 1]), ValueError, "counts must have one entry per row"),
-        (([[-1]], [1], 4), ValueError, "block_table: row 0 has a negative block"),
+        (([[-1]], [1], 4), ValueError, "block_table: row 0 has a block within its length"),
         (([1], [1], 4), ValueError, "block_table must have 2 dimension"),
         (([[1.0]], [1], 4), TypeError, "block_table must be an array of integers"),
         (([[1]], [1], 0), ValueError, "page_size must be positive, not 0"),

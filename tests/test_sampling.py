@@ -438,7 +438,9 @@ def test_double_precision_reference(device):
         ({"top_p": 1.5}, "top_p=1.5: expected"),
         ({"min_p": 1.01}, "min_p=1.01: expected 0 <= min_p <= 1"),
         ({"min_p": torch.tensor([0.0, 0.0, -0.1])}, "min_p: expected .* in every row"),
-        ({"min_p": torch.ones(3, device="meta")}, "min_p: on meta but logits_bv on"),
+        ({"min_p": torch.ones(3, device="meta")}, "logits_bv is on cpu, but min_p_b on meta"),
+        ({"seed_b": torch.ones(3, device="meta").long()}, "but seed_b on meta"),
+        ({"top_k": 2.5}, "top_k=2.5: expected"),
         ({"logits_bv": torch.zeros(3, 1, 9)}, r"logits_bv: expected \[b, v\]"),
         ({"logits_bv": torch.zeros(3, 0)}, r"logits_bv: expected \[b, v\]"),
         ({"logits_bv": torch.zeros(3, 9, dtype=torch.float64)}, "logits_bv: torch.float64 is not"),
@@ -453,6 +455,14 @@ def test_sample_raises(change, message):
     good = {"logits_bv": logits_bv, "seed_b": seed_b, "position_b": position_b}
     with pytest.raises(ValueError, match=message):
         sample(**(good | change))
+
+
+def test_top_k_beyond_int32_keeps_all(device, impl):
+    args = make_rows(3, 9, torch.float32, device)
+    expected = sample(*args, impl=impl)
+    for top_k in (2**31, 2**40 + 1, torch.tensor([2**31, 2**32 + 1, 2**63 - 1], device=device)):
+        for x, y in zip(sample(*args, top_k=top_k, impl=impl), expected, strict=True):
+            assert torch.equal(x, y)
 
 
 def test_sample_is_for_inference():
@@ -479,7 +489,7 @@ def test_sample_contract(device):
 def test_drawn():
     """-1 is an error that names the rows and their steps; anything else passes."""
     assert drawn(torch.tensor([3, 0]), 7) == drawn([3, 0], [7, 9]) == [3, 0]
-    assert drawn([], 0) == []
+    assert drawn([], 0) == drawn(np.zeros(0, np.int64), np.int64(0)) == []
     with pytest.raises(ValueError, match="for row 1 at step 7: the logits hold NaN"):
         drawn(torch.tensor([3, -1]), 7)
     with pytest.raises(ValueError, match="for row 5 at step 2, row 4 at step 0: "):

@@ -24,16 +24,17 @@ void merge_states(const MergeStates& p, const Pool& pool) {
             auto lse_at = [&](const auto& x) -> float& {
               return reinterpret_cast<float*>(x.data)[i * x.stride[0] + h * x.stride[1]];
             };
-            const float a_lse = lse_at(p.a_lse), b_lse = lse_at(p.b_lse),
-                        peak = std::max(a_lse, b_lse);
+            const float a_lse = lse_at(p.a_lse), b_lse = lse_at(p.b_lse);
+            const bool empty = a_lse == -kInfinity && b_lse == -kInfinity;  // a NaN is not
+            const float peak = std::max(a_lse, b_lse);
             const float a_mass = a_lse == -kInfinity ? 0 : std::exp(a_lse - peak);
             const float b_mass = b_lse == -kInfinity ? 0 : std::exp(b_lse - peak);
-            const float lse = peak == -kInfinity ? peak : peak + std::log(a_mass + b_mass);
+            const float lse = empty ? -kInfinity : peak + std::log(a_mass + b_mass);
             const float a = a_mass ? std::exp(a_lse - lse) : 0,
                         b = b_mass ? std::exp(b_lse - lse) : 0;
             lse_at(p.lse) = lse;
             auto merged = [&](f32 x, f32 y) {
-              return (a > 0 ? a * x : f32{}) + (b > 0 ? b * y : f32{});
+              return (a != 0 ? a * x : f32{}) + (b != 0 ? b * y : f32{});
             };
             const T *x = at(p.a), *y = at(p.b);
             T* out = at(p.out);
@@ -172,22 +173,22 @@ void Attention::merge(int64_t t, int64_t h) {
   std::fill_n(out, o_.width, 0.0f);
   for (int32_t r = first; r >= 0; r = partial_.next[r]) {
     seen += partial_.seen[r];
-    if (partial_.peak[r] == -kInfinity) continue;
+    if (partial_.mass[r] == 0) continue;  // where nothing is seen; a NaN, once seen, stays
     const float weight = std::exp((partial_.peak[r] - peak) * o_.unit);
     mass += weight * partial_.mass[r];
     for (int64_t e = 0; e < o_.width; e += kLanes)
       store(out + e, load(out + e) + load(partial_.sum + r * o_.width + e) * weight);
   }
-  if (mass > 0)
+  if (mass != 0)
     for (int64_t e = 0; e < o_.width; e += kLanes) store(out + e, load(out + e) / mass);
   if (p_.pages.v.format != Format::none) rotate_back(out, d);
 
   // What is kept elsewhere: another state, and the sink, which has no value.
-  const float here = mass > 0 ? peak * o_.unit + std::log(mass) : -kInfinity;
+  const float here = mass != 0 ? peak * o_.unit + std::log(mass) : -kInfinity;
   float lse = here;
   auto join = [&](float other, auto value) {
+    if (lse == -kInfinity && other == -kInfinity) return;
     const float top = std::max(lse, other);
-    if (top == -kInfinity) return;
     const float both = top + std::log(std::exp(lse - top) + std::exp(other - top));
     const float a = std::exp(lse - both), b = std::exp(other - both);
     for (int64_t e = 0; e < d; e += kLanes) store(out + e, load(out + e) * a + value(e, b));
@@ -254,7 +255,8 @@ void Attention::track(int64_t i, int64_t head) {
       for (int64_t g = 0; g < o_.group; ++g) {
         const float* x = logits + g * all + s;
         const f32 logit = s + kLanes <= all ? load(x) : load_part(x, all - s);
-        const f32 weight = exp2((logit * o_.unit - lse[g * p_.lse.stride[1]]) * kLog2e);
+        f32 weight = exp2((logit * o_.unit - lse[g * p_.lse.stride[1]]) * kLog2e);
+        weight = select(logit == -kInfinity, f32{}, weight);  // unless lse is NaN, it is 0 already
         received += weight;
         below &= weight < mean[g];
       }
@@ -264,7 +266,7 @@ void Attention::track(int64_t i, int64_t head) {
     }
     if (!notes) continue;
     const int32_t past = o_.last_seen(t);
-    const int64_t bit = p_.position[t] % p_.window;
+    const int64_t bit = floor_mod(p_.position[t], p_.window);
     each_slot([&](int64_t page, int64_t offset, int64_t s) {
       const int64_t key =
           p_.pages.position.data

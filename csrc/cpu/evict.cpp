@@ -75,7 +75,9 @@ class Scorer {
     const f32 seen = max(now + 1 - start, splat(1));
     for (int64_t k = 0; k < p.g * kLanes; k += kLanes) {
       store(window.sum + k, select(window.now < 0, f32{}, 1 / load(window.sum + k)));
-      store(window.mean + k, load(window.mean + k) / seen);
+      // A NaN among the sinks spoils the mean, too.
+      const f32 nan = load(window.sum + k) - load(window.sum + k);
+      store(window.mean + k, load(window.mean + k) / seen + nan);
     }
   }
 
@@ -135,8 +137,8 @@ class Scorer {
           for (int64_t d = 0; d < p.d; ++d) q[d * kLanes + lane] = load_one(x + d) * scale;
         }
       });
-      const float sink =
-          p.sink.data ? number_at(p.sink.at(h * p.g + g), p.sink.type) * kLog2e : kLowest;
+      float sink = p.sink.data ? number_at(p.sink.at(h * p.g + g), p.sink.type) * kLog2e : kLowest;
+      if (sink < kLowest) sink = kLowest;  // -inf, but not NaN
       store(window.peak + g * kLanes, splat(sink));
       store(window.sum + g * kLanes, splat(p.sink.data ? 1 : 0));
       store(window.mean + g * kLanes, f32{});
@@ -246,12 +248,17 @@ void compact_kv(const CompactKv& p, const Pool& pool) {
       for (const auto& [x, size] : p.moved) {
         if (!x.data) continue;
         staged.resize(p.n * size);
-        auto at = [&](const Strided<2>& slots, int64_t i) {
-          const int64_t slot = integer_at(slots, i, h);
-          return x.at(slot / p.page_size, h, slot % p.page_size);
+        auto at = [&](int64_t slot) { return x.at(slot / p.page_size, h, slot % p.page_size); };
+        auto each = [&](auto f) {  // f(i, source, target)
+          for (int64_t i = 0; i < p.n; ++i) {
+            const int64_t from = integer_at(p.source, i, h), to = integer_at(p.target, i, h);
+            if (from >= 0 && to >= 0) f(i, from, to);
+          }
         };
-        for (int64_t i = 0; i < p.n; ++i) std::memcpy(&staged[i * size], at(p.source, i), size);
-        for (int64_t i = 0; i < p.n; ++i) std::memcpy(at(p.target, i), &staged[i * size], size);
+        each([&](int64_t i, int64_t from, int64_t) {
+          std::memcpy(&staged[i * size], at(from), size);
+        });
+        each([&](int64_t i, int64_t, int64_t to) { std::memcpy(at(to), &staged[i * size], size); });
       }
   });
 }

@@ -51,7 +51,8 @@ struct Problem {
   }
   // The last position that a token sees.
   int32_t last_seen(int64_t t) const {
-    return p.before ? std::min(p.position[t], p.before[t] - 1) : p.position[t];
+    return p.before && p.before[t] <= p.position[t] ? std::max(p.before[t], INT32_MIN + 1) - 1
+                                                    : p.position[t];
   }
 
   // Call f(page, offset, count, slot) for the runs of slots [begin, end) that lie in one page.

@@ -45,6 +45,12 @@ f32 to_scale(f32 x) {
   return load(rounded);
 }
 
+bool is_finite(const float* x, int64_t d) {
+  f32 zero{};
+  for (int64_t i = 0; i < d; i += kLanes) zero += load(x + i) - load(x + i);
+  return sum_lanes(zero)[0] == 0;
+}
+
 f32 peak_of(const float* x, int64_t d) {
   f32 peak{};
   for (int64_t i = 0; i < d; i += kLanes) peak = max(peak, abs(load(x + i)));
@@ -138,6 +144,9 @@ void put(const char* x, Type type, int64_t d, const Content& to, int64_t p, int6
   float* y = scratch.x.data();
   convert(x, type, reinterpret_cast<char*>(y), Type::f32, d);
   rotate(y, d);
+  // Codes cannot tell, so the scale does.
+  const bool finite = is_finite(y, d);
+  if (!finite) std::fill_n(y, scratch.x.size(), 0.0f);
   auto* packed = reinterpret_cast<uint8_t*>(codes);
   f32 scale;
   if (to.format == Format::fp8)
@@ -145,7 +154,7 @@ void put(const char* x, Type type, int64_t d, const Content& to, int64_t p, int6
   else
     with_bits(to.format,
               [&](auto bits) { scale = encode<decltype(bits)::value>(y, d, scratch, packed); });
-  store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), scale[0]);
+  store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), finite ? scale[0] : NAN);
 }
 
 // Elements that are work enough for a thread, some 10 us.
@@ -193,8 +202,8 @@ void append_kv(const AppendKv& p, const Pool& pool) {
   split(p.t * to.heads, to.d, share, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t t = row / to.heads, h = row % to.heads;
-      if (integer_at(p.slot, t, 0) < 0) continue;
       const int64_t slot = integer_at(p.slot, t, h);
+      if (slot < 0) continue;
       const int64_t page = slot / to.page_size, s = slot % to.page_size;
       put(p.k.at(t, h), p.k.type, to.d, to.k, page, h, s, scratch);
       put(p.v.at(t, h), p.v.type, to.d, to.v, page, h, s, scratch);

@@ -267,7 +267,7 @@ inline f32 max_lanes(f32 x) {
   return max(x, exchange<1>(x));
 }
 
-// 2^x to 1 ulp; 0 below -126, and for -inf.
+// 2^x to 1 ulp; 0 below -126, and for -inf; NaN for NaN, whatever its bits.
 inline f32 exp2(f32 x) {
   const f32 shift = splat(0x1.8p23f);  // to the nearest integer, which then sits in the low bits
   f32 n = x + shift;
@@ -279,7 +279,7 @@ inline f32 exp2(f32 x) {
   y = y * r + 6.931472028550421e-1f;
   y = y * r + 1.0f;
   y = bit_cast<f32>(bit_cast<i32>(y) + (bit_cast<i32>(n) << 23));
-  return select(x < -126.0f, f32{}, y);
+  return select(x >= -126.0f, y, select(x < -126.0f, f32{}, x));
 }
 
 // tanh to 2 ulp: odd, so that small x keep their relative precision.
@@ -290,7 +290,8 @@ inline f32 tanh(f32 x) {
   small = small * square + 1.33314422036e-1f;
   small = small * square - 3.33332819422e-1f;
   small = small * square * x + x;
-  const f32 clamped = min(max(x, splat(-20.0f)), splat(20.0f));
+  // NaN stays: of a NaN and a number, `max` and `min` take their second argument.
+  const f32 clamped = min(splat(20.0f), max(splat(-20.0f), x));
   const f32 large = 1.0f - 2.0f / (exp2(2 * kLog2e * clamped) + 1.0f);
   return select(square < 0.390625f, small, large);
 }

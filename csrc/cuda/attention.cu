@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // The last position that a token sees.
 __device__ int last_seen(const Attention& o, int64_t token) {
-  return o.before ? min(o.position[token], o.before[token] - 1) : o.position[token];
+  const int position = o.position[token];
+  return o.before && o.before[token] <= position ? max(o.before[token], INT_MIN + 1) - 1 : position;
 }
 
 // What rows have found: with lane 4 i + j, of rows i and i + 8.
@@ -257,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
       if (here >= rows) continue;
       const int64_t result = part + here / o.group;
       const int64_t at = result * o.heads_q + head * o.group + g;
-      const float mass = found.mass[i], inverse = mass > 0 ? 1 / mass : 0;
+      // 0 where nothing is seen; a NaN, once seen, stays.
+      const float mass = found.mass[i], inverse = mass != 0 ? 1 / mass : 0;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
@@ -266,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
           if (e >= 0) o.part_out[at * d + e] = found.sum[n][2 * i + m] * inverse;
         }
       if (lane % 4) continue;
-      o.part_lse[at] = mass > 0 ? (found.peak[i] + log2f(mass)) * kLn2 : -INFINITY;
+      o.part_lse[at] = mass != 0 ? (found.peak[i] + log2f(mass)) * kLn2 : -INFINITY;
       if (g == 0) o.part_seen[result * o.pages.heads + head] = found.seen[i];
     }
   }
@@ -301,19 +303,19 @@ __global__ void __launch_bounds__(kThreads)
       if (e < d) x[j] = fmaf(weight, o.part_out[result(i) * d + e], x[j]);
     }
   }
-  const float inverse = mass > 0 ? 1 / mass : 0, of_pages = mass > 0 ? peak + logf(mass) : peak;
+  const float inverse = mass != 0 ? 1 / mass : 0, of_pages = mass != 0 ? peak + logf(mass) : peak;
 #pragma unroll
   for (int j = 0; j < E; ++j) x[j] *= inverse;
   if (o.pages.v.format != Format::none) rotate_back(x, d, norm);
 
   float lse = of_pages;
   auto join = [&](float other, auto value) {
+    if (lse == -INFINITY && other == -INFINITY) return;
     const float both = fmaxf(lse, other);
-    if (both == -INFINITY) return;
     const float here = expf(lse - both), there = expf(other - both), total = here + there;
 #pragma unroll
     for (int j = 0; j < E; ++j)
-      x[j] = fmaf(x[j], here / total, there > 0 ? value(lane * E + j) * (there / total) : 0);
+      x[j] = fmaf(x[j], here / total, there != 0 ? value(lane * E + j) * (there / total) : 0);
     lse = both + logf(total);
   };
   if (o.state_out.data) {
@@ -394,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
           received[n] += p_sum[n] / o.group;
           if (!o.pages.history.data || lane >= 4 || slot + at >= end) continue;
           const bool low = o.whole_group ? !(above >> n & 1) : p_sum[n] < mean_sum;
-          const int bit = position % static_cast<int>(o.window);
+          const int bit = static_cast<int>(floor_mod(position, o.window));
           const Place place = find(o, node, slot + at);
           unsigned& word = reinterpret_cast<unsigned*>(
               o.pages.history.at(place.page, head, place.offset))[bit / 32];

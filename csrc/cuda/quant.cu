@@ -121,12 +121,18 @@ __device__ void put(const char* x, Type type, int64_t stride, int d, float norm,
       put_number(number_at(x + i * step, type), codes + i * size_of(to.type), to.type);
     return;
   }
-  float y[E], peak = 0;
+  float y[E];
   load_head(y, x, type, step, d);
   rotate(y, d, norm);
+  // As integers, infinity and NaN are the greatest. Codes cannot hold them, so the scale does.
+  unsigned most = 0;
 #pragma unroll
-  for (int j = 0; j < E; ++j) peak = fmaxf(peak, fabsf(y[j]));
-  peak = greatest(peak);
+  for (int j = 0; j < E; ++j) most = max(most, __float_as_uint(fabsf(y[j])));
+  most = reduce(most, [](unsigned a, unsigned b) { return max(a, b); });
+  const bool finite = most < 0x7f800000;
+  const float peak = finite ? __uint_as_float(most) : 0;
+#pragma unroll
+  for (int j = 0; j < E; ++j) y[j] = finite ? y[j] : 0;
   float scale;
   if (to.format == Format::fp8) {
     scale = to_scale(peak / 448);
@@ -144,7 +150,8 @@ __device__ void put(const char* x, Type type, int64_t stride, int d, float norm,
       if (G::kHigh) store_plane(staged, d, G::kHigh, G::kLow, codes + d * G::kLow / 8);
     });
   }
-  if (lane == 0) *reinterpret_cast<__half*>(to.scale.at(p, h, s)) = __float2half_rn(scale);
+  if (lane == 0)
+    *reinterpret_cast<__half*>(to.scale.at(p, h, s)) = __float2half_rn(finite ? scale : NAN);
 }
 
 template <int E>
@@ -165,8 +172,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int warp = threadIdx.x / kWarp, lane = lane_index();
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp, heads = p.pages.heads;
   const int64_t t = row / heads, h = row % heads;
-  if (t >= p.t || integer_at(p.slot, t, 0) < 0) return;
+  if (t >= p.t) return;
   const int64_t slot = integer_at(p.slot, t, h);
+  if (slot < 0 || slot >= p.pages.pages * p.pages.page_size) return;
   const int64_t page = slot / p.pages.page_size, s = slot % p.pages.page_size;
   if (blockIdx.y) {
     put<E>(p.v.at(t, h), p.v.type, p.v.stride[2], p.pages.d, norm, p.pages.v, page, h, s,

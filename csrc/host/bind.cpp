@@ -11,8 +11,8 @@ namespace {
 
 using Array = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 
-// Integers of any width whose values fit int32; `garbage` allows those that do not (a block table
-// beyond its rows' lengths).
+// Integers of any width whose values fit int32; with `garbage` (a block table beyond its rows'
+// lengths) those that do not become -1.
 Array to_int32(const py::object& values, const char* name, int ndim, bool garbage = false) {
   const py::array array = py::array::ensure(values);
   const char kind = array ? array.dtype().kind() : 'O';
@@ -22,15 +22,16 @@ Array to_int32(const py::object& values, const char* name, int ndim, bool garbag
   if (array.ndim() != ndim) {
     throw Invalid(text(name, " must have ", ndim, " dimension(s), it has ", array.ndim()));
   }
-  if (array.itemsize() >= 4 && !array.dtype().equal(py::dtype::of<int32_t>()) && !garbage) {
-    const py::array_t<int64_t, py::array::c_style | py::array::forcecast> wide(array);
-    for (py::ssize_t i = 0; i < wide.size(); ++i) {
-      if (wide.data()[i] != static_cast<int32_t>(wide.data()[i])) {
-        throw Invalid(text(name, " holds ", wide.data()[i], ", which is not an int32"));
-      }
-    }
+  if (array.itemsize() < 4 || array.dtype().equal(py::dtype::of<int32_t>())) return Array(array);
+  const py::array_t<int64_t, py::array::c_style | py::array::forcecast> wide(array);
+  Array narrow(std::vector<py::ssize_t>(wide.shape(), wide.shape() + ndim));
+  for (py::ssize_t i = 0; i < wide.size(); ++i) {
+    const int64_t x = wide.data()[i];
+    const bool fits = x == static_cast<int32_t>(x);
+    if (!fits && !garbage) throw Invalid(text(name, " holds ", x, ", which is not an int32"));
+    narrow.mutable_data()[i] = fits ? static_cast<int32_t>(x) : -1;
   }
-  return Array(array);
+  return narrow;
 }
 
 View view(const Array& array) { return {array.data(), array.size()}; }
@@ -39,7 +40,22 @@ py::array_t<int32_t> to_numpy(const Ints& values) {
   return py::array_t<int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-py::dict to_dict(const Plan& plan) {
+int64_t plan_pages(const py::dict& plan, int32_t page_size) {
+  std::vector<Array> held;  // what the views borrow
+  const auto get = [&](const char* name, int ndim = 1) {
+    if (!plan.contains(name)) throw Invalid(text("a plan needs ", name));
+    held.push_back(to_int32(plan[name], name, ndim));
+    return View{held.back().data(), held.back().size()};
+  };
+  const PlanView view{get("page_indptr"), get("page"),        get("first"),        get("length"),
+                      get("base"),        get("own"),         get("token_indptr"), get("token"),
+                      get("item", 2),     get("part_indptr"), get("part"),         get("leaf")};
+  if (held[8].shape(1) != 6)
+    throw Invalid(text("item must be [items, 6], it has ", held[8].shape(1), " columns"));
+  return check_plan(view, page_size);
+}
+
+py::dict to_dict(const Plan& plan, int32_t page_size) {
   py::dict out;
   out["page_indptr"] = to_numpy(plan.page_indptr);
   out["page"] = to_numpy(plan.page);
@@ -53,6 +69,7 @@ py::dict to_dict(const Plan& plan) {
   out["part_indptr"] = to_numpy(plan.part_indptr);
   out["part"] = to_numpy(plan.part);
   out["leaf"] = to_numpy(plan.leaf);
+  out["page_size"] = page_size;
   return out;
 }
 
@@ -65,7 +82,8 @@ py::dict block_table_plan(const py::object& block_table, const py::object& seq_l
   const Ints ones(lens.size(), 1);
   const Array given = counts.is_none() ? Array(to_numpy(ones)) : to_int32(counts, "counts", 1);
   return to_dict(plan_from_block_table(table.data(), table.shape(1), view(lens), page_size,
-                                       view(given), {tile, chunk, items}));
+                                       view(given), {tile, chunk, items}),
+                 page_size);
 }
 
 PYBIND11_MODULE(_host, m) {
@@ -142,7 +160,8 @@ PYBIND11_MODULE(_host, m) {
           "plan",
           [](const Forest& forest, const py::object& counts, int32_t tile, int32_t chunk,
              int32_t items) {
-            return to_dict(forest.plan(view(to_int32(counts, "counts", 1)), {tile, chunk, items}));
+            return to_dict(forest.plan(view(to_int32(counts, "counts", 1)), {tile, chunk, items}),
+                           forest.page_size());
           },
           py::arg("counts"), py::arg("tile") = 0, py::arg("chunk") = 0, py::arg("items") = 0)
       .def("check", &Forest::check);
@@ -150,6 +169,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("plan_from_block_table", &block_table_plan, py::arg("block_table"), py::arg("seq_lens"),
         py::arg("page_size"), py::arg("counts") = py::none(), py::arg("tile") = 0,
         py::arg("chunk") = 0, py::arg("items") = 0);
+  m.def("plan_pages", &plan_pages, py::arg("plan"), py::arg("page_size"));
 }
 
 }  // namespace

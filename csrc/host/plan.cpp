@@ -143,7 +143,92 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   return plan;
 }
 
+void require_size(View x, int64_t size, const char* name, const char* what) {
+  if (x.size != size)
+    throw Invalid(text(name, " has ", x.size, " entries; ", what, " need ", size));
+}
+
+void require_id(int64_t id, int64_t end, const char* name, const char* what) {
+  if (id >= 0 && id < end) return;
+  throw std::out_of_range(text(name, " holds ", id, "; there are ", end, " ", what));
+}
+
+// Rising offsets into `size` values.
+void require_offsets(View x, int64_t size, const char* name, const char* of) {
+  for (int64_t i = 0; i < x.size; ++i)
+    if (x[i] < (i ? x[i - 1] : 0) || x[i] > size)
+      throw std::out_of_range(text(name, " holds ", x[i], " at ", i,
+                                   "; it must rise from 0 to no more than the ", size,
+                                   " entries of ", of));
+}
+
 }  // namespace
+
+int64_t check_plan(const PlanView& plan, int32_t page_size) {
+  if (page_size <= 0) throw Invalid(text("page_size must be positive, not ", page_size));
+  if (plan.page_indptr.size < 1) throw Invalid("page_indptr is empty; it begins with a 0");
+  if (plan.part_indptr.size < 1) throw Invalid("part_indptr is empty; it begins with a 0");
+  const int64_t nodes = plan.page_indptr.size - 1, tokens = plan.part_indptr.size - 1;
+  const char* const of_nodes = "the nodes of page_indptr";
+  require_size(plan.first, nodes, "first", of_nodes);
+  require_size(plan.length, nodes, "length", of_nodes);
+  require_size(plan.base, nodes, "base", of_nodes);
+  require_size(plan.own, nodes, "own", of_nodes);
+  require_size(plan.token_indptr, nodes + 1, "token_indptr", of_nodes);
+  require_offsets(plan.page_indptr, plan.page.size, "page_indptr", "page");
+  require_offsets(plan.token_indptr, plan.token.size, "token_indptr", "token");
+  require_offsets(plan.part_indptr, plan.part.size, "part_indptr", "part");
+
+  int64_t pages = 0;
+  for (int64_t i = 0; i < plan.page.size; ++i) {
+    if (plan.page[i] < 0) throw std::out_of_range(text("page holds ", plan.page[i]));
+    pages = std::max<int64_t>(pages, plan.page[i] + int64_t{1});
+  }
+  for (int64_t i = 0; i < plan.token.size; ++i)
+    require_id(plan.token[i], tokens, "token", "query tokens");
+  for (int64_t i = 0; i < plan.leaf.size; ++i)
+    if (plan.leaf[i] != -1) require_id(plan.leaf[i], nodes, "leaf", "nodes");
+  auto capacity = [&](int64_t node) {
+    const int64_t held = plan.page_indptr[node + 1] - plan.page_indptr[node];
+    return held ? held * page_size - plan.first[node] : 0;
+  };
+  for (int64_t i = 0; i < nodes; ++i) {
+    require_id(plan.first[i], page_size, "first", "slots in a page");
+    if (plan.length[i] < 0) throw Invalid(text("length holds ", plan.length[i]));
+    if (plan.base[i] > kMaxInt32 - std::max<int64_t>(capacity(i), 0))
+      throw Invalid(text("base holds ", plan.base[i], "; positions would pass 2**31 - 1"));
+  }
+
+  // Each partial result is written once, by the item that has its token, and read by that token.
+  const int64_t parts = plan.part.size;
+  Ints owner(parts, -1);
+  for (int64_t i = 0; i < plan.item.size; i += 6) {
+    const int32_t* item = plan.item.data + i;
+    const int64_t node = item[0];
+    require_id(node, nodes, "item", "nodes");
+    const auto within = [&](int64_t begin, int64_t end, int64_t least, int64_t most,
+                            const char* what) {
+      if (least <= begin && begin <= end && end <= most) return;
+      throw std::out_of_range(text("item ", i / 6, " has ", what, " ", begin, " to ", end,
+                                   "; its node has ", least, " to ", most));
+    };
+    within(item[1], item[2], plan.token_indptr[node], plan.token_indptr[node + 1], "tokens");
+    within(item[3], item[4], 0, capacity(node), "slots");
+    for (int64_t c = item[1], part = item[5]; c < item[2]; ++c, ++part) {
+      require_id(part, parts, "item", "partial results");
+      if (owner[part] >= 0) throw Invalid(text("item: two write the partial result ", part));
+      owner[part] = plan.token[c];
+    }
+  }
+  for (int64_t token = 0; token < tokens; ++token)
+    for (int64_t i = plan.part_indptr[token]; i < plan.part_indptr[token + 1]; ++i) {
+      require_id(plan.part[i], parts, "part", "partial results");
+      if (owner[plan.part[i]] != token)
+        throw Invalid(text("part: token ", token, " has the partial result ", plan.part[i],
+                           ", which is no item's of that token"));
+    }
+  return pages;
+}
 
 Plan Forest::plan(View counts, Limits limits) const {
   require_per_row(counts, num_rows(), "counts");
@@ -185,7 +270,8 @@ Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View seq_le
     const int32_t* begin = table + row * max_blocks;
     const int32_t* end = begin + (seq_lens[row] + page_size - 1) / page_size;
     if (std::any_of(begin, end, [](int32_t block) { return block < 0; })) {
-      throw Invalid(text("block_table: row ", row, " has a negative block within its length"));
+      throw Invalid(text("block_table: row ", row,
+                         " has a block within its length that is negative or no int32"));
     }
   }
 

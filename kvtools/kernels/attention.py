@@ -217,7 +217,8 @@ def _last(mask: Mask, token):
     query = tl.load(mask.query + token)
     last = query
     if mask.before is not None:
-        last = tl.minimum(query, tl.load(mask.before + token) - 1)
+        before = tl.load(mask.before + token)
+        last = tl.where(before <= query, tl.maximum(before, -(2**31) + 1) - 1, query)
     return query, last
 
 
@@ -453,7 +454,7 @@ def _track_kernel(
                 else:
                     low = tl.sum(p, 0) / G < tl.sum(mean, 0) / G
                 low &= tl.max(past.to(tl.int32), 0) > 0
-                step = tl.load(mask.query + token) % window
+                step = (tl.load(mask.query + token) % window + window) % window
                 ptr = history.ptr + slot_start(history, page, head, offset) + step // 32
                 bit = (1 << (step % 32)).to(tl.int32)
                 old = tl.load(ptr, mask=live)

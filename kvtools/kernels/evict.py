@@ -139,7 +139,9 @@ def _key_scores_kernel(
         # How far a group is above the mean: its highest head, or all together.
         above = e - mean[:, None]
         if ALL:
-            above = tl.where(live[:, None], above, float("-inf"))
+            # To a NaN nothing is low.
+            other = tl.where(live, float("inf"), float("-inf"))
+            above = tl.where((live & (total == total))[:, None], above, other[:, None])
             above = tl.max(tl.reshape(above, [QUERIES, BLOCK_G, KEYS]), 1)
         else:
             above = tl.sum(tl.reshape(above * share[:, None], [QUERIES, BLOCK_G, KEYS]), 1)
@@ -363,26 +365,31 @@ def compact_kv(
             staged = torch.empty(n, heads, width, dtype=x.dtype, device=x.device)
             moved.append(Moved(paged(x), width, staged))
     blocks = tuple(triton.next_power_of_2(x.width) for x in moved)
-    for slot_nh, staging in ((source_nh, True), (target_nh, False)):
+    for staging in (True, False):
         _compact_kv_kernel[(triton.cdiv(n, MOVED), heads)](
-            slot_nh, *slot_nh.stride(), n, k.shape[2], tuple(moved), BLOCKS=blocks, STAGING=staging,
-            MOVED=MOVED,
+            source_nh, *source_nh.stride(), target_nh, *target_nh.stride(), n, k.shape[2],
+            k.shape[0] * k.shape[2], tuple(moved), BLOCKS=blocks, STAGING=staging, MOVED=MOVED,
         )  # fmt: skip
 
 
 @triton.jit
 def _compact_kv_kernel(
-    slot_ptr, stride_n, stride_h, n, page_size, moved, BLOCKS: tl.constexpr, STAGING: tl.constexpr,
-    MOVED: tl.constexpr,
+    source_ptr, stride_sn, stride_sh, target_ptr, stride_tn, stride_th, n, page_size, slots, moved,
+    BLOCKS: tl.constexpr, STAGING: tl.constexpr, MOVED: tl.constexpr,
 ):  # fmt: skip
     """MOVED tokens of a head, with all that belongs to them: staged, or put where they go."""
     i = tl.program_id(0).to(tl.int64) * MOVED + tl.arange(0, MOVED)
     head, heads = tl.program_id(1), tl.num_programs(1)
-    slot = tl.load(slot_ptr + i * stride_n + head * stride_h, mask=i < n, other=0).to(tl.int64)
+    source_ptr += i * stride_sn + head * stride_sh
+    target_ptr += i * stride_tn + head * stride_th
+    source = tl.load(source_ptr, mask=i < n, other=-1).to(tl.int64)
+    target = tl.load(target_ptr, mask=i < n, other=-1).to(tl.int64)
+    live = (source >= 0) & (source < slots) & (target >= 0) & (target < slots)
+    slot = source if STAGING else target
     for tensor in tl.static_range(len(BLOCKS)):
         x, width, staged_ptr = moved[tensor]
         column = tl.arange(0, BLOCKS[tensor])[None, :]
-        mask = (i < n)[:, None] & (column < width)
+        mask = live[:, None] & (column < width)
         page = x.ptr + slot_start(x, slot // page_size, head, slot % page_size)[:, None] + column
         staged = staged_ptr + ((i * heads + head) * width)[:, None] + column
         if STAGING:

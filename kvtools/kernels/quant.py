@@ -74,7 +74,7 @@ def append_kv(
             Rows(k_thd, *k_thd.stride()), Rows(v_thd, *v_thd.stride()), slot_th, *slot_th.stride(),
             content(k, k_scale), content(v, v_scale),
             None if position is None else position_t.contiguous(), paged(position),
-            paged(importance), paged(history), t * h, h,
+            paged(importance), paged(history), t * h, h, k.shape[0] * k.shape[2],
             K_FORMAT=format_of(k, d), V_FORMAT=format_of(v, d), PAGE_SIZE=k.shape[2],
             WORDS=0 if history is None else history.shape[3], **_constants(d),
         )  # fmt: skip
@@ -201,21 +201,27 @@ def _put(
     at = (t * x.stride_t + h * x.stride_h)[:, None] + column[None, :] * x.stride_d
     tile = tl.load(x.ptr + at, mask=mask, other=0)
     start = slot_start(to.x, page, h, offset)
+    if FORMAT != 0:
+        tile = rotate(tile.to(tl.float32), D)
+        # As integers, infinity and NaN are the greatest. Codes cannot hold them, so the scale does.
+        finite = tl.max(tl.abs(tile).to(tl.int32, bitcast=True), 1) < 0x7F800000
+        tile = tl.where(finite[:, None], tile, 0.0)
     if FORMAT <= 1:
         if FORMAT == 1:
-            tile, scale = _encode_fp8(rotate(tile.to(tl.float32), D))
+            tile, scale = _encode_fp8(tile)
         tile = tile.to(to.x.ptr.dtype.element_ty)
         tl.store(to.x.ptr + start[:, None] + column[None, :], tile, mask=mask)
     else:
         PARTS: tl.constexpr = parts(FORMAT)
         LOW: tl.constexpr = planes(FORMAT)[0]
         HIGH: tl.constexpr = planes(FORMAT)[1]
-        codes, scale = _encode(rotate(tile.to(tl.float32), D), FORMAT, D)
+        codes, scale = _encode(tile, FORMAT, D)
         codes = to_columns(codes, D, PARTS)
         _store_plane(codes, to.x, start, live, 0, LOW, PARTS, D)
         if HIGH > 0:
             _store_plane(codes >> LOW, to.x, start, live, D * LOW // 8, HIGH, PARTS, D)
     if FORMAT != 0:
+        scale = tl.where(finite, scale, float("nan"))
         tl.store(to.scale.ptr + slot_start(to.scale, page, h, offset), scale, mask=live)
 
 
@@ -251,16 +257,16 @@ def _dequantize_kv_kernel(
 @triton.jit
 def _append_kv_kernel(
     k_thd: Rows, v_thd: Rows, slot_ptr, stride_slot_t, stride_slot_h, k: Content, v: Content,
-    position_ptr, position: Paged, importance: Paged, history: Paged, rows, heads,
+    position_ptr, position: Paged, importance: Paged, history: Paged, rows, heads, slots,
     K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, WORDS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N heads of tokens: the keys and what else belongs to their slots, or the values."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     t, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    live = row < rows
-    live &= tl.load(slot_ptr + t * stride_slot_t, mask=live, other=-1) >= 0
-    slot = tl.load(slot_ptr + t * stride_slot_t + h * stride_slot_h, mask=live, other=0)
+    at = slot_ptr + t * stride_slot_t + h * stride_slot_h
+    slot = tl.load(at, mask=row < rows, other=-1)
+    live = (slot >= 0) & (slot < slots)
     page, offset = (slot // PAGE_SIZE).to(tl.int64), (slot % PAGE_SIZE).to(tl.int64)
     if tl.program_id(1) == 1:
         _put(v_thd, t, h, v, page, offset, live, V_FORMAT, D, BLOCK_D)

@@ -46,6 +46,7 @@ class Op:
     def __init__(self, name: str, schema: str, fake: Callable, *, reference: Callable) -> None:
         OPS[name] = self
         self.name = name
+        self._arguments = [part.split()[1] for part in schema[1 : schema.index(") ->")].split(", ")]
         self._overloads: dict[str, Any] = {}
         self._add("reference", schema, fake)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -72,17 +73,21 @@ class Op:
     def __call__(self, impl: str, *args: Any) -> Any:
         """Run `impl` on `args`."""
         double = False
+        device = args[0].device
         for arg in args:
             if isinstance(arg, Tensor):
                 double = double or arg.dtype == torch.float64
+                if arg.device != device:
+                    self._elsewhere(args)
                 if arg.requires_grad and torch.is_grad_enabled():
+                    learnt = self._named(args, lambda x: x.requires_grad)
                     raise RuntimeError(
                         f"{self.name} is for inference only: call it under torch.no_grad() or "
-                        "detach its inputs"
+                        f"detach {', '.join(learnt)}"
                     )
             elif arg is torch.float64:
                 double = True
-        place = args[0].device.type
+        place = device.type
         best = NATIVE.get(place)
         if impl == "auto":
             impl = best if best in self._overloads and not double else "reference"
@@ -96,6 +101,16 @@ class Op:
                 f"{'float64' if double else f'tensors on {place}'}: use impl='auto'"
             )
         return overload(*args)
+
+    def _elsewhere(self, args: tuple) -> NoReturn:
+        first, device = self._arguments[0], args[0].device
+        away = self._named(args, lambda x: x.device != device)
+        away = ", ".join(f"{name} on {x.device}" for name, x in away.items())
+        raise ValueError(f"{self.name}: {first} is on {device}, but {away}; use one device")
+
+    def _named(self, args: tuple, which: Callable[[Tensor], bool]) -> dict[str, Tensor]:
+        named = zip(self._arguments, args, strict=True)
+        return {name: x for name, x in named if isinstance(x, Tensor) and which(x)}
 
     def _lacks(self, impl: str) -> NoReturn:
         if impl not in get_args(Impl):

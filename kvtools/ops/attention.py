@@ -1,29 +1,36 @@
 """Attention over a forest of nodes."""
 
-from dataclasses import dataclass, fields, replace
+import operator
+from dataclasses import dataclass, field
+from math import inf
+from types import ModuleType
+from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..reference import attention as reference
 from . import Impl, Op, check
-from .quant import KVPages, check_pages
+from .quant import FLOATS, KVPages, check_pages
 
 TILE_ROWS = 64  # query rows of a work item on a GPU
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which query tokens read which slots: the output of `Forest.plan` or `plan_from_block_table`,
-    int32.
+    """Which query tokens read which slots: the output of `Forest.plan` or `plan_from_block_table`.
 
-    Query tokens are numbered 0..T-1 row by row. M nodes, I items.
+    Query tokens are numbered 0..T-1 row by row. M nodes, I items. Tensors are int32 and contiguous,
+    on one device. Where a plan is made its ids are checked, so that no call has to: a plan of
+    tensors on a GPU is read back once for it, one `from_host` is not. Only `length` may be changed
+    afterwards; any number will do there, since items cut it.
 
     Attributes:
         page_indptr: [M + 1] into `page`.
         page: page ids of the nodes, in order.
         first: [M] offset of a node's first slot in its first page.
-        length: [M] slots of a node. The only tensor that changes while a plan is in use.
+        length: [M] slots of a node.
         base: [M] true position of a node's first slot; read only where the pages store no
             positions.
         own: [M] 1 where one row alone reads the node and may evict from it.
@@ -35,7 +42,18 @@ class Plan:
         part_indptr: [T + 1] into `part`.
         part: the partial results of each token.
         leaf: [rows] node in which a row grows, -1 where there is none.
+        page_size: slots in a page.
+        pages: how many pages there must be: the greatest id and one, or what was reserved.
+
+    Raises:
+        IndexError: an id or an offset points nowhere.
+        ValueError: a tensor is no contiguous int32, or does not fit the others.
     """
+
+    TENSORS: ClassVar[tuple[str, ...]] = (
+        "page_indptr", "page", "first", "length", "base", "own", "token_indptr", "token", "item",
+        "part_indptr", "part", "leaf",
+    )  # fmt: skip
 
     page_indptr: Tensor
     page: Tensor
@@ -49,51 +67,124 @@ class Plan:
     part_indptr: Tensor
     part: Tensor
     leaf: Tensor
+    page_size: int
+    # The number of pages, and for what it was found: all but `length`.
+    _checked: tuple[int, tuple] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        tensors = self.tensors()
+        for name, x in zip(self.TENSORS, tensors, strict=True):
+            if x.dtype != torch.int32 or x.device != self.item.device or not x.is_contiguous():
+                raise ValueError(
+                    f"{name} must be contiguous int32 on {self.item.device}, the device of item; "
+                    f"got {x.dtype} on {x.device}"
+                )
+        if self.length.shape != self.first.shape:
+            shapes = tuple(self.length.shape), tuple(self.first.shape)
+            raise ValueError(f"length has shape {shapes[0]}, first {shapes[1]}; both are [nodes]")
+        made_for = _but_length(tensors, self.page_size)
+        if self._checked is None or any(map(operator.is_not, made_for, self._checked[1])):
+            check(not self.item.is_meta, "item is on meta: a plan without ids cannot be checked")
+            arrays = {n: x.cpu().numpy() for n, x in zip(self.TENSORS, tensors, strict=True)}
+            checked = _pages(arrays, self.page_size), made_for
+            object.__setattr__(self, "_checked", checked)
+
+    @property
+    def pages(self) -> int:
+        return self._checked[0]
 
     @classmethod
     def from_host(cls, arrays: dict, device: torch.device | str = "cpu") -> "Plan":
-        """A plan on `device` from the arrays of `kvtools._host`."""
-        return cls(**{f.name: torch.from_numpy(arrays[f.name]).to(device) for f in fields(cls)})
+        """A plan on `device` from the arrays of `kvtools._host`, and their `page_size`."""
+        page_size = arrays.get("page_size")
+        pages = _pages(arrays, page_size)
+        tensors = (torch.from_numpy(arrays[name]).to(device) for name in cls.TENSORS)
+        return cls._of(tuple(tensors), page_size, pages)
+
+    @classmethod
+    def _of(cls, tensors: tuple[Tensor, ...], page_size: int, pages: int) -> "Plan":
+        return cls(*tensors, page_size, (pages, _but_length(tensors, page_size)))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of TENSORS."""
+        return tuple(getattr(self, name) for name in self.TENSORS)
 
     def to(self, device: torch.device | str) -> "Plan":
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        tensors = tuple(x.to(device) for x in self.tensors())
+        return Plan._of(tensors, self.page_size, self.pages)
 
     def reserve(self, **sizes: int) -> "Plan":
         """The same plan in new tensors with room for others: what a CUDA graph is captured with.
 
         Args:
-            **sizes: for the name of a field, its least length. The number of query tokens, the
-                length of `part_indptr` less one, is that of the captured call.
+            **sizes: for the name of a tensor, its least length. The number of query tokens, the
+                length of `part_indptr` less one, is that of the captured call. `pages`: how many
+                pages others may need; a call is held to it.
         """
-        room = {}
-        for f in fields(self):
-            x = getattr(self, f.name)
-            size = max(sizes.pop(f.name, 0), x.shape[0])
-            room[f.name] = x.new_zeros(size, *x.shape[1:])
+        pages = max(sizes.pop("pages", 0), self.pages)
+        room = []
+        for name, x in zip(self.TENSORS, self.tensors(), strict=True):
+            # What is no work belongs to the first node, so there must be one.
+            least = 2 if name.endswith("indptr") and name != "part_indptr" else 1
+            least = 0 if name in ("part_indptr", "item", "leaf") else least
+            size = max(sizes.pop(name, 0), x.shape[0], least)
+            room.append(x.new_zeros(size, *x.shape[1:]))
         check(not sizes, lambda: f"a plan has no {', '.join(sizes)}")
-        return Plan(**room).copy_(self)
+        return Plan._of(tuple(room), self.page_size, pages).copy_(self)
 
     def copy_(self, other: "Plan") -> "Plan":
         """Become `other` in place; what it does not fill is no work.
 
         Raises:
-            ValueError: a tensor of `other` is longer than its own here. Nothing has changed.
+            ValueError: a tensor of `other` is longer than its own here, or it needs more pages, or
+                pages of another size. Nothing has changed.
         """
-        for f in fields(self):
-            here, there = getattr(self, f.name), getattr(other, f.name)
+        check(
+            other.page_size == self.page_size,
+            lambda: f"page_size is {other.page_size}, here it is {self.page_size}",
+        )
+        check(
+            other.pages <= self.pages,
+            lambda: f"{other.pages} pages are needed, not {self.pages}: reserve(pages=...) more",
+        )
+        pairs = list(zip(self.TENSORS, self.tensors(), other.tensors(), strict=True))
+        for name, here, there in pairs:
             check(
                 there.shape[0] <= here.shape[0],
-                lambda name=f.name, here=here, there=there: (
+                lambda name=name, here=here, there=there: (
                     f"{name} has {there.shape[0]} entries, there is room for {here.shape[0]}: "
                     f"reserve({name}=...) more"
                 ),
             )
-        for f in fields(self):
-            here, there = getattr(self, f.name), getattr(other, f.name)
+        for name, here, there in pairs:
             here[: len(there)] = there
             # The last offset goes on: tokens without partial results, items without tokens.
-            here[len(there) :] = there[-1] if f.name.endswith("indptr") else 0
+            here[len(there) :] = there[-1] if name.endswith("indptr") else 0
         return self
+
+
+def _but_length(tensors: tuple[Tensor, ...], page_size: int) -> tuple:
+    at = Plan.TENSORS.index("length")
+    return *tensors[:at], *tensors[at + 1 :], page_size
+
+
+def _host() -> ModuleType:
+    try:
+        from .. import _host
+    except ImportError as error:
+        raise ImportError(
+            "plans need kvtools' C++ module: reinstall without KVTOOLS_EXT=0"
+        ) from error
+    return _host
+
+
+def _pages(arrays: dict, page_size: int) -> int:
+    """How many pages a plan needs; raises unless it points nowhere else."""
+    check(
+        isinstance(page_size, int) and 0 < page_size < 2**31,
+        lambda: f"page_size={page_size!r}: expected a positive int32",
+    )
+    return _host().plan_pages(arrays, page_size)
 
 
 def limits(device: torch.device, heads: int, group: int) -> dict[str, int]:
@@ -126,38 +217,51 @@ def plan_from_block_table(
     """Find the tree in a server's block table: rows that share leading full blocks share nodes.
 
     Args:
-        block_table: [rows, blocks] page ids, int32; entries past a row's end may hold anything.
-        seq_lens: [rows] tokens per row, those of this step included, int32.
+        block_table: [rows, blocks] page ids, int32 or int64; entries past a row's end may hold
+            anything.
+        seq_lens: [rows] tokens per row, those of this step included, int32 or int64.
         page_size: slots per block.
-        query_lens: [rows] query tokens per row, int32; default one each.
+        query_lens: [rows] query tokens per row, at most `seq_lens`; default one each, in rows
+            without tokens, too.
         tile: at most so many query tokens per work item; 0 for no limit.
         chunk: at most so many slots per work item, a multiple of `page_size`; 0 for no limit.
         items: without a `chunk`, cut into about so many work items; see `limits`.
 
     Returns:
         A plan on the device of `block_table`. A partly filled last block is taken as its row's own.
-    """
-    try:
-        from .. import _host
-    except ImportError as error:
-        raise ImportError(
-            "plan_from_block_table needs kvtools' C++ module: reinstall without KVTOOLS_EXT=0"
-        ) from error
 
-    rows = block_table.shape[0]
+    Raises:
+        ValueError: a length or a block is no number that its row can have, or an argument has
+            another shape or dtype.
+    """
     check(
         block_table.dim() == 2,
         lambda: f"block_table must be [rows, blocks], got {tuple(block_table.shape)}",
     )
-    check(
-        seq_lens.shape == (rows,),
-        lambda: f"seq_lens has shape {tuple(seq_lens.shape)}, expected {(rows,)}",
-    )
+    rows = block_table.shape[0]
     counts = torch.ones_like(seq_lens) if query_lens is None else query_lens
-    table, lens, counts = (
-        x.to("cpu", torch.int32).numpy() for x in (block_table, seq_lens, counts)
+    named = dict(block_table=block_table, seq_lens=seq_lens, query_lens=counts)
+    for name, x in named.items():
+        check(
+            x.dtype in (torch.int32, torch.int64),
+            lambda name=name, x=x: f"{name} has dtype {x.dtype}, expected int32 or int64",
+        )
+        check(not x.is_meta, f"{name} is on meta: a plan without ids cannot be made")
+        check(
+            name == "block_table" or x.shape == (rows,),
+            lambda name=name, x=x: f"{name} has shape {tuple(x.shape)}, expected {(rows,)}",
+        )
+    check(
+        isinstance(page_size, int) and 0 < page_size < 2**31,
+        lambda: f"page_size={page_size!r}: expected a positive int32",
     )
-    arrays = _host.plan_from_block_table(table, lens, page_size, counts, tile, chunk, items)
+    table, lens, counts = (x.cpu().numpy() for x in named.values())
+    if query_lens is not None:
+        for row in np.flatnonzero((counts < 0) | (counts > lens)):
+            raise ValueError(
+                f"query_lens: row {row} has {counts[row]}, seq_lens has {lens[row]} tokens"
+            )
+    arrays = _host().plan_from_block_table(table, lens, page_size, counts, tile, chunk, items)
     return Plan.from_host(arrays, block_table.device)
 
 
@@ -217,17 +321,19 @@ def tree_attention(
     Args:
         q_thd: queries after RoPE, the tokens of a row together, rows in the plan's order. fp64,
             fp32, fp16, bf16. Hq is a multiple of the pages' Hkv (GQA).
-        position_t: true positions, int32.
+        position_t: true positions, int32, not below 0.
         pages: keys and values in any format, read packed. `importance` and `history`, where
             present, are changed in place for the nodes that one row owns: see *Importance*.
-        plan: who reads what.
+        plan: who reads what: made for as many query tokens, pages of this size and no more pages.
         scale: of the scores; default D ** -0.5.
         softcap: c in c · tanh(x / c), applied before masking (Gemma 2); 0 for none.
         sliding: how many positions a query sees, its own included; 0 for all.
         before_t: int32; a query sees only positions below this one, those from it on being kept
             elsewhere (in `state`).
-        sink_h: [Hq] logits of a sink without a value (gpt-oss); they enter the final lse.
-        state: (out_thd, lse_th) over keys kept elsewhere, merged in before the final lse.
+        sink_h: [Hq] logits of a sink without a value (gpt-oss); they enter the final lse. fp32,
+            fp16 or bf16 (fp64 for fp64).
+        state: (out_thd, lse_th) over keys kept elsewhere, merged in before the final lse. Floating
+            point, and fp32 (fp64 for fp64).
         window: steps that `pages.history` holds, as given to `KVPages.empty`; needed with a
             history.
         group: "all" notes a token as low if every query head of its KV head finds it low, "mean" if
@@ -244,60 +350,91 @@ def tree_attention(
         the visible slots of these pages, mean = exp(lse over these pages - lse) / their number.
         Keys in `state` and the sink logit take their mass out of that mean.
 
-    Numerics: accumulates in fp32 (fp64 for fp64), lse and merge included.
+    Numerics: accumulates in fp32 (fp64 for fp64), lse and merge included. A NaN in a query, or in a
+        key that it sees, makes its out and lse NaN, and so does a score of +inf; a score of -inf
+        counts nothing. A NaN in a value that it sees makes out NaN: there, or in all of the head if
+        values are quantised. What a query does not see gives it no number: hidden keys count
+        nothing whatever they hold, hidden values 0 times what they hold, which NaN and infinities
+        in nodes that it reads turn into NaN. Other rows have nothing of it.
+
+    Raises:
+        ValueError: an argument has another shape, dtype or device than said, or the plan was made
+            for other query tokens, another page size or more pages.
 
     Reference: Hydragen, arXiv:2402.05099; DeFT, arXiv:2404.00242; Scissorhands, arXiv:2305.17118
         (importance).
     """
+    # Not `check`: no message is made here unless it is needed. The operator looks at devices.
+    if q_thd.dim() != 3 or q_thd.dtype not in FLOATS:
+        raise ValueError(
+            f"q_thd has dtype {q_thd.dtype} and shape {tuple(q_thd.shape)}; expected floating "
+            "point [tokens, heads, D]"
+        )
     t, hq, d = q_thd.shape
     check_pages(pages, d)
-    heads = pages.k.shape[1]
-    check(
-        hq % heads == 0,
-        lambda: f"q_thd has {hq} heads, not a multiple of the pages' {heads} KV heads",
-    )
-    check(
-        q_thd.is_floating_point(),
-        lambda: f"q_thd has dtype {q_thd.dtype}; queries are floating point",
-    )
-    check(
-        position_t.shape == (t,),
-        lambda: f"position_t has shape {tuple(position_t.shape)}, expected {(t,)}",
-    )
-    check(
-        position_t.device == pages.k.device == plan.item.device == q_thd.device,
-        lambda: (
-            f"q_thd is on {q_thd.device}, position_t on {position_t.device}, pages on "
-            f"{pages.k.device}, plan on {plan.item.device}; move them to one device"
-        ),
-    )
-    check(
-        before_t is None or (before_t.shape == (t,) and before_t.device == q_thd.device),
-        lambda: f"before_t must have shape {(t,)} and be on the device of q_thd",
-    )
-    check(group in ("all", "mean"), lambda: f"group={group!r}: expected 'all' or 'mean'")
-    check(
-        softcap >= 0 and sliding >= 0, "softcap and sliding must not be negative; 0 turns them off"
-    )
-    check(
-        sink_h is None or sink_h.shape == (hq,),
-        lambda: f"sink_h must have shape {(hq,)}, one logit per query head",
-    )
+    page_count, heads, page_size, _ = pages.k.shape
+    if hq == 0 or hq % heads:
+        raise ValueError(f"q_thd has {hq} heads, not a multiple of the pages' {heads} KV heads")
+    position_t = _per_token("position_t", position_t, t)
+    if before_t is not None:
+        before_t = _per_token("before_t", before_t, t)
+    if plan.part_indptr.shape[0] != t + 1:
+        raise ValueError(
+            f"q_thd has {t} query tokens, plan was made for {plan.part_indptr.shape[0] - 1}"
+        )
+    if plan.page_size != page_size or plan.pages > page_count:
+        raise ValueError(
+            f"pages has {page_count} pages of {page_size} slots, plan was made for {plan.pages} "
+            f"of {plan.page_size}"
+        )
+    if group not in ("all", "mean"):
+        raise ValueError(f"group={group!r}: expected 'all' or 'mean'")
+    scale = d**-0.5 if scale is None else scale
+    if not -inf < scale < inf:
+        raise ValueError(f"scale={scale}: expected a finite number")
+    if not 0 <= softcap < inf or not 0 <= sliding < 2**31:
+        raise ValueError(
+            f"softcap={softcap}, sliding={sliding}: softcap and sliding must not be negative, "
+            "softcap finite and sliding below 2**31; 0 turns them off"
+        )
+    if sink_h is not None and (sink_h.shape != (hq,) or sink_h.dtype not in FLOATS):
+        raise ValueError(
+            f"sink_h must have shape {(hq,)}, one floating point logit per query head; got "
+            f"{sink_h.dtype} {tuple(sink_h.shape)}"
+        )
     words = 0 if pages.history is None else pages.history.shape[-1]
-    check(
-        words == -(-window // 32),
-        lambda: (
+    if words != -(-window // 32):
+        raise ValueError(
             f"window={window} does not fit pages.history of {words} words; pass the window given "
             "to KVPages.empty"
-        ),
-    )
+        )
     state_out, state_lse = (None, None) if state is None else state
+    if state is not None:
+        lse_dtype = torch.float64 if q_thd.dtype == torch.float64 else torch.float32
+        if state_out.shape != q_thd.shape or state_out.dtype not in FLOATS:
+            raise ValueError(
+                f"state: out is {state_out.dtype} {tuple(state_out.shape)}, expected floating "
+                f"point {tuple(q_thd.shape)} as q_thd"
+            )
+        if state_lse.shape != (t, hq) or state_lse.dtype != lse_dtype:
+            raise ValueError(
+                f"state: lse is {state_lse.dtype} {tuple(state_lse.shape)}, expected {lse_dtype} "
+                f"{(t, hq)}"
+            )
     return _tree_attention(
         impl, q_thd, position_t, *pages.tensors(), plan.page_indptr, plan.page, plan.first,
         plan.length, plan.base, plan.own, plan.token_indptr, plan.token, plan.item,
         plan.part_indptr, plan.part, before_t, state_out, state_lse, sink_h,
-        d**-0.5 if scale is None else scale, softcap, sliding, window, group,
+        scale, softcap, sliding, window, group,
     )  # fmt: skip
+
+
+def _per_token(name: str, x_t: Tensor, t: int) -> Tensor:
+    if x_t.shape != (t,) or x_t.dtype != torch.int32:
+        raise ValueError(
+            f"{name} has shape {tuple(x_t.shape)} and dtype {x_t.dtype}, expected {(t,)}, int32"
+        )
+    return x_t if x_t.is_contiguous() else x_t.contiguous()
 
 
 def merge_states(
@@ -318,13 +455,20 @@ def merge_states(
             and for fp64.
 
     Returns:
-        out_bhd in the dtype of `a_bhd`, and lse_bh in fp32. Empty A and B give out 0, lse -inf;
-        what `a_bhd` or `b_bhd` holds where it is empty does not matter.
+        out_bhd in the dtype of `a_bhd`, and lse_bh in fp32 (fp64 for fp64). Empty A and B give out
+        0, lse -inf; what `a_bhd` or `b_bhd` holds where it is empty does not matter.
 
-    Numerics: accumulates in fp32; a row's bits do not depend on its batch.
+    Numerics: accumulates in fp32; a row's bits do not depend on its batch. A lse that is NaN or
+        +inf makes both results NaN.
 
     Reference: Hydragen, arXiv:2402.05099.
     """
+    check(
+        a_bhd.dim() == 3 and a_bhd.shape[-1] > 0 and a_bhd.dtype in FLOATS,
+        lambda: (
+            f"a_bhd is {a_bhd.dtype} {tuple(a_bhd.shape)}, expected floating point [b, heads, D]"
+        ),
+    )
     check(
         a_bhd.shape == b_bhd.shape and a_bhd.dtype == b_bhd.dtype,
         lambda: (
@@ -337,6 +481,13 @@ def merge_states(
         lambda: (
             f"a_lse_bh has shape {tuple(a_lse_bh.shape)}, b_lse_bh {tuple(b_lse_bh.shape)}, both "
             f"must be {tuple(a_bhd.shape[:-1])}"
+        ),
+    )
+    lse_dtype = torch.float64 if a_bhd.dtype == torch.float64 else torch.float32
+    check(
+        a_lse_bh.dtype == b_lse_bh.dtype == lse_dtype,
+        lambda: (
+            f"a_lse_bh is {a_lse_bh.dtype}, b_lse_bh {b_lse_bh.dtype}, both must be {lse_dtype}"
         ),
     )
     return _merge_states(impl, a_bhd, a_lse_bh, b_bhd, b_lse_bh)

@@ -1,6 +1,7 @@
 """Rotate, quantise and store keys and values."""
 
 from dataclasses import dataclass, fields
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -8,7 +9,9 @@ from torch import Tensor
 from ..reference import quant as reference
 from . import Impl, Op, check
 
+INTEGERS = (torch.int32, torch.int64)
 FORMATS = ("none", "fp8", "int8", "int6", "int4", "int3", "int2")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 EMPTY = 2**31 - 1  # position of a slot that holds no token: after every query, so never seen
 
 
@@ -155,7 +158,7 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
         fp8: code = e4m3(y / s), s = max|y| / 448
 
     Args:
-        x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8. Must be finite.
+        x: keys or values [..., D]. fp64, fp32, fp16 or bf16; D a multiple of 8.
         format: "fp8", "int8", "int6", "int4", "int3" or "int2".
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
             and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
@@ -164,18 +167,23 @@ def quantize_kv(x: Tensor, format: str, *, impl: Impl = "auto") -> tuple[Tensor,
         codes [..., D · bits / 8]: float8_e4m3fn, or uint8 with one run of bytes per bit plane: of 4
             and 2 bits for int6, 2 and 1 for int3, one plane otherwise, lowest bits first. Byte j of
             a run of w bytes holds elements j, j + w, ..., lowest bits first.
-        scale [...]: fp16. Zero vectors get the smallest.
+        scale [...]: fp16. Zero vectors get the smallest. A vector that holds NaN or infinity, or
+            whose rotation overflows, gets NaN and the codes of zeros: all of it comes back as NaN.
 
-    Numerics: computed in fp32 (fp64 for fp64). A vector's bits do not depend on its batch.
+    Numerics: computed in fp32 (fp64 for fp64). A vector's bits do not depend on its batch. Scales
+        saturate at 65504: fp8 at 448 times that, integers at their greatest level times that.
 
     Reference: QuaRot, arXiv:2404.00456 (rotation); TurboQuant, arXiv:2504.19874 (non-uniform levels
         after it); the search of ranges is the usual least-squares clipping.
     """
     check(format != "none", "format='none' is unquantised; name another of FORMATS")
+    check(
+        x.dim() > 0 and x.shape[-1] > 0, lambda: f"x has shape {tuple(x.shape)}: no head [..., D]"
+    )
     check_format(format, x.shape[-1])
     check(
-        x.is_floating_point(),
-        lambda: f"x has dtype {x.dtype}; quantize_kv takes floating point heads",
+        x.dtype in FLOATS,
+        lambda: f"x has dtype {x.dtype}; quantize_kv takes heads in fp64, fp32, fp16 or bf16",
     )
     return _quantize_kv(impl, x, format)
 
@@ -200,19 +208,30 @@ def dequantize_kv(
     Returns:
         x [..., d].
 
-    Numerics: computed in fp32 (fp64 if `dtype` is fp64).
+    Numerics: computed in fp32 (fp64 if `dtype` is fp64). A NaN in scale or in a code of fp8 makes
+        all of its vector NaN.
     """
-    sizes = widths(codes, d)
     check(
-        codes.dtype in (torch.uint8, torch.float8_e4m3fn) and codes.shape[-1] in sizes,
+        codes.dtype in (torch.uint8, torch.float8_e4m3fn)
+        and codes.dim() > 0
+        and d > 0
+        and d % 8 == 0
+        and codes.shape[-1] in widths(codes, d),
         lambda: (
             f"codes of dtype {codes.dtype} and last axis {codes.shape[-1]} hold no format of head "
             f"size d={d}"
         ),
     )
     check(
-        scale.shape == codes.shape[:-1],
-        lambda: f"scale has shape {tuple(scale.shape)}, expected {tuple(codes.shape[:-1])}",
+        scale.shape == codes.shape[:-1] and scale.dtype == torch.float16,
+        lambda: (
+            f"scale has shape {tuple(scale.shape)} and dtype {scale.dtype}, expected "
+            f"{tuple(codes.shape[:-1])}, torch.float16"
+        ),
+    )
+    check(
+        dtype in FLOATS,
+        lambda: f"dtype={dtype}: expected torch.float64, float32, float16, bfloat16",
     )
     return _dequantize_kv(impl, codes, scale, d, dtype)
 
@@ -235,41 +254,40 @@ def append_kv(
     Args:
         k_thd: keys, after RoPE. fp64, fp32, fp16 or bf16.
         v_thd: values, dtype of `k_thd`.
-        slot: flat slots, [t] for all heads alike or [t, h]. int32 or int64; distinct; a token whose
-            first slot is negative is skipped.
+        slot: flat slots, [t] for all heads alike or [t, h]. int32 or int64; distinct. What has a
+            negative slot is skipped. A slot that the pages do not have is an IndexError on a CPU,
+            and is skipped where raising would have to wait for the device.
         pages: where to; changed in place. `importance` and `history` of the slots become zero.
-        position_t: true positions, int32; required where `pages.position` exists.
+        position_t: true positions, int32 or int64; required where `pages.position` exists.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
             and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
-    Numerics: as `quantize_kv`; unquantised pages take a cast.
+    Numerics: as `quantize_kv`, which says what becomes of NaN and infinity; unquantised pages take
+        a cast.
     """
+    # Not `check`: no message is made here unless it is needed. The operator looks at devices.
+    if k_thd.dim() != 3 or v_thd.shape != k_thd.shape:
+        raise ValueError(
+            f"v_thd has shape {tuple(v_thd.shape)}, k_thd {tuple(k_thd.shape)}; expected "
+            "[tokens, heads, D]"
+        )
     t, h, d = k_thd.shape
-    check(
-        v_thd.shape == k_thd.shape,
-        lambda: f"v_thd has shape {tuple(v_thd.shape)}, k_thd {tuple(k_thd.shape)}",
-    )
-    check(h == pages.k.shape[1], lambda: f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
     check_pages(pages, d)
-    check(
-        k_thd.is_floating_point() and k_thd.dtype == v_thd.dtype,
-        "k_thd and v_thd must share a floating point dtype",
-    )
-    check(
-        k_thd.device == pages.k.device,
-        lambda: f"k_thd is on {k_thd.device}, the pages on {pages.k.device}",
-    )
-    check(
-        slot.shape in ((t,), (t, h)) and slot.dtype in (torch.int32, torch.int64),
-        lambda: (
+    if h != pages.k.shape[1]:
+        raise ValueError(f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
+    if k_thd.dtype not in FLOATS or k_thd.dtype != v_thd.dtype:
+        raise ValueError("k_thd and v_thd must share a floating point dtype")
+    if (slot.shape != (t,) and slot.shape != (t, h)) or slot.dtype not in INTEGERS:
+        raise ValueError(
             f"slot must be int32 or int64 of shape [{t}] or [{t}, {h}], got {slot.dtype} "
             f"{tuple(slot.shape)}"
-        ),
-    )
-    check(
-        pages.position is None or (position_t is not None and position_t.shape == (t,)),
-        lambda: f"position_t of shape [{t}] is needed: these pages store positions",
-    )
+        )
+    if pages.position is not None and (
+        position_t is None or position_t.shape != (t,) or position_t.dtype not in INTEGERS
+    ):
+        raise ValueError(
+            f"position_t of shape [{t}], int32 or int64, is needed: these pages store positions"
+        )
     slot_th = slot[:, None].expand(t, h) if slot.dim() == 1 else slot
     k, v, k_scale, v_scale, position, importance, history = pages.tensors()
     _append_kv(
@@ -297,29 +315,55 @@ def widths(codes: Tensor, d: int) -> list[int]:
 
 def check_pages(pages: KVPages, d: int) -> None:
     """Raise ValueError unless `pages` is consistent and holds heads of size `d`."""
-    _check_content("k", pages.k, pages.k_scale, pages.k.shape[:3], d)
-    _check_content("v", pages.v, pages.v_scale, pages.k.shape[:3], d)
+    shape = pages.k.shape
+    if len(shape) != 4 or 0 in shape[1:3] or d == 0:
+        raise ValueError(
+            f"pages.k has shape {tuple(shape)}, expected [pages, Hkv, page_size, D] with heads, "
+            f"slots and elements; heads are of size {d}"
+        )
+    lead = shape[:3]
+    _check_content("k", pages.k, pages.k_scale, lead, d)
+    _check_content("v", pages.v, pages.v_scale, lead, d)
+    position, importance, history = pages.position, pages.importance, pages.history
+    if position is not None and (position.shape != lead or position.dtype != torch.int32):
+        _misfit("position", position, lead, torch.int32)
+    if importance is not None and (importance.shape != lead or importance.dtype != torch.float32):
+        _misfit("importance", importance, lead, torch.float32)
+    if history is not None and (
+        history.dim() != 4 or history.shape[:3] != lead or history.dtype != torch.int32
+        or (history.stride(-1) != 1 and history.shape[-1] != 1)
+    ):  # fmt: skip
+        _misfit("history", history, (*lead, "words"), torch.int32)
 
 
 def _check_content(name: str, x: Tensor, scale: Tensor | None, lead: torch.Size, d: int) -> None:
-    check(
-        x.dim() == 4 and x.shape[:3] == lead,
-        lambda: f"pages.{name} has shape {tuple(x.shape)}, expected {(*lead, d)}",
-    )
-    check(
-        x.stride(-1) == 1 or x.shape[-1] == 1,
-        lambda: f"pages.{name} must be contiguous in its last axis",
-    )
-    quantised = x.dtype in (torch.uint8, torch.float8_e4m3fn)
-    sizes = widths(x, d)
-    check(
-        x.shape[-1] in sizes,
-        lambda: (
-            f"pages.{name} of dtype {x.dtype} has a last axis of {x.shape[-1]}; heads of size "
-            f"{d} need one of {sizes}"
-        ),
-    )
-    check(
-        not quantised or (scale is not None and scale.shape == lead),
-        lambda: f"pages.{name}_scale of shape {tuple(lead)} is needed: pages.{name} is quantised",
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 4 or shape[:3] != lead:
+        raise ValueError(f"pages.{name} has shape {tuple(shape)}, expected {(*lead, d)}")
+    quantised = dtype == torch.uint8 or dtype == torch.float8_e4m3fn
+    if not quantised and dtype not in FLOATS:
+        raise ValueError(
+            f"pages.{name} has dtype {dtype}, expected fp64, fp32, fp16, bf16, float8_e4m3fn or "
+            "uint8"
+        )
+    if x.stride(-1) != 1 and shape[-1] != 1:
+        raise ValueError(f"pages.{name} must be contiguous in its last axis")
+    if (quantised and d % 8) or shape[-1] not in widths(x, d):
+        raise ValueError(
+            f"pages.{name} of dtype {dtype} has a last axis of {shape[-1]}; heads of size "
+            f"{d} need one of {widths(x, d)}, and a multiple of 8 if quantised"
+        )
+    if quantised and (scale is None or scale.shape != lead or scale.dtype != torch.float16):
+        raise ValueError(
+            f"pages.{name}_scale of shape {tuple(lead)} in fp16 is needed: pages.{name} is "
+            "quantised"
+        )
+    if not quantised and scale is not None:
+        raise ValueError(f"pages.{name}_scale is given, but pages.{name} is unquantised")
+
+
+def _misfit(name: str, x: Tensor, shape: tuple, dtype: torch.dtype) -> NoReturn:
+    raise ValueError(
+        f"pages.{name} is {x.dtype} of shape {tuple(x.shape)} and strides {x.stride()}, expected "
+        f"{dtype} of shape {tuple(shape)}, contiguous in axes behind the third"
     )

@@ -1,6 +1,7 @@
 """`sample`: filters per row, counter-based noise, log-probabilities of the chosen token."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from . import Impl, Op, check
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
+MOST = 2**31 - 1
 RANGES = {
     "temperature": ("0 <= temperature < inf", lambda x: (x >= 0) & (x < torch.inf)),
     "top_k": ("top_k >= 0, where 0 is off", lambda x: x >= 0),
@@ -64,7 +66,7 @@ def sample(
         position_b: absolute position of the token being drawn, modulo 2^32. int32 or int64.
         temperature: >= 0; 0 takes the greatest logit, the lowest id on ties. This and the three
             below: a number for all rows, or a tensor `[b]`, whose range is checked on a CPU only.
-        top_k: >= 0; 0 and whatever is not below V keep all.
+        top_k: an integer >= 0; 0 and whatever is not below V keep all.
         top_p: in (0, 1]; 1 keeps all.
         min_p: in [0, 1]; 0 keeps all.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
@@ -83,17 +85,13 @@ def sample(
 
     Reference: Salmon et al., Parallel random numbers: as easy as 1, 2, 3 (SC 2011).
     """
-    check(
-        logits_bv.ndim == 2 and logits_bv.shape[1] > 0,
-        lambda: (
+    if logits_bv.ndim != 2 or logits_bv.shape[1] == 0:
+        raise ValueError(
             f"logits_bv: expected [b, v], v > 0, got {list(logits_bv.shape)}; pass one position "
             "a row"
-        ),
-    )
-    check(
-        logits_bv.dtype in FLOATS,
-        lambda: f"logits_bv: {logits_bv.dtype} is not fp32, fp16 or bf16; cast it",
-    )
+        )
+    if logits_bv.dtype not in FLOATS:
+        raise ValueError(f"logits_bv: {logits_bv.dtype} is not fp32, fp16 or bf16; cast it")
     _check_rows("seed_b", seed_b, logits_bv, (torch.int64,))
     _check_rows("position_b", position_b, logits_bv, INTEGERS)
     filters = (
@@ -148,7 +146,7 @@ def drawn(
     if -1 not in tokens:
         return tokens
     rows = range(len(tokens)) if row_b is None else _on_host("row_b", row_b)
-    steps = [step] * len(tokens) if isinstance(step, int) else _on_host("step", step)
+    steps = [step] * len(tokens) if isinstance(step, Integral) else _on_host("step", step)
     failed = [
         f"row {row} at step {at}"
         for token, row, at in zip(tokens, rows, steps, strict=True)
@@ -163,7 +161,7 @@ def drawn(
 
 def _on_host(name: str, values: Tensor | Sequence[int]) -> list[int]:
     if not isinstance(values, Tensor):
-        return list(values)
+        return [int(x) for x in values]
     check(
         values.device.type == "cpu",
         lambda: f"{name}: on {values.device}; read it back first, this function does not wait",
@@ -174,16 +172,14 @@ def _on_host(name: str, values: Tensor | Sequence[int]) -> list[int]:
 def _check_rows(
     name: str, rows_b: Tensor, logits_bv: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> None:
+    # Not `check`: no message is made here unless it is needed. The operator looks at devices.
     b = logits_bv.shape[0]
-    check(
-        rows_b.shape == (b,),
-        lambda: f"{name}: expected [{b}], one entry per row of logits_bv, got {list(rows_b.shape)}",
-    )
-    check(rows_b.dtype in dtypes, lambda: f"{name}: {rows_b.dtype} is not one of {dtypes}; cast it")
-    check(
-        rows_b.device == logits_bv.device,
-        lambda: f"{name}: on {rows_b.device} but logits_bv on {logits_bv.device}; move it there",
-    )
+    if rows_b.shape != (b,):
+        raise ValueError(
+            f"{name}: expected [{b}], one entry per row of logits_bv, got {list(rows_b.shape)}"
+        )
+    if rows_b.dtype not in dtypes:
+        raise ValueError(f"{name}: {rows_b.dtype} is not one of {dtypes}; cast it")
 
 
 def _per_row(
@@ -194,10 +190,12 @@ def _per_row(
     dtype = torch.int32 if dtypes is INTEGERS else torch.float32
     if not isinstance(value, Tensor):
         # Not `check`: a graph can format no symbolic float, so the message waits for the failure.
-        if not holds(value):
+        whole = dtype == torch.int32
+        if not holds(value) or (whole and isinstance(value, float)):
             raise ValueError(f"{name}={value}: expected {expected}")
+        value = min(value, MOST) if whole else value
         return torch.full((logits_bv.shape[0],), value, dtype=dtype, device=logits_bv.device)
     _check_rows(name, value, logits_bv, dtypes)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         check(bool(holds(value).all()), lambda: f"{name}: expected {expected} in every row")
-    return value.to(dtype)
+    return (value.clamp(max=MOST) if value.dtype == torch.int64 else value).to(dtype)

@@ -11,9 +11,10 @@ def merge_states(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(a_bhd.dtype, torch.float32)
     lse = torch.logaddexp(a_lse_bh.to(dtype), b_lse_bh.to(dtype))
+    lse = lse.masked_fill(lse == torch.inf, torch.nan)
     safe = lse.masked_fill(lse == -torch.inf, 0)  # both empty: weights exp(-inf) = 0
     a, b = ((x.to(dtype) - safe).exp()[..., None] for x in (a_lse_bh, b_lse_bh))
-    out = torch.where(a > 0, a * a_bhd.to(dtype), 0) + torch.where(b > 0, b * b_bhd.to(dtype), 0)
+    out = torch.where(a == 0, 0, a * a_bhd.to(dtype)) + torch.where(b == 0, 0, b * b_bhd.to(dtype))
     return out.to(a_bhd.dtype), lse
 
 
@@ -59,7 +60,7 @@ def tree_attention(
 
     # Items of similar size are padded to one batch; what is dead or not visible is masked.
     item = item.long()
-    slot_end = torch.minimum(item[:, 4], length.long()[item[:, 0]])
+    slot_end = torch.minimum(item[:, 4], length.long()[item[:, 0]]).maximum(item[:, 3])
     sizes = torch.stack([item[:, 2] - item[:, 1], slot_end - item[:, 3]])
     kind = torch.frexp(sizes.to(torch.float32)).exponent
     kinds, which = (kind[0] * 64 + kind[1]).unique(return_inverse=True)
@@ -101,6 +102,7 @@ def tree_attention(
         visible = (past & (age < sliding) if sliding else past).expand(-1, heads, -1, -1)
         logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
         lse = torch.logsumexp(logits, -1)  # [n, h, g, c]
+        lse = lse.masked_fill(lse == torch.inf, torch.nan)
         p = (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
         out = torch.einsum("nhgcs,nshd->nchgd", p, v_nshd)
         batches.append((token_nc, real_nc, out, lse.permute(0, 3, 1, 2), visible, past, logits,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .attention import below_mean
+from .quant import as_bytes, in_pages
 
 EMPTY = 2**31 - 1
 QUERY_CHUNK = 64  # bounds the scores held at once
@@ -42,7 +43,7 @@ def key_scores(
         lse = torch.logsumexp(x, -1, keepdim=True)
         if sink_h is not None:
             lse = torch.logaddexp(lse, sink_h.to(dtype).view(heads, -1, 1, 1))
-        p = (x - lse).exp()
+        p = (x - lse.masked_fill(lse == torch.inf, torch.nan)).exp()
         seen = visible[:, sinks:].sum(-1)[:, None].clamp(min=1)
         mean = p[..., sinks:].sum(-1, keepdim=True) / seen
         mass += p.mean(2).sum(2)
@@ -84,14 +85,13 @@ def compact_kv(
     importance: Tensor | None,
     history: Tensor | None,
 ) -> None:
-    page_size = k.shape[2]
-    head_h = torch.arange(k.shape[1], device=k.device)
+    moves = in_pages("source_nh", source_nh, k) & in_pages("target_nh", target_nh, k)
+    head, page_size = moves.nonzero()[:, 1], k.shape[2]
     source, target = (
-        (x.long() // page_size, head_h.expand_as(x), x.long() % page_size)
-        for x in (source_nh, target_nh)
+        (x // page_size, head, x % page_size)
+        for x in (source_nh[moves].long(), target_nh[moves].long())
     )
     for pages in (k, v, k_scale, v_scale, position, importance, history):
         if pages is not None:
-            # Moved as bytes: indexing is not implemented for every float8 type.
-            raw = pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
+            raw = as_bytes(pages)
             raw[target] = raw[source]

@@ -56,6 +56,10 @@ def level(codes: Tensor, format: str) -> Tensor:
 
 def encode(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
     """Codes and fp16 scales of rotated `x` [..., d]: the range with the least error."""
+    finite = x.isfinite().all(-1, keepdim=True)
+    if not finite.all():  # codes cannot hold it, so the scale does
+        codes, scale = encode(x.masked_fill(~finite, 0), format)
+        return codes, scale.masked_fill(~finite[..., 0], torch.nan)
     peak = x.abs().amax(-1, keepdim=True)
     if format == "fp8":
         scale = to_scale(peak / FP8_MAX)
@@ -130,6 +134,21 @@ def dequantize_kv(codes: Tensor, scale: Tensor, d: int, dtype: torch.dtype) -> T
     return (x @ rotation(d, compute, codes.device).T).to(dtype)
 
 
+def in_pages(name: str, slot: Tensor, k: Tensor) -> Tensor:
+    """Which flat slots the pages have. On a CPU, one that lies beyond them is an error."""
+    slots = k.shape[0] * k.shape[2]
+    if slot.device.type == "cpu" and (slot >= slots).any():
+        raise IndexError(
+            f"{name} holds slot {int(slot.max())}, which is not among the {slots} of the pages"
+        )
+    return (slot >= 0) & (slot < slots)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """`x`, or its bytes where it is fp8: indexing is not implemented for every float8 type."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 def append_kv(
     k_thd: Tensor,
     v_thd: Tensor,
@@ -143,21 +162,18 @@ def append_kv(
     importance: Tensor | None,
     history: Tensor | None,
 ) -> None:
-    kept = slot_th[:, 0] >= 0
-    slot_th = slot_th[kept].long()
-    page_size = k.shape[2]
-    head_h = torch.arange(k.shape[1], device=k.device)
-    where = (slot_th // page_size, head_h.expand(slot_th.shape[0], -1), slot_th % page_size)
+    token, head = in_pages("slot", slot_th, k).nonzero(as_tuple=True)
+    slot, page_size = slot_th[token, head].long(), k.shape[2]
+    where = slot // page_size, head, slot % page_size
     for x_thd, pages, scale in ((k_thd, k, k_scale), (v_thd, v, v_scale)):
         format = format_of(pages, x_thd.shape[-1])
         if format == "none":
-            pages[where] = x_thd[kept].to(pages.dtype)
+            pages[where] = x_thd[token, head].to(pages.dtype)
         else:
-            pages[where], scale[where] = quantize_kv(x_thd[kept], format)
+            codes, scale[where] = quantize_kv(x_thd[token, head], format)
+            as_bytes(pages)[where] = as_bytes(codes)
     if position is not None:
-        position[where] = (
-            position_t[kept].to(torch.int32)[:, None].expand(where[0].shape[0], k.shape[1])
-        )
+        position[where] = position_t[token].to(torch.int32)
     if importance is not None:
         importance[where] = 0
     if history is not None:
