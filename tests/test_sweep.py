@@ -25,9 +25,9 @@ EQUAL = {
     "granite": "sdpa samples rope",
 }
 REFUSED = {
-    "mamba": "linear_attention",
+    "mamba": "layers of another kind",
     "bloom": "attention interface",
-    "inkling_text": "keys and values",
+    "deepseek_v4": "layers of another kind",
 }
 NEVER_WRONG = ["qwen2_moe", "bart"]  # windows in masks alone; positions counted from the cache
 
