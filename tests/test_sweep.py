@@ -25,9 +25,9 @@ EQUAL = {
     "granite": "sdpa samples rope",
 }
 REFUSED = {
-    "mamba": "linear_attention",
+    "mamba": "layers of another kind",
     "bloom": "attention interface",
-    "inkling_text": "keys and values",
+    "deepseek_v4": "layers of another kind",
 }
 NEVER_WRONG = ["qwen2_moe", "bart"]  # windows in masks alone; positions counted from the cache
 
@@ -66,22 +66,21 @@ def test_every_type_has_a_tiny_config():
     assert len(failed) <= 4, failed
 
 
-FAULTS = {
-    "wrong": lambda out: (out[0] * 1.02, out[1]),
-    "unclear": lambda out: out[0].nothing,
-}
+FAULTS = {"wrong": lambda out: out * 1.02, "unclear": lambda out: out.nothing}
 
 
 @pytest.mark.parametrize("mode", sweep.MODES)
 @pytest.mark.parametrize("name", FAULTS)
 def test_planted_fault(name, mode, monkeypatch):
-    """What attention gives while decoding is a little off, or an error that is no refusal."""
+    """What attention gives while decoding is a little off, or an error that is no refusal; in texts
+    that are longer than what a door tries."""
     attend = kvtools.cache.KVCache.attend
-    monkeypatch.setattr(
-        kvtools.cache.KVCache,
-        "attend",
-        lambda *args, **kw: FAULTS[name]((attend(*args, **kw), 0))[0],
-    )
+
+    def off(cache, *args, **kwargs):
+        out = attend(cache, *args, **kwargs)
+        return FAULTS[name](out) if cache.lengths.max() > 16 else out
+
+    monkeypatch.setattr(kvtools.cache.KVCache, "attend", off)
     monkeypatch.setattr(sweep, "IMPLEMENTATIONS", ("sdpa",))
     assert sweep.summed(sweep.check("llama", [mode]))["outcome"] == name
 
