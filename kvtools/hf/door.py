@@ -208,7 +208,8 @@ def refusal(kind: str, error: Unsupported) -> Unsupported:
 def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str) -> Door:
     if core.config.is_encoder_decoder:
         raise Unsupported("it is an encoder-decoder model")
-    if not core._can_set_attn_implementation():
+    decoder = decoder_of(core)
+    if not decoder._can_set_attn_implementation():
         raise Unsupported("it does not use transformers' attention interface")
     for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
         function = table.get(stock) if stock in table else None
@@ -224,7 +225,6 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     for layer in layers:
         if type(layer) not in KEPT:
             raise Unsupported(f"it has layers of another kind ({type(layer).__name__})")
-    decoder = decoder_of(core)
     found = {id(config): config}
     ropes, dynamic, limits = [], [], set()
     for module in decoder.modules():
@@ -251,7 +251,8 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part that embeds tokens and runs the layers."""
-    return model.get_decoder()
+    found = model.get_decoder()  # some call their head a decoder
+    return found if isinstance(found, PreTrainedModel) else model.base_model
 
 
 def _longrope_limit(config: Any, layer_type: str | None) -> int:
@@ -317,6 +318,11 @@ def _switch(model: Any, limits: list[int]) -> float:
                 f"its own prepare_inputs_for_generation fails ({type(error).__name__}: {error})"
             ) from error
         if past in limits and out.get(CACHE) is None:
+            if out["input_ids"].shape[1] < length:
+                raise Unsupported(
+                    f"past {past} tokens (longrope) its own prepare_inputs_for_generation drops the "
+                    "cache and hands on the newest token alone"
+                )
             switch = past
             continue
         new = {"input_ids": ids[:, past:], "position_ids": positions[:, past:]}

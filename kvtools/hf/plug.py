@@ -97,7 +97,7 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, index: int, flow: "_Flow") -> None:
         super().__init__()
-        self.index, self.flow, self.is_initialized = index, flow, True
+        self.index, self.flow, self.is_initialized = index, flow, False  # holds no tensors
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
