@@ -226,7 +226,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
         if type(layer) not in KEPT:
             raise Unsupported(f"it has layers of another kind ({type(layer).__name__})")
     found = {id(config): config}
-    ropes, dynamic, limits = [], [], set()
+    ropes, dynamic, limits = [], [], {getattr(config, "original_max_position_embeddings", None)}
     for module in decoder.modules():
         each, kinds = vars(module).get("config"), vars(module).get("rope_type")
         if each is not None and getattr(each, "_attn_implementation", None) is not None:
@@ -245,7 +245,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
         "position_ids" in inspect.signature(core.forward).parameters,
         [getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers],
         ropes, dynamic,
-        _switch(model, sorted(limits)),
+        _switch(model, sorted(limits - {None})),
     )  # fmt: skip
 
 
@@ -320,8 +320,8 @@ def _switch(model: Any, limits: list[int]) -> float:
         if past in limits and out.get(CACHE) is None:
             if out["input_ids"].shape[1] < length:
                 raise Unsupported(
-                    f"past {past} tokens (longrope) its own prepare_inputs_for_generation drops the "
-                    "cache and hands on the newest token alone"
+                    f"past {past} tokens its own prepare_inputs_for_generation drops the cache and "
+                    "hands on the newest token alone"
                 )
             switch = past
             continue

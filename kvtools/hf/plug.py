@@ -227,13 +227,12 @@ def _attend(
         out = own(module, query, key, value, attention_mask, **kwargs)
         if layer is None:
             return out
-    if key.shape[2] != query.shape[2]:
+    # Layers that share, at the end of a prefill, may be run for its last token alone.
+    if key.shape[2] != query.shape[2] and not (forward.filling and not first):
         _touched("other tokens")
     options = _options(module, stock, layer, forward, attention_mask, query, kwargs)
     q, k, v = query, key, value
-    if torch.is_autocast_enabled(
-        q.device.type
-    ):  # as matrix products under autocast would take them
+    if torch.is_autocast_enabled(q.device.type):  # as products under autocast take them
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     wide, d = max(k.shape[-1], v.shape[-1]), v.shape[-1]
     # Zeros change neither scores nor the part of the output that is returned.
