@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import kvtools
 from kvtools import CacheConfig, cli, models, results
@@ -254,15 +255,21 @@ def test_options_of_search_are_those_of_the_library():
 LATER = [
     ("generate", [*PROMPT, "--layer-budget", "0.5"], 1, "--layer-budget has 1 factors; the model"),
     ("generate", [*PROMPT, "--chat"], 2, "--chat"),
-    ("generate", [*PROMPT, "--page-size", 65536, "-n", 2**24], 2, "--page-size 65536: so many"),
-    ("generate", [*PROMPT, "--sinks", 65536, "--bits", 8, "-n", 2**24], 2, "--sinks 65536: so ma"),
+    ("generate", [*PROMPT, "--page-size", 65536, "-n", 2], 2, "--page-size 65536: so many tokens"),
+    (
+        "generate",
+        [*PROMPT, "--sinks", 9999, "--bits", 8],
+        2,
+        "--sinks 9999: so many tokens in each",
+    ),
     ("quality", ["--probe", *PROMPT], 1, "the prompt has 2 tokens; a probe needs 128"),
     ("quality", ["--length", 2**24, "--count", 1], 2, "--length 16777216: text 'debugger' has"),
 ]
 
 
 @pytest.mark.parametrize("command,given,code,words", LATER)
-def test_what_only_the_model_tells(capsys, tiny, files, command, given, code, words):
+def test_what_only_the_model_tells(capsys, tiny, files, monkeypatch, command, given, code, words):
+    monkeypatch.setattr(options, "available", lambda device: 2**20)
     found, out, err = run(capsys, command, tiny, *given)
     assert (found, out, len(err)) == (code, "", 1), err
     assert err[0].startswith("kvtools: ") and words in err[0]
@@ -284,6 +291,11 @@ def test_module_runs():
     )
     assert said.returncode == 2 and said.stderr.startswith("kvtools generate: ")
     assert "Traceback" not in said.stderr
+
+
+def test_available_memory():
+    free = options.available(torch.device("cpu"))
+    assert free is None or 2**20 < free < 2**50
 
 
 def test_version(capsys):
