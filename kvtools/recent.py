@@ -149,10 +149,12 @@ class Recent:
             self.layers[layer] = KVPages(*(None if x is None else x[where] for x in content))
 
     def crop(self, lengths: np.ndarray) -> None:
-        """Forget what lies behind `lengths`."""
-        end = torch.from_numpy(lengths.astype(np.int32)).to(self.held.device)[:, None]
-        self.held = torch.where(self.held >= end, EMPTY, self.held)
+        """Forget what lies behind `lengths`, and what the slot more holds: its token is read
+        elsewhere already."""
         self.start = np.minimum(self.start, lengths).astype(np.int32)
+        bounds = np.stack([self.start, lengths.astype(np.int32)])
+        start, end = torch.from_numpy(bounds).to(self.held.device)[:, :, None]
+        self.held = torch.where((self.held < start) | (self.held >= end), EMPTY, self.held)
 
 
 def _write(k: Tensor, v: Tensor, slot: Tensor, pages: KVPages, impl: str) -> None:

@@ -32,8 +32,8 @@ def rollouts():
     r.prefill([[1, 2, 3]], 2)
     assert list(map(len, r.generate(3))) == [3, 3]
 def generate():
-    ids = torch.tensor([[1, 2, 3]])
-    out = model().generate(ids, max_new_tokens=3, custom_generate=kvtools.generate)
+    ids, loop = torch.tensor([[1, 2, 3]]), kvtools.generate
+    out = model().generate(ids, max_new_tokens=3, custom_generate=loop)
     assert out.shape == (1, 6)
 def table():
     kvtools.plan_from_block_table(torch.zeros(1, 1).int(), torch.ones(1).int(), 16)

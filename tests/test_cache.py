@@ -465,13 +465,14 @@ def test_forked_rows_hold_the_same_codes(bits):
         assert all(map(torch.equal, content(row), before[source]))
 
 
-def undone(cache, rng, twin):
+def undone(kind, cache, rng, twin):
     """A change of `cache`, and attention in some of its layers, taken back."""
-    rows, layers = cache.rows, rng.integers(twin.layers + 1)
+    rows, layers = cache.rows, rng.integers(1, twin.layers + 1)
     with cache.transaction() as change:
-        match rng.choice(["extend", "gather", "crop", "add"]):
-            case "extend":
-                total = int(cache.extend(rng.integers(4, size=rows)).numel())
+        match kind:
+            case "extend" | "step":
+                counts = rng.integers(4, size=rows) if kind == "extend" else [1] * rows
+                total = len(cache.extend(counts))
                 shape = (total, twin.heads * (twin.group + 2), twin.d)
                 for layer in range(layers if total else 0):
                     x = torch.from_numpy(rng.normal(size=shape))
@@ -506,17 +507,19 @@ def test_what_is_undone_leaves_nothing_behind(pages, options):
         twin.add(9, 2)
         twin.add(14, 2, seed=1)
         twin.seeds = [2, 3, 4, 5]
-    for turn in range(30):
-        for _ in range(3):
+    for turn in range(24):
+        for kind in (rng.choice(["extend", "gather", "crop", "add"]), "step"):
             try:
-                undone(twins[0].cache, rng, twins[0])
+                undone(kind, twins[0].cache, rng, twins[0])
             except _host.PoolExhausted:
                 assert pages
+        for twin in twins:
+            if turn % 8 == 7:
+                twin.gather([1, 2, 3, 1], seeds=[2, 3, 4, 5])
+            elif turn % 3 == 2:
+                twin.crop([len(row) - 1 for row in twin.rows])
         outs = [torch.stack(twin.step()) for twin in twins]
         assert torch.equal(*outs)
-        if turn % 9 == 8:
-            for twin in twins:
-                twin.gather([1, 2, 3, 1], seeds=[2, 3, 4, 5])
     for store in twins[0].cache.stores:
         store.forest.check()
 
