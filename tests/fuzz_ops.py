@@ -367,8 +367,8 @@ def spoil(rng: random.Random, case: Case, put) -> None:
         if x.dtype.is_floating_point and x.dtype != torch.float8_e4m3fn:
             x[at] = rng.choice((math.nan, math.inf, -math.inf))
         elif not x.dtype.is_floating_point:
-            least, most = torch.iinfo(x.dtype).min, torch.iinfo(x.dtype).max
-            x[at] = min(max(rng.choice(IDS), least), most)
+            range_ = torch.iinfo(torch.uint8 if x.dtype == torch.bool else x.dtype)
+            x[at] = min(max(rng.choice(IDS), range_.min), range_.max)
     elif kind == "cut" and x.shape[axis]:
         x = x.narrow(axis, rng.randint(0, 1), x.shape[axis] - 1)
     elif kind == "grow" and x.shape[axis]:
