@@ -778,6 +778,8 @@ def test_positions_below_zero_are_noted_within_history(impl):
 def test_nan_and_infinity_never_look_like_numbers(format, value, what, impl):
     """What a query sees makes its output NaN; the rows of other prompts keep theirs."""
     many = not interpreted(impl)
+    if not many and (format == "fp8" or (value == torch.inf) == (format == "int4")):
+        pytest.skip("a CPU stands for the GPU: fewer cases")
     case = Case(12, k_format=format, v_format=format, dtype=native(impl), D=32, G=9 if many else 2)
     tracks(case, 40)
     expected = attend(case, impl, window=40)
