@@ -91,10 +91,12 @@ class Recent:
         several = bool((counts > 1).any())
         alone = np.arange(rows + 1)
         nodes = to_plan(alone, alone[:-1], np.full(rows, self.size), counts, device)
-        among = to_plan(np.append(0, end), np.arange(total), counts, counts, device)
+        among = None
+        if several:
+            among = to_plan(np.append(0, end), np.arange(total), counts, counts, device)
         return Step(
             position_t, to_device(before.astype(np.int32)), held if several else self.held, nodes,
-            among if several else None, None if stays.all() else to_device(np.flatnonzero(stays)),
+            among, None if stays.all() else to_device(np.flatnonzero(stays)),
             slot_t,
         )  # fmt: skip
 

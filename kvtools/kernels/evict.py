@@ -233,7 +233,8 @@ def select_victims(
     key = torch.empty(n * h, words, s, dtype=torch.int64, device=index_nhm.device)
     order = torch.empty(n * h, s, dtype=torch.int32, device=index_nhm.device)
     tile = min(TILE, max(STEP, triton.next_power_of_2(s)))
-    grid, options = (n * h, triton.cdiv(s, tile)), dict(WORDS=words, TILE=tile)
+    grid = n * h, triton.cdiv(s, tile)
+    options = dict(WORDS=words, TILE=tile, enable_fp_fusion=False)
     _sort_tile_kernel[grid](*args, key, order, **options, STEP=STEP, num_warps=8)
     _merge_tiles_kernel[grid](key, order, index_nhm, s, count, **options)
     return index_nhm
@@ -366,11 +367,11 @@ def compact_kv(
     for slot_nh, staging in ((source_nh, True), (target_nh, False)):
         _compact_kv_kernel[(triton.cdiv(n, MOVED), heads)](
             slot_nh, *slot_nh.stride(), n, k.shape[2], tuple(moved), BLOCKS=blocks, STAGING=staging,
-            MOVED=MOVED,
+            MOVED=MOVED, enable_fp_fusion=False,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _compact_kv_kernel(
     slot_ptr, stride_n, stride_h, n, page_size, moved, BLOCKS: tl.constexpr, STAGING: tl.constexpr,
     MOVED: tl.constexpr,
