@@ -1,6 +1,7 @@
 """What bench.gpu found: the project's own targets, and all rows for people to read."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ def targets(part: str, cells: dict[str, dict]) -> Targets:
     for cell in cells:
         heads, _, shape = cell.partition(" ")
         if part == "tests":
-            found.add(f"{cell}: failures", cells[cell].get("failures"), 0)
+            found.add(f"tests, {cell}: failures", cells[cell].get("failures"), 0)
+        elif part in ("smoke", "sanitizers"):
+            failed = [row for row in cells[cell].values() if "failed" in row]
+            found.add(f"{part}, {cell}: failures", len(failed), 0)
         elif part == "attention" and "+" not in shape:
             found.add(f"{cell}, nothing shared: over FlashInfer and FA3",
                       ratio(cell, "flashinfer", "fa3"), 1 / 1.1, least=True)  # fmt: skip
@@ -97,7 +101,7 @@ def brief(rows: dict) -> str:
         if not isinstance(row, dict):
             words.append(f"{name} {figure(row)}")
         elif not words and "ms" in row:
-            words.append(f"{row['ms']:.4g} ms, {row['of_floor']:.2f} of the floor")
+            words.append(f"{row['ms']:.4g} ms, {row.get('of_floor', math.nan):.2f} of the floor")
         else:
             unit = "ratio" if "ratio" in row else "ms"
             words.append(f"{name} {row[unit]:.3g}" if unit in row else f"{name} -")
