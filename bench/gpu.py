@@ -9,7 +9,6 @@ again. `--first` is the plan for a device that is at hand for nine minutes.
 import argparse
 import gc
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -29,7 +28,7 @@ import torch
 from rich.console import Console
 
 from bench import gpu_parts, gpu_rivals
-from bench.gpu_parts import DRY, SMALL, Entry, Scale
+from bench.gpu_parts import DRY, Entry, Scale
 from bench.gpu_report import report, targets
 from bench.timing import (
     Clock,
@@ -46,6 +45,7 @@ from bench.timing import (
 from kvtools import demo, ops
 from kvtools.quality import Journal
 
+FOREVER = 1e6  # seconds
 GRACE = 10  # seconds after a stage's, then its process is killed
 TRIES = 4  # of a stage whose process dies
 AGAIN = 3  # exit status of a stage that has to go on in a fresh process
@@ -128,7 +128,7 @@ class Bench:
     """Where and how much is measured."""
 
     def __init__(
-        self, folder: Path, dry: bool = False, seconds: float = math.inf, **scale: Any
+        self, folder: Path, dry: bool = False, seconds: float = FOREVER, **scale: Any
     ) -> None:
         self.folder, self.dry, self.device = folder, dry, "cpu" if dry else "cuda"
         self.scale: Scale = replace(DRY if dry else Scale(), **scale)
@@ -148,16 +148,12 @@ class Bench:
     def _crashes(self) -> Crashes:
         return Crashes(self.folder)
 
-    def impls(self, op: str) -> list[tuple[str, str]]:
-        """What to add to the names of our contenders, and their implementations of `op`."""
-        return [("", gpu_parts.IMPL), *[(gpu_parts.IN_CPP, "cuda")] * (op in ops.IN_CUDA)]
-
     def alone(self, case: Sequence[str], watch: Sequence[str] = ()) -> dict:
         """The row of one contender in a cell of a part that is run and checked, not timed, in a
         process of its own."""
-        options = [f"--out={self.folder.resolve()}", *["--rehearse"] * self.dry, "--alone", *case]
+        command = [*watch, sys.executable, "-m", "bench.gpu_alone", *case]
         process = subprocess.Popen(
-            [*watch, sys.executable, "-m", "bench.gpu", *options], cwd=gpu_parts.ROOT, text=True,
+            [*command, *["--rehearse"] * self.dry], cwd=gpu_parts.ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -232,35 +228,6 @@ class Bench:
         if "copy GB/s" not in found:
             return None
         return found["copy GB/s"], found["bfloat16 TFLOP/s"]
-
-
-class Names(Bench):
-    """Tells our contenders in each cell, and runs nothing."""
-
-    def __init__(self, bench: Bench) -> None:
-        super().__init__(bench.folder, dry=True)
-        self.scale = DRY if bench.dry else SMALL
-
-    def race(self, cell: str, entries: dict[str, Entry]) -> dict:
-        return {name: {} for name in entries if name.startswith("kvtools")}
-
-
-class Alone(Bench):
-    """Runs and checks one contender of a small cell."""
-
-    def __init__(self, folder: Path, dry: bool, name: str) -> None:
-        super().__init__(folder, dry)
-        self.scale, self.name = DRY if dry else SMALL, name
-
-    def race(self, cell: str, entries: dict[str, Entry]) -> dict:
-        entry = entries[self.name]
-        if self.name.endswith(gpu_parts.IN_CPP) and ops.CUDA != "cuda":
-            raise Skip("kvtools was built without csrc/cuda")
-        begin = time.monotonic()
-        entry.check(entry.make()())
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return {"seconds": time.monotonic() - begin}
 
 
 def peak(run: Callable[[], Any]) -> float:
@@ -362,12 +329,6 @@ def environment(dry: bool, commit: str | None) -> dict:
     return where
 
 
-def alone(folder: Path, dry: bool, part: str, cell: str, name: str) -> dict:
-    cells = dict(gpu_parts.PARTS[part](Alone(folder, dry, name)))
-    with torch.inference_mode():
-        return cells[cell]()
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="results")
@@ -388,7 +349,6 @@ def main(argv: list[str] | None = None) -> int:
                         help="stop after so many; the same command then goes on")  # fmt: skip
     parser.add_argument("--rehearse", action="store_true",
                         help="the plan of --first on a CPU, with tiny shapes")  # fmt: skip
-    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)  # see Bench.alone
     args = parser.parse_args(argv)
     console, begin = Console(), time.monotonic()
     if args.rehearse:
@@ -396,11 +356,8 @@ def main(argv: list[str] | None = None) -> int:
     elif not torch.cuda.is_available():
         console.print("bench.gpu needs a CUDA device; --rehearse runs its code without one")
         return 2
-    if args.alone:
-        print(json.dumps(attempt(partial(alone, args.out, args.rehearse, *args.alone))))
-        return 0
     first = args.first or args.rehearse
-    end = begin + (args.seconds or (540 if args.first else math.inf))
+    end = begin + (args.seconds or (540 if args.first else FOREVER))
     args.out.mkdir(parents=True, exist_ok=True)
     if args.force:
         for name in (*args.part, "crashes", "trying"):
@@ -419,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         stage_run = replace(run, cells="") if stage.part == "rates" else run
         now = time.monotonic()
         # A CPU's seconds are no device's.
-        seconds = min(math.inf if args.rehearse else stage.seconds, end - now)
+        seconds = min(FOREVER if args.rehearse else stage.seconds, end - now)
         if not stage_run.missing(stage, Bench(args.out, args.rehearse)):
             continue
         if seconds <= 0:

@@ -34,11 +34,11 @@ from bench import (
 )
 from bench.bench_attention import Shape, Tree
 from bench.timing import Skip, attempt
+from kvtools import ops
 from kvtools.ops.attention import tree_attention
 from kvtools.ops.quant import FORMATS, append_kv, dequantize_kv, quantize_kv
 from kvtools.ops.sampling import sample
 from kvtools.ops.scoring import step_scores, token_logprobs
-from kvtools.quality import elements
 
 IMPL = "triton"  # ours; interpreted in dry runs
 IN_CPP = ", CUDA C++"  # ours by impl="cuda"
@@ -77,7 +77,7 @@ class Scale:
         "cuda": [*ROWS, "-k", "cuda"],
         "end to end": ["tests/test_gpu.py", "tests/test_attention.py", "-m", "gpu"],
     })  # fmt: skip
-    smoked: dict[str, str] = field(default_factory=dict)  # cells by part, all where there is none
+    smoked: dict[str, str] = field(default_factory=dict)  # cells by part, if not all
     formats: tuple = tuple(x for x in FORMATS if x != "none")
     copied: int = 2**31  # bytes
     product: int = 8192  # rows and columns
@@ -125,7 +125,7 @@ SMALL = Scale(
     heads=Scale().heads[:1], shared=((64, 32, 16),), long=((64, 48),), short=(), flex=(),
     appended=(bench_quant.Shape(64, 8, 128),), logits=(bench_sampling.Shape(4, 151_936),),
     evicted=(bench_evict.Shape(4, 8, 4, 640, 128, 16, 64),),
-    scored=(bench_scoring.Shape(4, 64, 16, 4096, 512),),
+    scored=(bench_scoring.Shape(4, 64, 16, 4096, 512),), smoked={"attention": "formats"},
 )  # fmt: skip
 DRY = Scale(
     tests={
@@ -133,7 +133,7 @@ DRY = Scale(
         "cuda": ["tests/test_attention.py", "-k", "test_merge_states and cuda and float32"],
         "end to end": ["tests/test_gpu.py", "-k", "llama"],
     },
-    formats=("int8", "int4"),
+    formats=("int4",), smoked={"attention": "formats", "sampling": ".*top_k"},
     copied=2**16, product=64, rounds=1, heads=(("llama", (1, 4, 16)),), shared=((2, 16, 8),),
     long=((1, 24),), short=((2, 8),), flex=("llama 2 x 16 + 8",),
     trees=("1,2,4 / 16,16,5", "3 / 8"), tree_heads=((2, 1),), tree_d=16,
@@ -145,6 +145,11 @@ DRY = Scale(
 )  # fmt: skip
 
 
+def impls(op: str) -> list[tuple[str, str]]:
+    """What to add to the names of our contenders, and their implementations of `op`."""
+    return [("", IMPL), *[(IN_CPP, "cuda")] * (op in ops.IN_CUDA)]
+
+
 def cell(name: str, measure: Callable, bench, *args: Any, **options: Any) -> tuple:
     return name, partial(measure, bench, name, *args, **options)
 
@@ -152,7 +157,7 @@ def cell(name: str, measure: Callable, bench, *args: Any, **options: Any) -> tup
 def smoke(bench) -> Cells:
     """Each of our kernels, run and checked; they are compiled as those of the headlines."""
     for part in ("quant", "attention", "evict", "sampling", "scoring"):
-        yield cell(part, all_alone, bench, bench.scale.smoked.get(part, ""))
+        yield cell(part, all_alone, bench, part)
 
 
 def sanitizers(bench) -> Cells:
@@ -162,24 +167,27 @@ def sanitizers(bench) -> Cells:
             yield cell(f"{tool} {part}", sanitize, bench, tool, part)
 
 
-def ours(bench, part: str, pattern: str = "") -> list[tuple[str, str, str]]:
-    """Part, cell and name of our contenders in small cells whose names begin with `pattern`."""
-    from bench.gpu import Names
+def ours(bench, part: str) -> list[tuple[str, str, str]]:
+    """Part, cell and name of our contenders in small cells."""
+    from bench.gpu_alone import Names
 
+    small = Names(bench.dry)
     return [
         (part, name, contender)
-        for name, measure in PARTS[part](Names(bench))
-        if re.match(pattern, name)
+        for name, measure in PARTS[part](small)
+        if re.match(small.scale.smoked.get(part, ""), name)
         for contender in measure()
     ]
 
 
-def all_alone(bench, part: str, pattern: str) -> dict:
-    return run_alone(bench, ours(bench, part, pattern))
+def all_alone(bench, name: str, part: str) -> dict:
+    return run_alone(bench, ours(bench, part))
 
 
 def run_alone(bench, cases: list[tuple[str, str, str]], watch: Sequence[str] = ()) -> dict:
     def run(case: tuple[str, str, str]) -> dict:
+        if case[2].endswith(IN_CPP) and ops.CUDA != "cuda":
+            return {"skipped": "kvtools was built without csrc/cuda"}
         return attempt(partial(bench.alone, case, watch))
 
     with ThreadPool(min(os.cpu_count(), 12)) as pool:
@@ -309,7 +317,7 @@ def attend(
 
     entries = {
         label(x) + suffix: entry(partial(ours, x, impl), x)
-        for suffix, impl in bench.impls("tree_attention")
+        for suffix, impl in impls("tree_attention")
         for x in ["none", *formats]
     }
     for rival, make in gpu_rivals.ATTENTION.items() if rivals else ():
@@ -353,7 +361,7 @@ def append(bench, name: str, shape: bench_quant.Shape) -> dict:
 
     entries = {
         label(format) + suffix: entry(format, partial(append_kv, impl=impl))
-        for suffix, impl in bench.impls("append_kv")
+        for suffix, impl in impls("append_kv")
         for format in ("none", *bench.scale.formats)
     }
     return bench.race(name, entries | {"index_put": entry("none", bench_quant.index_put)})
@@ -377,7 +385,7 @@ def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
             close(value(*parts), x_thd, bench_attention.CLOSE[format])
 
         size = sum(x.nbytes for x in (x_thd, *codes))
-        for suffix, impl in bench.impls(op):
+        for suffix, impl in impls(op):
             make = partial(partial, run, impl=impl)
             entries[label(format) + suffix] = Entry(make, check, size)
     return bench.race(name, entries)
@@ -422,7 +430,7 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
 
         return Entry(lambda: partial(run, *args), check, size, flops)
 
-    entries = {"kvtools" + x: entry(partial(ours, impl=impl)) for x, impl in bench.impls(op)}
+    entries = {"kvtools" + x: entry(partial(ours, impl=impl)) for x, impl in impls(op)}
     return bench.race(name, entries | {rival.__name__: entry(rival)})
 
 
@@ -457,8 +465,7 @@ def draw(bench, name: str, shape: bench_sampling.Shape, filters: dict) -> dict:
     size = bench_sampling.nbytes(shape, torch.float32)
     ours = partial(partial, sample, *args, **filters)
     entries = {
-        "kvtools" + x: Entry(partial(ours, impl=impl), same, size)
-        for x, impl in bench.impls("sample")
+        "kvtools" + x: Entry(partial(ours, impl=impl), same, size) for x, impl in impls("sample")
     }
     for rival, make in gpu_rivals.SAMPLING.items():
         package = gpu_rivals.package(rival)
@@ -496,7 +503,7 @@ def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
     size = bench_scoring.nbytes(op, shape, DTYPE)
     entries = {
         "kvtools" + x: Entry(partial(partial, run, impl=impl), check, size, flops)
-        for x, impl in bench.impls(op)
+        for x, impl in impls(op)
     }
     for rival, compute in rivals.items():
         package = gpu_rivals.package(rival)
@@ -531,6 +538,7 @@ def llm(device: str, sizes: tuple) -> Any:
 def decode(bench, name: str, n: int, prompt: int) -> dict:
     from bench.bench_end_to_end import RIVALS, STEPS
     from bench.cpu import OURS
+    from kvtools.quality import elements
 
     model = llm(bench.device, tuple(bench.scale.model.items()))
     weights = sum(x.numel() for x in model.parameters())

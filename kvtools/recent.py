@@ -85,9 +85,10 @@ class Recent:
             return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
         slot_t = to_device(slot[stays])
+        token = None if stays.all() else to_device(np.flatnonzero(stays))
         held = self.held
         self.held = held.clone()
-        self.held.view(-1)[slot_t] = position_t[to_device(stays)]
+        self.held.view(-1)[slot_t] = position_t if token is None else position_t[token]
         several = bool((counts > 1).any())
         alone = np.arange(rows + 1)
         nodes = to_plan(alone, alone[:-1], np.full(rows, self.size), counts, device)
@@ -96,8 +97,7 @@ class Recent:
             among = to_plan(np.append(0, end), np.arange(total), counts, counts, device)
         return Step(
             position_t, to_device(before.astype(np.int32)), held if several else self.held, nodes,
-            among, None if stays.all() else to_device(np.flatnonzero(stays)),
-            slot_t,
+            among, token, slot_t,
         )  # fmt: skip
 
     def attend(
