@@ -33,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test sanitize host launches lint format bench bench-cpu bench-gpu cuda resources quality search clean ext
+.PHONY: help demo test sanitize host launches lint format bench bench-cpu bench-gpu device-bundle cuda resources quality search clean ext
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -90,8 +90,20 @@ resources: ext cuda $(OLDER:=.stamp) ## what kernels take of a GPU, compiled for
 	@$(PY) -m bench.resources --json bench/results/resources.json --cuda build/cuda/lib/kvtools/_C.abi3.so $(ARGS)
 	@$(if $(OLDER),$(OLDER)/bin/python -m bench.resources --json bench/results/resources-3.6.0.json $(ARGS))
 
-bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--dry runs the code without one
+bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--rehearse runs the plan without one
 	@$(PY) -m bench.gpu --out bench/out/gpu $(ARGS)
+
+# For a machine with Python 3.12, torch from 2.10 on and a Hopper GPU, but no network. Its python is looked for here, too;
+# one that has torch checks more.
+DEVICE ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
+BUNDLE := build/device
+device-bundle: $(PACKAGE) ## build what bench.gpu takes to a machine with a GPU, and say how to run it there
+	@KVTOOLS_CUDA=1 KVTOOLS_CUDA_ARCHS=90a $(PY) setup.py -q build --build-base $(BUNDLE) --build-lib $(BUNDLE)/lib
+	@test -d $(VENV)/device || { $(DEVICE) -m venv $(VENV)/device && $(VENV)/device/bin/python -m pip install -qq \
+		--disable-pip-version-check --no-input 'setuptools>=77' 'pybind11>=2.13'; }
+	@KVTOOLS_CUDA=0 $(VENV)/device/bin/python setup.py -q build_ext --build-temp $(BUNDLE)/host --build-lib $(BUNDLE)/lib
+	@strip --strip-debug $(BUNDLE)/lib/kvtools/_*.so
+	@$(DEVICE) bench/gpu_bundle.py $(BUNDLE)
 
 quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
 	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)

@@ -58,6 +58,7 @@ class Stage:
     part: str
     cells: str
     seconds: float
+    dry: str | None = None  # cells of a rehearsal, if others
 
     def __str__(self) -> str:
         return " ".join([self.part, self.cells]).strip()
@@ -72,11 +73,11 @@ FIRST = [
     Stage("tests", "cuda", 45),
     Stage("tests", "end to end", 35),
     Stage("rates", "", 15),
-    Stage("attention", r"llama (64 x 8192 \+ 256|64 x 4096|16 x 16384)", 65),
-    Stage("end_to_end", "decode 64 x 2048", 70),
-    Stage("sampling", "b=64", 30),
-    Stage("attention", r"(qwen 64|llama 1) x 8192 \+ 256", 30),
-    Stage("quant", "append_kv t=64", 10),
+    Stage("attention", r"llama (64 x 8192 \+ 256|64 x 4096|16 x 16384)", 65, "llama 2"),
+    Stage("end_to_end", "decode 64 x 2048", 70, "decode"),
+    Stage("sampling", "b=64", 30, ""),
+    Stage("attention", r"(qwen 64|llama 1) x 8192 \+ 256", 30, "llama 1"),
+    Stage("quant", "append_kv t=64", 10, "append_kv"),
     Stage("evict", "select_victims", 10),
     Stage("scoring", "step_scores", 10),
     Stage("tune", "", 20),
@@ -256,10 +257,11 @@ class Run:
 
     def missing(self, stage: Stage, bench: Bench) -> list[tuple[str, Callable[[], dict]]]:
         done = journal_of(stage.part, self.folder, self.where).cells
+        wanted = stage.dry if self.dry and stage.dry is not None else stage.cells
         return [
             (cell, measure)
             for cell, measure in gpu_parts.PARTS[stage.part](bench)
-            if re.match(stage.cells, cell) and re.search(self.cells, cell) and cell not in done
+            if re.match(wanted, cell) and re.search(self.cells, cell) and cell not in done
         ]
 
     def save(self, part: str, journal: Journal, **more: Any) -> None:

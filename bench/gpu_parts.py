@@ -129,9 +129,9 @@ SMALL = Scale(
 )  # fmt: skip
 DRY = Scale(
     tests={
-        "triton": ["tests/test_attention.py", "-k", "test_merge_states and triton and float32"],
-        "cuda": ["tests/test_attention.py", "-k", "test_merge_states and cuda and float32"],
-        "end to end": ["tests/test_gpu.py", "-k", "llama"],
+        "triton": ["tests/test_layers.py", "-k", "imports_go_up_only"],
+        "cuda": ["tests/test_layers.py", "-k", "stream"],
+        "end to end": ["tests/test_gpu.py", "-k", "test_session"],
     },
     formats=("int4",), smoked={"attention": "formats", "sampling": ".*top_k"},
     copied=2**16, product=64, rounds=1, heads=(("llama", (1, 4, 16)),), shared=((2, 16, 8),),
@@ -223,7 +223,7 @@ def run_tests(bench, name: str, args: list[str]) -> dict:
     with log.open("w") as out:
         process = subprocess.Popen(
             [*command, *args, *(spread if bench.device == "cuda" else [])],
-            cwd=ROOT, stdout=out, stderr=out,
+            cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"COLUMNS": "300"},
         )  # fmt: skip
         while process.poll() is None:
             try:
