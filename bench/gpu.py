@@ -1,21 +1,25 @@
 """What kvtools gains on a GPU, beside other people's kernels: python -m bench.gpu --out DIR.
 
-Each part runs in a process of its own, takes less than nine minutes, and writes its JSON after
-every cell: what was measured of the same commit on the same device is not measured again.
+A plan is a list of stages: cells of a part, in a process of its own that is ended when the stage's
+time is over. After every cell its JSON is written, and an archive of all that was found so far;
+after every stage a report. What was measured of the same commit on the same device is not measured
+again. `--first` is the plan for a device that is at hand for nine minutes.
 """
 
 import argparse
 import gc
 import json
-import math
 import multiprocessing
 import os
+import re
 import signal
+import subprocess
 import sys
+import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -42,11 +46,44 @@ from kvtools import ops
 from kvtools.cli import demo
 from kvtools.quality import Journal
 
-SECONDS = 480  # of a part
-GRACE = 60  # more, then its process is killed
-NEEDS = {"tests": 240, "end_to_end": 120}  # seconds that must be left for a cell to begin
-TRIES = 4  # of a part whose process dies
-AGAIN = 3  # exit status of a part that has to go on in a fresh process
+FOREVER = 1e6  # seconds
+GRACE = 10  # seconds after a stage's, then its process is killed
+TRIES = 4  # of a stage whose process dies
+AGAIN = 3  # exit status of a stage that has to go on in a fresh process
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Cells of a part whose names begin with a match of `cells`, and the seconds they are given."""
+
+    part: str
+    cells: str
+    seconds: float
+    dry: str | None = None  # cells of a rehearsal, if others
+
+    def __str__(self) -> str:
+        return " ".join([self.part, self.cells]).strip()
+
+
+FULL = [Stage(part, "", 480) for part in gpu_parts.PARTS]
+# In this order a run that is cut short has told the most: whether anything is wrong, then the
+# figures that the project set itself. Stages that need less leave the others more.
+FIRST = [
+    Stage("smoke", "", 65),
+    Stage("tests", "triton", 110),
+    Stage("tests", "cuda", 45),
+    Stage("tests", "end to end", 35),
+    Stage("rates", "", 15),
+    Stage("attention", r"llama (64 x 8192 \+ 256|64 x 4096|16 x 16384)", 65, "llama 2"),
+    Stage("end_to_end", "decode 64 x 2048", 70, "decode"),
+    Stage("sampling", "b=64", 30, ""),
+    Stage("attention", r"(qwen 64|llama 1) x 8192 \+ 256", 30, "llama 1"),
+    Stage("quant", "append_kv t=64", 10, "append_kv"),
+    Stage("evict", "select_victims", 10),
+    Stage("scoring", "step_scores", 10),
+    Stage("tune", "", 20),
+    Stage("sanitizers", "memcheck", 25),
+]
 
 
 @dataclass
@@ -92,10 +129,17 @@ def alive() -> bool:
 class Bench:
     """Where and how much is measured."""
 
-    def __init__(self, folder: Path, dry: bool = False, seconds: float = SECONDS) -> None:
-        self.folder, self.device = folder, "cpu" if dry else "cuda"
-        self.scale: Scale = DRY if dry else Scale()
+    def __init__(
+        self, folder: Path, dry: bool = False, seconds: float = FOREVER, **scale: Any
+    ) -> None:
+        self.folder, self.dry, self.device = folder, dry, "cpu" if dry else "cuda"
+        self.scale: Scale = replace(DRY if dry else Scale(), **scale)
         self.deadline = time.monotonic() + seconds
+        self.keep: Callable[[], None] = lambda: None  # for what takes long: see Run.keep
+
+    @property
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
 
     # What a process that only asks for the names of the cells must not make.
     @cached_property
@@ -106,9 +150,24 @@ class Bench:
     def _crashes(self) -> Crashes:
         return Crashes(self.folder)
 
-    def impls(self, op: str) -> list[tuple[str, str]]:
-        """What to add to the names of our contenders, and their implementations of `op`."""
-        return [("", gpu_parts.IMPL), *[(gpu_parts.IN_CPP, "cuda")] * (op in ops.IN_CUDA)]
+    def alone(self, case: Sequence[str], watch: Sequence[str] = ()) -> dict:
+        """The row of one contender in a cell of a part that is run and checked, not timed, in a
+        process of its own."""
+        command = [*watch, sys.executable, "-m", "bench.gpu_alone", *case]
+        process = subprocess.Popen(
+            [*command, *["--rehearse"] * self.dry], cwd=gpu_parts.ROOT, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            said, _ = process.communicate(timeout=max(1, self.left))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            raise Skip("no time was left") from None
+        if process.returncode:
+            said = " ".join(said.split())[-250:]
+            raise RuntimeError(f"its process ended with {process.returncode}: {said}")
+        return json.loads(next(x for x in said.splitlines() if x.startswith("{")))
 
     def times(self, runs: dict[str, Callable[[], Any]]) -> dict[str, dict]:
         return summary(interleave(runs, self.scale.rounds, self._clock))
@@ -131,7 +190,8 @@ class Bench:
             first = row["ms"] if name == next(iter(entries)) else first
             if first is not None:
                 row["ratio"] = row["ms"] / first
-            against_floor(row, *self.rates, entries[name].nbytes, entries[name].flops)
+            if self.rates is not None:
+                against_floor(row, *self.rates, entries[name].nbytes, entries[name].flops)
         return rows
 
     def _prepare(self, cell: str, name: str, entry: Entry, runs: dict, graphs: dict) -> dict:
@@ -162,10 +222,13 @@ class Bench:
         torch.cuda.synchronize()
         return {"no graph": row["failed"]} if row else {}
 
-    @property
-    def rates(self) -> tuple[float, float]:
-        """GB/s of a copy, TFLOP/s of a bfloat16 product."""
-        found = json.loads((self.folder / "rates.json").read_text())["cells"]["rates"]
+    @cached_property
+    def rates(self) -> tuple[float, float] | None:
+        """GB/s of a copy, TFLOP/s of a bfloat16 product; None if they were not measured."""
+        path = self.folder / "rates.json"
+        found = json.loads(path.read_text())["cells"].get("rates", {}) if path.exists() else {}
+        if "copy GB/s" not in found:
+            return None
         return found["copy GB/s"], found["bfloat16 TFLOP/s"]
 
 
@@ -178,52 +241,85 @@ def peak(run: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def missing(part: str, bench: Bench, journal: Journal) -> list[tuple[str, Callable[[], dict]]]:
-    return [cell for cell in gpu_parts.PARTS[part](bench) if cell[0] not in journal.cells]
-
-
 def journal_of(part: str, folder: Path, where: dict) -> Journal:
     header = {x: where[x] for x in ("commit", "device")}
     return Journal(folder / f"{part}.json", header, stale=list(header))
 
 
-def run_part(part: str, folder: Path, where: dict, dry: bool, seconds: float) -> None:
-    """Measure the cells that are missing; SystemExit if another process must go on."""
-    console, bench = Console(), Bench(folder, dry, seconds)
-    journal = journal_of(part, folder, where)
-    for cell, measure in missing(part, bench, journal):
-        if time.monotonic() + NEEDS.get(part, 30) > bench.deadline:
-            console.print(f"{part}: out of time; the same command goes on at {cell}")
-            break
-        with torch.inference_mode():
-            journal.cells[cell] = attempt(measure)
-        journal.save(where=where, targets=targets(part, journal.cells))
-        print_rows(console, f"{part} / {cell}", journal.cells[cell])
-        gc.collect()
-        if not alive():
-            raise SystemExit(AGAIN)
-        if not dry:
-            torch.cuda.empty_cache()
+@dataclass(frozen=True)
+class Run:
+    """Where results go, what is run, and how."""
 
+    folder: Path
+    archive: Path
+    where: dict
+    dry: bool = False
+    scale: dict = field(default_factory=dict)  # what to change of it
+    cells: str = ""  # of every stage only those in whose names it is found
 
-def in_process(part: str, folder: Path, where: dict, dry: bool, end: float) -> None:
-    """Run a part where it cannot hurt the others, again if its process died."""
-    for _ in range(TRIES):
-        seconds = min(SECONDS, end - time.monotonic())
-        process = multiprocessing.get_context("spawn").Process(
-            target=run_part, args=(part, folder, where, dry, seconds)
-        )
-        process.start()
-        process.join(seconds + GRACE)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        if process.exitcode not in (AGAIN, -signal.SIGSEGV, -signal.SIGABRT):
-            break
-    if process.exitcode:
-        journal = journal_of(part, folder, where)
-        why = f"its process ended with {process.exitcode}"
-        journal.save(where=where, targets=targets(part, journal.cells), failed=why)
+    def missing(self, stage: Stage, bench: Bench) -> list[tuple[str, Callable[[], dict]]]:
+        done = journal_of(stage.part, self.folder, self.where).cells
+        wanted = stage.dry if self.dry and stage.dry is not None else stage.cells
+        return [
+            (cell, measure)
+            for cell, measure in gpu_parts.PARTS[stage.part](bench)
+            if re.match(wanted, cell) and re.search(self.cells, cell) and cell not in done
+        ]
+
+    def save(self, part: str, journal: Journal, **more: Any) -> None:
+        journal.save(where=self.where, targets=targets(part, journal.cells), **more)
+        self.keep()
+
+    def keep(self) -> None:
+        """Pack all that was found so far into the archive."""
+        scratch = self.archive.with_name(f"{self.archive.name}.part")
+        with tarfile.open(scratch, "w:gz", compresslevel=1) as tar:
+            for path in sorted(self.folder.iterdir()):
+                if path.suffix in (".json", ".log", ".md"):
+                    tar.add(path, path.name)
+        scratch.replace(self.archive)
+
+    def measure(self, stage: Stage, seconds: float) -> None:
+        """Measure what is missing; SystemExit if another process must go on."""
+        console, bench = Console(), Bench(self.folder, self.dry, seconds, **self.scale)
+        bench.keep = self.keep
+        journal = journal_of(stage.part, self.folder, self.where)
+        for cell, measure in self.missing(stage, bench):
+            if bench.left <= 0:
+                console.print(f"{stage}: out of time; the same command goes on at {cell}")
+                break
+            with torch.inference_mode():
+                journal.cells[cell] = attempt(measure)
+            self.save(stage.part, journal)
+            print_rows(console, f"{stage.part} / {cell}", journal.cells[cell])
+            gc.collect()
+            if not alive():
+                raise SystemExit(AGAIN)
+            if not self.dry:
+                torch.cuda.empty_cache()
+
+    def in_process(self, stage: Stage, seconds: float) -> None:
+        """Run a stage where it cannot hurt the others, again if its process died."""
+        end = time.monotonic() + seconds
+        for _ in range(TRIES):
+            left = max(1.0, end - time.monotonic())
+            process = multiprocessing.get_context("spawn").Process(
+                target=self.measure, args=(stage, left)
+            )
+            process.start()
+            process.join(left + GRACE)
+            late = process.is_alive()
+            if late:
+                process.kill()
+                process.join()
+                # It was not the contender that took the process down.
+                (self.folder / "trying.json").unlink(missing_ok=True)
+            if process.exitcode not in (AGAIN, -signal.SIGSEGV, -signal.SIGABRT):
+                break
+        if process.exitcode:
+            journal = journal_of(stage.part, self.folder, self.where)
+            why = "ran out of time" if late else f"its process ended with {process.exitcode}"
+            self.save(stage.part, journal, failed=f"{stage}: {why}")
 
 
 def environment(dry: bool, commit: str | None) -> dict:
@@ -231,46 +327,71 @@ def environment(dry: bool, commit: str | None) -> dict:
     where = demo.where("cpu" if dry else "cuda") | demo.commit()
     if commit:
         where["commit"] = commit
+    where["triton"] = gpu_rivals.version("triton").removeprefix("triton ")
     if not dry:
-        where["cuda"], where["triton"] = torch.version.cuda, gpu_rivals.version("triton")
+        where["cuda"] = torch.version.cuda
     return where
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.gpu", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="results")
+    parser.add_argument("--archive", type=Path, metavar="PATH",
+                        help="all results so far, .tar.gz; default gpu.tar.gz in DIR")  # fmt: skip
+    parser.add_argument("--first", action="store_true",
+                        help="the plan for a device that is at hand for nine minutes")  # fmt: skip
     parser.add_argument("--part", nargs="+", choices=gpu_parts.PARTS, metavar="PART",
                         default=list(gpu_parts.PARTS),
                         help=f"of {', '.join(gpu_parts.PARTS)}")  # fmt: skip
+    parser.add_argument("--cell", metavar="REGEX", default="",
+                        help="only cells in whose names it is found")  # fmt: skip
+    parser.add_argument("--rounds", type=int, metavar="N",
+                        help="timed runs of each contender; 25, or 8 with --first")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="measure again what was measured")
     parser.add_argument("--commit", help="name of the sources, where there is no git")
-    parser.add_argument("--seconds", type=float, default=math.inf,
+    parser.add_argument("--seconds", type=float, metavar="N",
                         help="stop after so many; the same command then goes on")  # fmt: skip
-    parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, once")
+    parser.add_argument("--rehearse", action="store_true",
+                        help="the plan of --first on a CPU, with tiny shapes")  # fmt: skip
     args = parser.parse_args(argv)
-    console, end = Console(), time.monotonic() + args.seconds
-    if args.dry:
+    console, begin = Console(), time.monotonic()
+    if args.rehearse:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     elif not torch.cuda.is_available():
-        console.print("bench.gpu needs a CUDA device; --dry runs its code without one")
+        console.print("bench.gpu needs a CUDA device; --rehearse runs its code without one")
         return 2
+    first = args.first or args.rehearse
+    end = begin + (args.seconds or (540 if args.first else FOREVER))
     args.out.mkdir(parents=True, exist_ok=True)
-    where = environment(args.dry, args.commit)
     if args.force:
         for name in (*args.part, "crashes", "trying"):
             (args.out / f"{name}.json").unlink(missing_ok=True)
-    for part in gpu_parts.PARTS:
-        if part not in (*args.part, "rates"):  # all others are held against the rates
+    # Compiled by torch for each shape, which takes longer than all else of a cell.
+    scale = {"flex": (), "rounds": 8} if args.first else {}
+    if args.rounds:
+        scale["rounds"] = args.rounds
+    run = Run(
+        args.out, args.archive or args.out / "gpu.tar.gz", environment(args.rehearse, args.commit),
+        args.rehearse, scale, args.cell,
+    )  # fmt: skip
+    for stage in FIRST if first else FULL:
+        if stage.part not in args.part and stage.part != "rates":  # all are held against the rates
             continue
-        begin, journal = time.monotonic(), journal_of(part, args.out, where)
-        if not missing(part, Bench(args.out, args.dry), journal):
+        stage_run = replace(run, cells="") if stage.part == "rates" else run
+        now = time.monotonic()
+        # A CPU's seconds are no device's.
+        seconds = min(FOREVER if args.rehearse else stage.seconds, end - now)
+        if not stage_run.missing(stage, Bench(args.out, args.rehearse)):
             continue
-        if end - begin < NEEDS.get(part, 30):
-            console.print(f"{part}: out of time; the same command goes on here")
+        if seconds <= 0:
+            console.print(f"{stage}: out of time; the same command goes on here", highlight=False)
             continue
-        in_process(part, args.out, where, args.dry, end)
-        console.rule(f"{part}: {time.monotonic() - begin:.0f} s")
+        stage_run.in_process(stage, seconds)
+        report(args.out, Console(quiet=True))
+        run.keep()
+        console.rule(f"{stage}: {time.monotonic() - now:.0f} s, of {stage.seconds:.0f} given")
     report(args.out, console)
+    run.keep()
     return 0
 
 

@@ -6,22 +6,26 @@ function, so that one cell's memory is free before the next. `bench` is a `bench
 
 import importlib.util
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from bench import (
     bench_attention,
-    bench_end_to_end,
     bench_evict,
     bench_quant,
     bench_sampling,
@@ -29,20 +33,18 @@ from bench import (
     gpu_rivals,
 )
 from bench.bench_attention import Shape, Tree
-from bench.cpu import CONFIGS, OURS, once
-from bench.timing import Skip
+from bench.timing import Skip, attempt
 from kvtools import ops
 from kvtools.ops.attention import tree_attention
 from kvtools.ops.quant import FORMATS, append_kv, dequantize_kv, quantize_kv
 from kvtools.ops.sampling import sample
 from kvtools.ops.scoring import step_scores, token_logprobs
-from kvtools.quality import elements
 
 IMPL = "triton"  # ours; interpreted in dry runs
 IN_CPP = ", CUDA C++"  # ours by impl="cuda"
 DTYPE = torch.bfloat16
 ROOT = Path(__file__).resolve().parent.parent
-ROWS = ("quant", "attention", "evict", "sampling", "scoring")
+ROWS = [f"tests/test_{x}.py" for x in ("quant", "attention", "evict", "sampling", "scoring")]
 Cells = Iterator[tuple[str, Callable[[], dict]]]
 
 
@@ -71,10 +73,12 @@ class Scale:
     """How much is measured."""
 
     tests: dict[str, list[str]] = field(default_factory=lambda: {
-        **{row: [f"tests/test_{row}.py", "-k", "triton"] for row in ROWS},
-        **{row + IN_CPP: [f"tests/test_{row}.py", "-k", "cuda"] for row in ROWS},
-        "marked gpu": ["tests", "-m", "gpu"],
+        "triton": [*ROWS, "-k", "triton"],
+        "cuda": [*ROWS, "-k", "cuda"],
+        "end to end": ["tests/test_gpu.py", "tests/test_attention.py", "-m", "gpu"],
     })  # fmt: skip
+    smoked: dict[str, str] = field(default_factory=dict)  # cells by part, if not all
+    formats: tuple = tuple(x for x in FORMATS if x != "none")
     copied: int = 2**31  # bytes
     product: int = 8192  # rows and columns
     rounds: int = 25
@@ -116,8 +120,20 @@ class Scale:
     generated: tuple = (32, 2048, 64)  # rows, prompt, new tokens
 
 
+# The heads, the vocabulary and so on of the headlines, so that the same kernels are compiled.
+SMALL = Scale(
+    heads=Scale().heads[:1], shared=((64, 32, 16),), long=((64, 48),), short=(), flex=(),
+    appended=(bench_quant.Shape(64, 8, 128),), logits=(bench_sampling.Shape(4, 151_936),),
+    evicted=(bench_evict.Shape(4, 8, 4, 640, 128, 16, 64),),
+    scored=(bench_scoring.Shape(4, 64, 16, 4096, 512),), smoked={"attention": "formats"},
+)  # fmt: skip
 DRY = Scale(
-    tests={"attention": ["tests/test_attention.py", "-k", "test_merge_states and triton"]},
+    tests={
+        "triton": ["tests/test_layers.py", "-k", "imports_go_up_only"],
+        "cuda": ["tests/test_layers.py", "-k", "stream"],
+        "end to end": ["tests/test_gpu.py", "-k", "test_session"],
+    },
+    formats=("int4",), smoked={"attention": "formats", "sampling": ".*top_k"},
     copied=2**16, product=64, rounds=1, heads=(("llama", (1, 4, 16)),), shared=((2, 16, 8),),
     long=((1, 24),), short=((2, 8),), flex=("llama 2 x 16 + 8",),
     trees=("1,2,4 / 16,16,5", "3 / 8"), tree_heads=((2, 1),), tree_d=16,
@@ -129,8 +145,66 @@ DRY = Scale(
 )  # fmt: skip
 
 
+def impls(op: str) -> list[tuple[str, str]]:
+    """What to add to the names of our contenders, and their implementations of `op`."""
+    return [("", IMPL), *[(IN_CPP, "cuda")] * (op in ops.IN_CUDA)]
+
+
 def cell(name: str, measure: Callable, bench, *args: Any, **options: Any) -> tuple:
     return name, partial(measure, bench, name, *args, **options)
+
+
+def smoke(bench) -> Cells:
+    """Each of our kernels, run and checked; they are compiled as those of the headlines."""
+    for part in ("quant", "attention", "evict", "sampling", "scoring"):
+        yield cell(part, all_alone, bench, part)
+
+
+def sanitizers(bench) -> Cells:
+    """A case of each kernel under each of NVIDIA's sanitizers; what they find fails the case."""
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        for part in ("quant", "attention", "evict", "sampling", "scoring"):
+            yield cell(f"{tool} {part}", sanitize, bench, tool, part)
+
+
+def ours(bench, part: str) -> list[tuple[str, str, str]]:
+    """Part, cell and name of our contenders in small cells."""
+    from bench.gpu_alone import Names
+
+    small = Names(bench.dry)
+    return [
+        (part, name, contender)
+        for name, measure in PARTS[part](small)
+        if re.match(small.scale.smoked.get(part, ""), name)
+        for contender in measure()
+    ]
+
+
+def all_alone(bench, name: str, part: str) -> dict:
+    return run_alone(bench, ours(bench, part))
+
+
+def run_alone(bench, cases: list[tuple[str, str, str]], watch: Sequence[str] = ()) -> dict:
+    def run(case: tuple[str, str, str]) -> dict:
+        if case[2].endswith(IN_CPP) and ops.CUDA != "cuda":
+            return {"skipped": "kvtools was built without csrc/cuda"}
+        return attempt(partial(bench.alone, case, watch))
+
+    with ThreadPool(min(os.cpu_count(), 12)) as pool:
+        rows = pool.map(run, cases, chunksize=1)
+    return {
+        f"{name}, {contender}": row for (_, name, contender), row in zip(cases, rows, strict=True)
+    }
+
+
+def sanitize(bench, name: str, tool: str, part: str) -> dict:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        raise Skip("compute-sanitizer is missing")
+    one = {}  # case of each operator and implementation
+    for case in ours(bench, part):
+        one[case[1].split()[0], case[2].endswith(IN_CPP)] = case
+    return run_alone(bench, list(one.values()), [program, "--tool", tool, "--error-exitcode", "99"])
 
 
 def tests(bench) -> Cells:
@@ -139,43 +213,46 @@ def tests(bench) -> Cells:
         yield cell(name, run_tests, bench, args)
 
 
-def sanitizers(bench) -> Cells:
-    """The tests of csrc/cuda under each of NVIDIA's sanitizers."""
-    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        for row in ROWS:
-            yield cell(f"{tool} {row}", sanitize, bench, tool, row)
-
-
-def sanitize(bench, name: str, tool: str, row: str) -> dict:
-    program = shutil.which("compute-sanitizer")
-    if ops.CUDA != "cuda" or program is None:
-        raise Skip("compute-sanitizer is missing" if ops.CUDA else "built without csrc/cuda")
-    watch = [program, "--tool", tool, "--error-exitcode", "99"]
-    return run_tests(bench, name, [f"tests/test_{row}.py", "-k", "cuda"], watch)
-
-
-def run_tests(bench, name: str, args: list[str], watch: Sequence[str] = ()) -> dict:
-    xml, log = bench.folder.resolve() / "tests.xml", bench.folder / "tests.log"
-    xml.unlink(missing_ok=True)
-    spread = ["-n", str(min(os.cpu_count(), 8))] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-    command += [*args, *(spread if bench.device == "cuda" and not watch else [])]
-    left = bench.deadline - time.monotonic()
-    with log.open("a") as out:
-        done = subprocess.run(
-            [*watch, *command], cwd=ROOT, stdout=out, stderr=out, timeout=max(60, left)
+def run_tests(bench, name: str, args: list[str]) -> dict:
+    """How many passed, and what failed. Read from pytest's log, which also tells of those before
+    it had to be stopped."""
+    log = bench.folder / f"tests {name}.log"
+    spread = ["-n", str(min(os.cpu_count(), 12))] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider"]
+    begin, late = time.monotonic(), False
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, *args, *(spread if bench.device == "cuda" else [])],
+            cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"COLUMNS": "300"},
+        )  # fmt: skip
+        while process.poll() is None:
+            try:
+                process.wait(min(5, max(0.5, bench.left)))
+            except subprocess.TimeoutExpired:
+                bench.keep()
+                if bench.left <= -5:
+                    process.kill()
+                elif bench.left <= 0 and not late:
+                    process.send_signal(signal.SIGINT)  # then it tells what has failed
+                    late = True
+    text = log.read_text(errors="replace")
+    words = "PASSED|FAILED|SKIPPED|ERROR"  # at the ends of lines, or by xdist at their beginnings
+    ends = Counter(
+        word
+        for line in re.findall(
+            rf"^\S+::.* ({words})\b|^\[gw\d+\] \[ *\d+%\] ({words}) ", text, re.M
         )
-    suite = ElementTree.parse(xml).getroot().find("testsuite")
-    count = {name: int(suite.get(name)) for name in ("tests", "skipped", "failures", "errors")}
-    bad = count["failures"] + count["errors"]
-    found = {"passed": count["tests"] - count["skipped"] - bad, "failures": bad,
-             "skipped": count["skipped"], "seconds": float(suite.get("time"))}  # fmt: skip
-    if watch:
-        found["status"] = done.returncode  # 99 for what the sanitizer found; see tests.log
-    for case in suite.iter("testcase"):
-        for error in [*case.iter("failure"), *case.iter("error")]:
-            if sum(isinstance(x, str) for x in found.values()) < 20:
-                found[case.get("name")] = " ".join(error.get("message", "").split())[:200]
+        for word in line
+    )
+    found = {"passed": ends["PASSED"], "failures": ends["FAILED"] + ends["ERROR"],
+             "skipped": ends["SKIPPED"], "seconds": time.monotonic() - begin}  # fmt: skip
+    if late:
+        found["stopped"] = "before its end: there was no time left"
+    elif process.returncode not in (0, 1, 5):  # 5: there were none
+        found["failures"] += 1
+        found["pytest"] = f"ended with {process.returncode}: {text[-200:]}"
+    for test, why in re.findall(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", text, re.M)[:20]:
+        found[test] = why[:200]
     return found
 
 
@@ -196,11 +273,10 @@ def rates(bench) -> Cells:
 def attention(bench) -> Cells:
     """A decode step's attention of one layer: a prefix shared by all rows, and nothing shared."""
     scale = bench.scale
-    every = [format for format in FORMATS if format != "none"]
     for name, heads in scale.heads:
         for n, p, s in scale.shared:
             shape = Shape(n, p, s, *heads)
-            yield cell(f"{name} {n} x {p} + {s}", attend, bench, shape, ["int4"])
+            yield cell(f"{name} {n} x {p} + {s}", attend, bench, shape, ["int8", "int4"])
         for n, s in scale.long:
             shape, formats = Shape(n, 0, s, *heads), ["int8", "int4", "int2"]
             yield cell(f"{name} {n} x {s}", attend, bench, shape, formats)
@@ -209,7 +285,9 @@ def attention(bench) -> Cells:
     name, heads = scale.heads[0]
     for n, p, s in (scale.shared[0], (scale.long[0][0], 0, scale.long[0][1])):
         shape = Shape(n, p, s, *heads)
-        yield cell(f"formats {name} {n} x {p} + {s}", attend, bench, shape, every, rivals=False)
+        yield cell(
+            f"formats {name} {n} x {p} + {s}", attend, bench, shape, scale.formats, rivals=False
+        )
 
 
 def tree(bench) -> Cells:
@@ -222,7 +300,9 @@ def tree(bench) -> Cells:
             yield cell(f"{hq}/{h} heads, {text}", attend, bench, shape, [])
 
 
-def attend(bench, name: str, shape: Shape | Tree, formats: list[str], rivals: bool = True) -> dict:
+def attend(
+    bench, name: str, shape: Shape | Tree, formats: Sequence[str], rivals: bool = True
+) -> dict:
     step = bench_attention.inputs(shape, DTYPE, bench.device)
     flops = bench_attention.flops(shape)
 
@@ -237,7 +317,7 @@ def attend(bench, name: str, shape: Shape | Tree, formats: list[str], rivals: bo
 
     entries = {
         label(x) + suffix: entry(partial(ours, x, impl), x)
-        for suffix, impl in bench.impls("tree_attention")
+        for suffix, impl in impls("tree_attention")
         for x in ["none", *formats]
     }
     for rival, make in gpu_rivals.ATTENTION.items() if rivals else ():
@@ -281,8 +361,8 @@ def append(bench, name: str, shape: bench_quant.Shape) -> dict:
 
     entries = {
         label(format) + suffix: entry(format, partial(append_kv, impl=impl))
-        for suffix, impl in bench.impls("append_kv")
-        for format in FORMATS
+        for suffix, impl in impls("append_kv")
+        for format in ("none", *bench.scale.formats)
     }
     return bench.race(name, entries | {"index_put": entry("none", bench_quant.index_put)})
 
@@ -290,9 +370,7 @@ def append(bench, name: str, shape: bench_quant.Shape) -> dict:
 def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
     x_thd, *_ = bench_quant.inputs(shape, "none", DTYPE, bench.device)
     entries = {}
-    for format in FORMATS:
-        if format == "none":
-            continue
+    for format in bench.scale.formats:
         codes = quantize_kv(x_thd, format, impl="reference")
         read = partial(dequantize_kv, d=shape.d, dtype=DTYPE)
         if op == "quantize_kv":
@@ -307,7 +385,7 @@ def convert(bench, name: str, op: str, shape: bench_quant.Shape) -> dict:
             close(value(*parts), x_thd, bench_attention.CLOSE[format])
 
         size = sum(x.nbytes for x in (x_thd, *codes))
-        for suffix, impl in bench.impls(op):
+        for suffix, impl in impls(op):
             make = partial(partial, run, impl=impl)
             entries[label(format) + suffix] = Entry(make, check, size)
     return bench.race(name, entries)
@@ -352,7 +430,7 @@ def drop(bench, name: str, op: str, shape: bench_evict.Shape) -> dict:
 
         return Entry(lambda: partial(run, *args), check, size, flops)
 
-    entries = {"kvtools" + x: entry(partial(ours, impl=impl)) for x, impl in bench.impls(op)}
+    entries = {"kvtools" + x: entry(partial(ours, impl=impl)) for x, impl in impls(op)}
     return bench.race(name, entries | {rival.__name__: entry(rival)})
 
 
@@ -387,8 +465,7 @@ def draw(bench, name: str, shape: bench_sampling.Shape, filters: dict) -> dict:
     size = bench_sampling.nbytes(shape, torch.float32)
     ours = partial(partial, sample, *args, **filters)
     entries = {
-        "kvtools" + x: Entry(partial(ours, impl=impl), same, size)
-        for x, impl in bench.impls("sample")
+        "kvtools" + x: Entry(partial(ours, impl=impl), same, size) for x, impl in impls("sample")
     }
     for rival, make in gpu_rivals.SAMPLING.items():
         package = gpu_rivals.package(rival)
@@ -426,7 +503,7 @@ def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
     size = bench_scoring.nbytes(op, shape, DTYPE)
     entries = {
         "kvtools" + x: Entry(partial(partial, run, impl=impl), check, size, flops)
-        for x, impl in bench.impls(op)
+        for x, impl in impls(op)
     }
     for rival, compute in rivals.items():
         package = gpu_rivals.package(rival)
@@ -436,10 +513,13 @@ def score(bench, name: str, op: str, shape: bench_scoring.Shape) -> dict:
 
 def end_to_end(bench) -> Cells:
     """Steps of a model with random weights, all layers and the sampler; and whole `generate`s."""
+    from bench.bench_end_to_end import RIVALS
+    from bench.cpu import CONFIGS
+
     for n, prompt in bench.scale.decoded:
         yield cell(f"decode {n} x {prompt}", decode, bench, n, prompt)
     n, prompt, new = bench.scale.generated
-    for name in bench_end_to_end.RIVALS:
+    for name in RIVALS:
         yield cell(f"generate {n} x {prompt}, {new} new, {name}", generate, bench,
                    CONFIGS.get(name), n, prompt, new)  # fmt: skip
 
@@ -455,32 +535,102 @@ def llm(device: str, sizes: tuple) -> Any:
     return model.eval()
 
 
-def decode(bench, name: str, n: int, prompt: int, steps: int = bench_end_to_end.STEPS) -> dict:
+def decode(bench, name: str, n: int, prompt: int) -> dict:
+    from bench.bench_end_to_end import RIVALS, STEPS
+    from bench.cpu import OURS
+    from kvtools.quality import elements
+
     model = llm(bench.device, tuple(bench.scale.model.items()))
     weights = sum(x.numel() for x in model.parameters())
     per_token = elements(model) * DTYPE.itemsize
     ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
+    plain, made = RIVALS["plain"](model, ids), {}
+    expected = plain.next(ids[0])
 
     def make(contender: str) -> Callable[[], Any]:
-        if contender == "plain" and n * prompt * per_token > gpu_rivals.LIMIT:
+        rival = plain
+        if contender != "plain":
+            rival = RIVALS[contender](model, ids)
+            close(rival.next(ids[0]), expected, 0.05 if contender == OURS else 0.5)
+        elif n * prompt * per_token > gpu_rivals.LIMIT:
             raise Skip(f"its cache would take {n * prompt * per_token / 2**30:.0f} GiB")
-        return partial(bench_end_to_end.RIVALS[contender](model, ids).rows(n), steps)
+        made[contender] = partial(rival.rows(n), STEPS)
+        return made[contender]
 
     entries = {}
-    for contender in sorted(bench_end_to_end.RIVALS, key=lambda x: x != OURS):
+    for contender in sorted(RIVALS, key=lambda x: x != OURS):
         entries[contender] = Entry(
             partial(make, contender), lambda out: None,
-            weights * DTYPE.itemsize + (prompt + n * steps) * per_token, 2 * weights * n,
-            package="transformers" if contender == "plain" else "", graph=False, per=steps,
+            weights * DTYPE.itemsize + (prompt + n * STEPS) * per_token, 2 * weights * n,
+            package="transformers" if contender == "plain" else "", graph=False, per=STEPS,
         )  # fmt: skip
     rows = bench.race(name, entries)
-    for row in rows.values():
+    for contender, row in rows.items():
         if "ms" in row:
             row["tokens/s"] = 1e3 * n / row["ms"]
+            row |= profiled(made[contender], STEPS)
+    return rows
+
+
+def profiled(run: Callable[[], Any], steps: int) -> dict:
+    """Of a step: milliseconds of the host without its waits for the device, and with those of the
+    profiler; of all kernels; and how many were launched."""
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
+    with profile(activities=activities) as found:
+        begin = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - begin
+    kernels, launches, waits = 0.0, 0, 0.0
+    for event in found.events():
+        if event.device_type == DeviceType.CUDA:
+            kernels += event.device_time_total
+            launches += 1
+        elif event.name.startswith("cuda") and event.name.endswith("Synchronize"):
+            waits += event.cpu_time_total
+    return {"host ms": (1e3 * seconds - waits / 1e3) / steps, "kernel ms": kernels / 1e3 / steps,
+            "launches": launches / steps}  # fmt: skip
+
+
+def tune(bench) -> Cells:
+    """Tile sizes of our attention kernel, the first those that it takes; nothing shared."""
+    (name, heads), (n, s) = bench.scale.heads[0], bench.scale.long[0]
+    for format in ("none", "int4"):
+        shape = Shape(n, 0, s, *heads)
+        yield cell(f"{name} {n} x {s} {format}", try_sizes, bench, shape, format)
+
+
+def try_sizes(bench, name: str, shape: Shape, format: str) -> dict:
+    from bench.tune import FEW, KINDS
+    from kvtools.kernels import attention
+
+    step = bench_attention.inputs(shape, DTYPE, bench.device)
+    kind = next(kind for kind, found in KINDS.items() if found == (DTYPE, format))
+    key = f"sm_{attention.capability()} {kind} {attention.block_d(shape.d)}"
+
+    def make(sizes: dict[str, int] | None) -> Callable[[], torch.Tensor]:
+        position, pages, plan = step.pages(format)
+        q_thd = step.q.squeeze(2)
+
+        def run() -> torch.Tensor:
+            attention.TUNED.pop(key, None)
+            if sizes:
+                attention.TUNED[key] = sizes
+            return tree_attention(q_thd, position, pages, plan, impl=IMPL)[0]
+
+        return run
+
+    size, flops = bench_attention.nbytes(shape, DTYPE, format), bench_attention.flops(shape)
+    check = partial(bench_attention.check, step, format=format)
+    tried = {"as it is": None} | {",".join(map(str, x.values())): x for x in FEW}
+    entries = {name: Entry(partial(make, x), check, size, flops) for name, x in tried.items()}
+    rows = bench.race(name, entries)
+    attention.TUNED.pop(key, None)
     return rows
 
 
 def generate(bench, name: str, config: Any, n: int, prompt: int, new: int) -> dict:
+    from bench.cpu import once
+
     model = llm(bench.device, tuple(bench.scale.model.items()))
     ids = torch.randint(model.config.vocab_size, (prompt,)).tolist()
     once(model, ids[:16], config, n, 2)  # the first pass is slow, whoever makes it
@@ -498,7 +648,7 @@ def close(out: torch.Tensor, exact: torch.Tensor, most: float) -> None:
 
 
 PARTS = {
-    "tests": tests, "rates": rates, "attention": attention, "tree": tree, "quant": quant,
-    "evict": evict, "sampling": sampling, "scoring": scoring, "end_to_end": end_to_end,
-    "sanitizers": sanitizers,
+    "smoke": smoke, "tests": tests, "rates": rates, "attention": attention, "tree": tree,
+    "quant": quant, "evict": evict, "sampling": sampling, "scoring": scoring,
+    "end_to_end": end_to_end, "tune": tune, "sanitizers": sanitizers,
 }  # fmt: skip

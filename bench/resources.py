@@ -2,7 +2,9 @@
 
 Every Triton kernel is compiled as its launcher would launch it, for each architecture; those in
 CUDA C++ are read from a library (`make cuda`). None may spill, but for a case that is named, or ask
-for more shared memory than there is, and products of matrices must be on tensor cores.
+for more shared memory than there is, and products of matrices must be on tensor cores. Each must
+also compile for whatever integers it may meet: Triton makes a constant of 1, and a kernel apart for
+multiples of 16.
 """
 
 import argparse
@@ -22,6 +24,7 @@ from functools import cache, partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -51,6 +54,18 @@ SIZES = [64, 128, 256]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Cases that spill for now, and what of. They are shown, and judged apart.
 SPILLS = "fp32 heads of 256, in attention"
+# Bytes of a thread that others spill where a version of Triton finds no better, and who has it.
+SPILLED = {"3.6.0": 64}  # of torch 2.11
+# Whatever a kernel's integers are, it must compile: for this architecture, in these cases, which
+# launch every kernel, and with these numbers for all of its integers.
+EDGES = {
+    "quant": {"none D=128 bf16", "int6 D=128 bf16"},
+    "attention": {"int4 importance, all", "none all options", "D=64 fp32"},
+    "evict": {"all options", "S=640", "int4"},
+    "sampling": {"V=49152 fp32"},
+    "scoring": {"k=3 sigmoid prod fp32", "all options bf16"},
+}
+EDGE_ARCH, INTEGERS = 90, (1, 15, 16)
 PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.")
 CUDA_PRODUCTS = re.compile(r"\b[HIQU]G?MMA\b")
 
@@ -84,22 +99,27 @@ class Device:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[dict[tuple[str, str], Binary]]:
-    """Launches on CPU tensors compile for `arch` and run nothing. Yields what they compile, by the
-    name of the kernel and a hash."""
-    binaries = {}
+def compiling(arch: int, integer: int | None = None) -> Iterator[dict[tuple[str, str], Any]]:
+    """Launches on CPU tensors compile for `arch` and run nothing, with `integer` for each integer
+    argument if there is one. Yields what Triton compiled, by the name of the kernel and a hash."""
+    found = {}
     run = JITFunction.run
 
+    def argument(x):
+        if isinstance(x, tuple):
+            return type(x)(*map(argument, x)) if hasattr(x, "_fields") else tuple(map(argument, x))
+        return x if integer is None or type(x) is not int else integer
+
     def compile(kernel, *args, grid, warmup, **kwargs):
-        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
-        binaries[compiled.metadata.name, compiled.hash] = read(compiled)
+        compiled = run(kernel, *map(argument, args), grid=grid, warmup=True, **kwargs)
+        found[compiled.metadata.name, compiled.hash] = compiled
 
     with (
         patch.object(triton.runtime.driver, "_active", Device(arch)),
         patch.object(JITFunction, "run", compile),
         patch.object(ops, "_runs_on", lambda impl, place: True),
     ):
-        yield binaries
+        yield found
 
 
 def cuobjdump(*args: str | Path) -> str:
@@ -266,29 +286,41 @@ def cases(row: str) -> list[Case]:
     return list(ROWS[row][0]())
 
 
-def build(row: str, index: int, arch: int) -> dict[tuple[str, str], Binary]:
-    """What a case launches, compiled; in a process of its own."""
+def build(row: str, index: int, arch: int, integer: int | None = None) -> dict:
+    """Binaries of what a case launches, compiled; in a process of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("error", ".*FP_FUSION")  # what a launch leaves to the version
     torch.set_num_threads(1)
     what, run = cases(row)[index]
     try:
-        with compiling(arch) as binaries:
+        with compiling(arch, integer) as found:
             run(impl="triton")
     except Exception as error:
-        raise RuntimeError(f"{row}, {what}: does not compile for sm_{arch}") from error
-    return binaries
+        numbers = "" if integer is None else f" where all integers are {integer}"
+        raise RuntimeError(f"{row}, {what}: does not compile for sm_{arch}{numbers}") from error
+    return {key: read(compiled) for key, compiled in found.items()}
+
+
+def edges(row: str) -> list[tuple[str, int, int, int]]:
+    """The arguments of `build` for the numbers that a kernel must compile with."""
+    return [
+        (row, i, EDGE_ARCH, integer)
+        for i, (what, _) in enumerate(cases(row))
+        for integer in (INTEGERS if what in EDGES[row] else ())
+    ]
 
 
 def build_all(rows: list[str], jobs: int, console: Console) -> dict[tuple[str, str], dict]:
     """Binaries by kernel and case, then by architecture; each under the first case that has it."""
     tasks = [(row, i, arch) for row in rows for i in range(len(cases(row))) for arch in ARCHS]
+    apart = [task for row in rows for task in edges(row)]
     with (
         ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
         Progress(console=console, transient=True) as progress,
     ):
-        bar = progress.add_task("compiling", total=len(tasks))
-        futures = [pool.submit(build, *task) for task in tasks]
+        bar = progress.add_task("compiling", total=len(tasks + apart))
+        futures = [pool.submit(build, *task) for task in tasks + apart]
         try:
             for future in as_completed(futures):
                 future.result()
@@ -297,7 +329,7 @@ def build_all(rows: list[str], jobs: int, console: Console) -> dict[tuple[str, s
             pool.shutdown(cancel_futures=True)
             raise
     found, seen = {}, set()
-    for (row, index, arch), future in zip(tasks, futures, strict=True):
+    for (row, index, arch), future in zip(tasks, futures[: len(tasks)], strict=True):
         what, count = cases(row)[index][0], Counter()
         for (kernel, key), binary in future.result().items():
             if key not in seen:
@@ -305,11 +337,17 @@ def build_all(rows: list[str], jobs: int, console: Console) -> dict[tuple[str, s
                 count[kernel] += 1
                 nth = f" ({count[kernel]})" if count[kernel] > 1 else ""
                 found.setdefault((kernel, what + nth), {})[arch] = binary
+    at_edges = {kernel for future in futures[len(tasks) :] for kernel, _ in future.result()}
+    if missing := {kernel for kernel, _ in found} - at_edges:
+        raise RuntimeError(f"EDGES has no case that launches {', '.join(sorted(missing))}")
     return found
 
 
-def judge(found: dict[tuple[str, str], dict], multiply: set[str], archs: dict = ARCHS) -> Targets:
-    """The rules; `multiply` names the kernels whose products must be on tensor cores."""
+def judge(
+    found: dict[tuple[str, str], dict], multiply: set[str], archs: dict = ARCHS, spills: int = 0
+) -> Targets:
+    """The rules; `multiply` names the kernels whose products must be on tensor cores, `spills` is
+    how many bytes of a thread may be in memory."""
     targets = Targets()
     for arch, limit in archs.items():
         products, spilled, shared = {}, {"": 0}, 0
@@ -322,7 +360,7 @@ def judge(found: dict[tuple[str, str], dict], multiply: set[str], archs: dict = 
             spilled[by] = max(spilled.get(by, 0), binary.spilled)
             shared = max(shared, binary.shared)
         for by, most in spilled.items():
-            targets.add(f"sm_{arch}: bytes spilled{by}", most, 0)
+            targets.add(f"sm_{arch}: bytes spilled{by}", most, 0 if by else spills)
         targets.add(f"sm_{arch}: KiB shared", shared / 1024, limit)
         off = sum(not products.get(kernel) for kernel in multiply)
         targets.add(f"sm_{arch}: kernels off tensor cores", off, 0)
@@ -364,8 +402,10 @@ def main(argv: list[str] | None = None) -> int:
         results.claim(args.json, {}, ["triton", "kernels", "cuda", "targets"])
 
     console = Console()
+    version = triton.__version__
     found = build_all(args.rows, args.jobs, console)
-    targets = judge(found, set().union(*(ROWS[row][1] for row in args.rows)))
+    multiply = set().union(*(ROWS[row][1] for row in args.rows))
+    targets = judge(found, multiply, spills=SPILLED.get(version, 0))
     console.print(table(found))
     of_cuda = {}
     if args.cuda:
@@ -373,6 +413,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(table(of_cuda, CUDA_ARCHS))
         for target in judge(of_cuda, CUDA_MULTIPLY, CUDA_ARCHS):
             targets.append(target | {"name": f"CUDA, {target['name']}"})
+    console.print(f"Triton {version}", highlight=False)
     targets.show(console)
     if args.json:
 
@@ -383,7 +424,7 @@ def main(argv: list[str] | None = None) -> int:
             ]
 
         result = {
-            "triton": triton.__version__, "kernels": rows(found), "cuda": rows(of_cuda),
+            "triton": version, "kernels": rows(found), "cuda": rows(of_cuda),
             "targets": targets,
         }  # fmt: skip
         results.write(args.json, json.dumps(result, indent=1) + "\n")

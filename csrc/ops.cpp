@@ -1,6 +1,7 @@
 // Registers the compiled kernels; the only file that sees torch, through its stable ABI. Schemas
 // are declared in kvtools/ops; shapes and devices have been checked there.
 #include <Python.h>
+#include <dlfcn.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,8 +31,6 @@
 #define KVTOOLS_CUDA_KEY CPU
 #endif
 
-// Weak: torch lacks it on a machine without CUDA, where the library has to load all the same.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) __attribute__((weak));
 #endif
 
 namespace kvtools {
@@ -169,13 +168,33 @@ void run(int64_t tasks, const std::function<void(int64_t)>& body) {
 Pool pool() { return {static_cast<int>(torch::stable::get_num_threads()), run}; }
 
 #if KVTOOLS_CUDA
+using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// Looked up when it is first needed: a torch without CUDA lacks it, where this library has to load
+// all the same. Python loads torch with RTLD_LOCAL, so that only a handle of its library finds it.
+CurrentStream current_stream() {
+  constexpr const char* kName = "aoti_torch_get_current_cuda_stream";
+  static const auto found = [] {
+    void* symbol = dlsym(RTLD_DEFAULT, kName);
+    if (!symbol) {
+      if (void* torch = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD))
+        symbol = dlsym(torch, kName);
+    }
+    return reinterpret_cast<CurrentStream>(symbol);
+  }();
+  STD_TORCH_CHECK(found, "impl='cuda' needs a torch that was built with CUDA: this one lacks ",
+                  kName);
+  return found;
+}
+
 // Calls `kernel` on the device and the current stream of x.
 template <class Problem>
 void run_cuda(void (*kernel)(const Problem&, void* stream), const Tensor& x, const Problem& p) {
   if (KVTOOLS_CUDA == 2) return kernel(p, nullptr);
+  const CurrentStream stream_of = current_stream();
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(stream_of(x.get_device_index(), &stream));
   kernel(p, stream);
 }
 #define KVTOOLS_RUN_ON(impl, kernel, x, ...) \

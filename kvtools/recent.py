@@ -90,17 +90,19 @@ class Recent:
             return torch.from_numpy(np.ascontiguousarray(x)).to(device)
 
         slot_t = to_device(slot[stays])
+        token = None if stays.all() else to_device(np.flatnonzero(stays))
         held = self.held
         self.held = held.clone()
-        self.held.view(-1)[slot_t] = position_t[to_device(stays)]
+        self.held.view(-1)[slot_t] = position_t if token is None else position_t[token]
         several = bool((counts > 1).any())
         alone = np.arange(rows + 1)
         nodes = to_plan(alone, alone[:-1], np.full(rows, self.slots), counts, self.slots, device)
-        among = to_plan(np.append(0, end), np.arange(total), counts, counts, 1, device)
+        among = None
+        if several:
+            among = to_plan(np.append(0, end), np.arange(total), counts, counts, 1, device)
         return Step(
             position_t, to_device(before.astype(np.int32)), held if several else self.held, nodes,
-            among if several else None, None if stays.all() else to_device(np.flatnonzero(stays)),
-            slot_t,
+            among, token, slot_t,
         )  # fmt: skip
 
     def attend(

@@ -129,11 +129,11 @@ def copy(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 x = torch.zeros(1)
-with resources.compiling(80) as binaries:
+with resources.compiling(80) as found:
     for block in (128, 16384):
         copy[(1,)](x, x, block, num_warps=1)
-assert [kernel for kernel, _ in binaries] == ["copy", "copy"]
-print(json.dumps([asdict(binary) for binary in binaries.values()]))
+assert [kernel for kernel, _ in found] == ["copy", "copy"]
+print(json.dumps([asdict(resources.read(compiled)) for compiled in found.values()]))
 """
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kvtools
 from kvtools import ops
@@ -147,10 +148,46 @@ def test_kernels_are_bound_by_the_stable_abi():
     if not tool:
         pytest.skip("nm is not installed")
     said = subprocess.check_output([tool, "-D", "--undefined-only", ops._C.__file__], text=True)
-    names = [line.split()[-1] for line in said.splitlines()]
-    assert any(name.startswith("aoti_torch_") for name in names)
-    torch = re.compile(r"^_Z\w*(2at|3c10|5torch)\d")
-    assert not [name for name in names if torch.match(name)]
+    kinds = {line.split()[-1]: line.split()[-2] for line in said.splitlines()}
+    of_torch = [name for name in kinds if name.startswith(("aoti_torch_", "torch_"))]
+    assert of_torch
+    # A weak one is null, and a call of it a crash, where no library that is linked has it.
+    assert not [name for name in of_torch if kinds[name] != "U"]
+    cpp = re.compile(r"^_Z\w*(2at|3c10|5torch)\d")
+    assert not [name for name in kinds if cpp.match(name)]
+
+
+# A torch with CUDA, as far as the stream is concerned, loaded as Python loads torch's libraries.
+STREAM = """
+import ctypes, os, sys
+if len(sys.argv) > 1:
+    ctypes.CDLL(sys.argv[1], os.RTLD_LOCAL)
+import torch, kvtools
+key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+try:
+    torch.ops.kvtools.quantize_kv.cuda.redispatch(key, torch.randn(2, 64), "int4")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(ops.CUDA != "cuda", reason="kvtools was built without csrc/cuda")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch was built with CUDA")
+def test_the_stream_is_looked_up_in_torch(tmp_path):
+    def run(*args):
+        return subprocess.check_output(
+            [sys.executable, "-c", STREAM, *map(str, args)], text=True, stderr=subprocess.STDOUT,
+            timeout=120,
+        )  # fmt: skip
+
+    lacks = "this one lacks aoti_torch_get_current_cuda_stream"
+    assert lacks in run()
+    source, library = tmp_path / "stand_in.c", tmp_path / "libtorch_cuda.so"
+    source.write_text("int aoti_torch_get_current_cuda_stream(int i, void** x) { return 0; }\n")
+    name = f"-Wl,-soname,{library.name}"
+    subprocess.run(["gcc", "-shared", "-fPIC", name, source, "-o", library], check=True)
+    said = run(library)  # goes on, and finds that there is no device
+    assert lacks not in said and "device" in said, said
 
 
 def test_public_names_exist():

@@ -99,8 +99,9 @@ def tree_attention(
     if k_format != FLOAT:
         rotated = scratch(t, hq, d, dtype=k_dtype)
         _rotate_kernel[(triton.cdiv(t * hq, 16),)](
-            Rows(q_thd, *q_thd.stride()), rotated, t * hq, hq, D=d, BLOCK_D=block_d(d), BLOCK_T=16
-        )
+            Rows(q_thd, *q_thd.stride()), rotated, t * hq, hq, D=d, BLOCK_D=block_d(d), BLOCK_T=16,
+            enable_fp_fusion=True,
+        )  # fmt: skip
         q_thd = rotated
     q = Rows(q_thd, *q_thd.stride())
     work = Work(page_indptr, page, first, length, base, own, token_indptr, token, item)
@@ -117,6 +118,7 @@ def tree_attention(
             q, mask, work, *keys, *content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
             **reads, V_FORMAT=v_format, V_DTYPE=triton_dtype(v_dtype),
             **_blocks(t * hq // heads, d, torch.float32 in (k_dtype, v_dtype), planes),
+            enable_fp_fusion=True,
         )  # fmt: skip
     mean_th = scratch(t, hq) if tracks else None
     state = state_sum = None
@@ -128,11 +130,12 @@ def tree_attention(
         None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()),
         lse_th, mean_th, **shape, V_FORMAT=v_format,
         BLOCK_P=max(1, 8192 // (triton.next_power_of_2(hq // heads) * block_d(d))),
+        enable_fp_fusion=True,
     )  # fmt: skip
     if tracks and len(item):
         _track_kernel[(len(item), heads)](
             q, mask, work, *keys, paged(importance), paged(history), lse_th, mean_th, scale,
-            softcap, window, **reads, ALL=group == "all", BLOCK_N=32,
+            softcap, window, **reads, ALL=group == "all", BLOCK_N=32, enable_fp_fusion=True,
         )  # fmt: skip
     return out_thd, lse_th
 
@@ -162,7 +165,7 @@ def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
     return {**sizes, "BLOCK_M": 16} if rows <= 16 else sizes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rotate_kernel(
     q: Rows, out_ptr, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
 ):
@@ -459,6 +462,8 @@ def _track_kernel(
                 bit = (1 << (step % 32)).to(tl.int32)
                 old = tl.load(ptr, mask=live)
                 tl.store(ptr, tl.where(low, old | bit, old & ~bit), mask=live)
+                # The next token's load may have another layout than this store: other threads.
+                tl.debug_barrier()
         if importance is not None:
             ptr = importance.ptr + slot_start(importance, page, head, offset)
             tl.store(ptr, tl.load(ptr, mask=live) + received, mask=live)
@@ -475,12 +480,12 @@ def merge_states(
             Rows(a_bhd, *a_bhd.stride()), a_lse_bh, *a_lse_bh.stride(),
             Rows(b_bhd, *b_bhd.stride()), b_lse_bh, *b_lse_bh.stride(),
             Rows(out_bhd, *out_bhd.stride()), lse_bh, *lse_bh.stride(), b * h, h,
-            D=d, BLOCK_D=block_d(d), BLOCK_B=16,
+            D=d, BLOCK_D=block_d(d), BLOCK_B=16, enable_fp_fusion=True,
         )  # fmt: skip
     return out_bhd, lse_bh
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _merge_states_kernel(
     a: Rows, a_lse_ptr, stride_alb, stride_alh, b: Rows, b_lse_ptr, stride_blb, stride_blh,
     out: Rows, lse_ptr, stride_lb, stride_lh, rows, heads,

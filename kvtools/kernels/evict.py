@@ -235,7 +235,8 @@ def select_victims(
     key = torch.empty(n * h, words, s, dtype=torch.int64, device=index_nhm.device)
     order = torch.empty(n * h, s, dtype=torch.int32, device=index_nhm.device)
     tile = min(TILE, max(STEP, triton.next_power_of_2(s)))
-    grid, options = (n * h, triton.cdiv(s, tile)), dict(WORDS=words, TILE=tile)
+    grid = n * h, triton.cdiv(s, tile)
+    options = dict(WORDS=words, TILE=tile, enable_fp_fusion=False)
     _sort_tile_kernel[grid](*args, key, order, **options, STEP=STEP, num_warps=8)
     _merge_tiles_kernel[grid](key, order, index_nhm, s, count, **options)
     return index_nhm
@@ -369,10 +370,11 @@ def compact_kv(
         _compact_kv_kernel[(triton.cdiv(n, MOVED), heads)](
             source_nh, *source_nh.stride(), target_nh, *target_nh.stride(), n, k.shape[2],
             k.shape[0] * k.shape[2], tuple(moved), BLOCKS=blocks, STAGING=staging, MOVED=MOVED,
+            enable_fp_fusion=False,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _compact_kv_kernel(
     source_ptr, stride_sn, stride_sh, target_ptr, stride_tn, stride_th, n, page_size, slots, moved,
     BLOCKS: tl.constexpr, STAGING: tl.constexpr, MOVED: tl.constexpr,

@@ -87,7 +87,9 @@ def _constants(d: int) -> dict[str, Any]:
 
 
 def _one_page(codes: Tensor, scale: Tensor) -> Content:
-    return content(codes.view(1, 1, -1, codes.shape[-1]), scale.view(1, 1, -1))
+    """Without strides of the page and the head, which change with the number of rows."""
+    page = content(codes.view(1, 1, -1, codes.shape[-1]), scale.view(1, 1, -1))
+    return Content(*(x._replace(stride_p=0, stride_h=0) for x in page))
 
 
 @triton.constexpr_function
@@ -225,7 +227,7 @@ def _put(
         tl.store(to.scale.ptr + slot_start(to.scale, page, h, offset), scale, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _quantize_kv_kernel(
     x: Rows, to: Content, rows, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -236,7 +238,7 @@ def _quantize_kv_kernel(
     _put(x, row, zero, to, zero, row, row < rows, FORMAT, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _dequantize_kv_kernel(
     x: Content, out_ptr, rows, FORMAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -254,7 +256,7 @@ def _dequantize_kv_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _append_kv_kernel(
     k_thd: Rows, v_thd: Rows, slot_ptr, stride_slot_t, stride_slot_h, k: Content, v: Content,
     position_ptr, position: Paged, importance: Paged, history: Paged, rows, heads, slots,

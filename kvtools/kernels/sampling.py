@@ -119,7 +119,8 @@ def _scan_kernel(rows: Rows, chunks: Chunks, candidates: Candidates, CHUNK: tl.c
             w0, w1, w2, w3 = _philox(rows, row, at * (CHUNK // 4) + tl.arange(0, CHUNK // 4))
             word = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [CHUNK])
             score = tl.full([], float("-inf"), tl.float64)
-            score, winner = _draw(z, token, word, base, score, rows.v)
+            winner = tl.full([], rows.v, tl.int32)  # not the number itself, which may be constant
+            score, winner = _draw(z, token, word, base, score, winner)
         tl.store(chunks.score + chunk, score)
         tl.store(chunks.winner + chunk, winner)
 
@@ -306,7 +307,8 @@ def _philox(rows: Rows, row, block):
 @triton.jit
 def _draw_candidate(rows: Rows, candidates: Candidates, n, row, best, floor, BLOCK: tl.constexpr):
     """The winner among those of n candidates that reach `floor`."""
-    score, winner = tl.full([], float("-inf"), tl.float64), rows.v
+    score = tl.full([], float("-inf"), tl.float64)
+    winner = tl.full([], rows.v, tl.int32)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         slot = row * rows.v + i

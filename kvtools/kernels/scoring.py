@@ -37,6 +37,7 @@ def step_scores(
             weight_km, *weight_km.stride(), bias_k, 0 if bias_k is None else bias_k.stride(0),
             margin_s, prob_s, score_r, m, temperature,
             K=len(weight_km), LINK=link, REDUCE=reduce, BLOCK_S=8, BLOCK_M=block_m, num_warps=8,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return margin_s, prob_s, score_r
 
@@ -66,7 +67,7 @@ def token_logprobs(
         _merge_logprobs_kernel[(programs,)](
             policy, reference, target_t, target_t.stride(0),
             cu_seqlens, 0 if cu_seqlens is None else cu_seqlens.stride(0),
-            logprob_t, sum_x, t, BLOCK_T=block_t, BLOCK_X=64,
+            logprob_t, sum_x, t, BLOCK_T=block_t, BLOCK_X=64, enable_fp_fusion=True,
         )  # fmt: skip
     return logprob_t, sum_x
 
@@ -97,7 +98,7 @@ def _partial(
             partial, t, m, v, softcap or None,
             DTYPE=triton_dtype(dtype), SPLIT_V=SPLIT_V, GROUP=GROUP,
             BLOCK_T=TILE_T, BLOCK_V=256 // dtype.itemsize, BLOCK_M=128 // dtype.itemsize,
-            num_warps=8, num_stages=3,
+            num_warps=8, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
     return partial
 
