@@ -69,6 +69,8 @@ class _Handle:
         self.forward, self.layer, self.k, self.v, self.taken = forward, layer, k, v, False
 
     def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # Python's and the compiler's own questions
+            raise AttributeError(name)
         _touched(name)
 
     def __getitem__(self, index: Any) -> NoReturn:
