@@ -169,7 +169,7 @@ def test_a_stage_ends_with_its_time(tmp_path):
     run = gpu.Run(tmp_path, tmp_path / "gpu.tar.gz", {"commit": "a", "device": "b"}, dry=True)
     (tmp_path / "trying.json").write_text('["cell", "rival"]')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "GRACE", -0.9)  # before it has imported anything
+        patch.setattr(gpu, "GRACE", -1)  # as soon as it has begun
         run.in_process(gpu.Stage("rates", "", 1), 0.1)
     assert results(tmp_path, "rates")["failed"] == "rates: ran out of time"
     assert gpu.Crashes(tmp_path).found == []
