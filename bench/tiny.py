@@ -13,6 +13,7 @@ from transformers import (
     LogitsProcessor,
     PreTrainedConfig,
 )
+from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB, LAYERS, HEADS, D, WINDOW = 256, 4, 4, 16, 16
@@ -100,6 +101,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 # A model as initialised repeats one token at once: embeddings and other matrices are scaled by the
 # first of these that makes tokens vary and does not blow up rounding.
 SCALES = [(3, 10), (3, 5), (2, 3), (5, 15), (10, 20), (1, 2), (30, 50)]
+# What forwards call a cache: "past_key_values" before transformers 5.24.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 NEW = 16  # tokens
 CALM = 3e-4  # what rounding the weights may do to logits, in standard deviations of these
 SWITCH = 48  # positions that a scaled rope was made for
@@ -210,6 +213,14 @@ class Run:
     logits_btv: Tensor
 
 
+def _remembers(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    """A forward hook: phi4_multimodal drops its cache and goes on with the last token alone."""
+    cache, positions = kwargs.get(CACHE), kwargs.get("position_ids")
+    if cache is None and positions is not None and positions[..., 0].min() > 0:
+        first = int(positions[..., 0].min())
+        raise NotComparable(f"plain generate forgets all tokens before position {first}")
+
+
 def generated(model: Any, ids_bl: Tensor, new: int = NEW, **options: Any) -> Run:
     options = {"do_sample": False, "max_new_tokens": new} | options
     with torch.no_grad():
@@ -247,17 +258,23 @@ class Lively:
         """What plain `generate` makes of prompts of one length."""
         key = (new, *map(tuple, ids_bl.tolist()))
         if key not in self._plain:
-            self._plain[key] = generated(self.model, ids_bl, new)
+            self._plain[key] = self._generated(ids_bl, new)
         return self._plain[key]
 
     def on(self, text_bl: Tensor, start: int) -> Tensor:
         """Logits [b, t, v] that it has before each token of a text from `start` on."""
         if not self.whole:
             new, forced = text_bl.shape[1] - start, [Forced(text_bl)]
-            run = generated(self.model, text_bl[:, :start], new, logits_processor=forced)
-            return run.logits_btv
+            return self._generated(text_bl[:, :start], new, logits_processor=forced).logits_btv
         with torch.no_grad():
             return self.model(text_bl, use_cache=False).logits[:, start - 1 : -1].float()
+
+    def _generated(self, ids_bl: Tensor, new: int, **options: Any) -> Run:
+        hook = self.model.register_forward_pre_hook(_remembers, with_kwargs=True)
+        try:
+            return generated(self.model, ids_bl, new, **options)
+        finally:
+            hook.remove()
 
 
 def lively(config: PreTrainedConfig, implementation: str) -> Lively:
