@@ -92,8 +92,13 @@ FAULTS = [
           "        if False:", DOOR + "refused"),
     Fault("own prepare_inputs_for_generation is not asked", "kvtools/hf/door.py",
           "            if not same:", "            if False:", DOOR + "refused"),
-    Fault("windows of the cache are not seen", "kvtools/hf/door.py",
-          "        if held and held != window:", "        if False:", DOOR + "refused"),
+    Fault(
+        "windows of the cache are not seen",
+        "kvtools/hf/door.py",
+        "        window = window or held or 0",
+        "        window = window or 0",
+        DOOR + "'cache and alone'",
+    ),
 ]  # fmt: skip
 
 

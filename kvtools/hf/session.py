@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from ..cache import KVCache
 from ..config import CacheConfig
@@ -15,6 +16,7 @@ from .door import Door, Unsupported, decoder_of, device_of, door_of, inner, refu
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
 
 PROBE = 5  # tokens
+FEW = 256  # of a window that the probe goes past
 
 
 def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
@@ -254,15 +256,15 @@ def _probe(model: Any, door: Door) -> None:
     """Raise Unsupported if the first layers say something else through us than by themselves."""
     decoder, device = decoder_of(model), device_of(model)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    ids = (torch.arange(1, PROBE + 1, device=device) * 7919) % vocabulary
-    options = {"position_ids": torch.arange(PROBE, device=device)[None]} if door.positions else {}
+    window = min(filter(None, door.cached), default=0)
+    length = PROBE + (window if window <= FEW else 0)  # so that it is seen, where that is cheap
+    ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
     part = _first_layers(decoder, door)
     try:
-        door.renew()
-        plain = _output(part(input_ids=ids[None], use_cache=False, **options))[0]
+        plain = _by_itself(part, model, door, ids)
     except (IndexError, KeyError):  # it does not do with fewer layers
         part = decoder
-        plain = _output(part(input_ids=ids[None], use_cache=False, **options))[0]
+        plain = _by_itself(part, model, door, ids)
     wrong: int | Unsupported | None = None
     for counted in [False, True] if door.positions else [True]:
         for loose in (False, True):
@@ -281,12 +283,30 @@ def _probe(model: Any, door: Door) -> None:
     )
 
 
+def _by_itself(part: Any, model: Any, door: Door, ids: Tensor) -> Tensor:
+    """What it says on its own path: without a cache, or with its own one where that forgets."""
+    position = torch.arange(len(ids), device=ids.device)[None]
+    door.renew()
+
+    def run(begin: int, end: int, **options: Any) -> Tensor:
+        if door.positions:
+            options["position_ids"] = position[:, begin:end]
+        return _output(part(input_ids=ids[None, begin:end], **options))[0]
+
+    if not any(door.cached):
+        return run(0, len(ids), use_cache=False)
+    options = {CACHE: DynamicCache(config=model.config), "use_cache": True}
+    steps = [(0, len(ids) - 2), (len(ids) - 2, len(ids) - 1), (len(ids) - 1, len(ids))]
+    return torch.cat([run(*step, **options) for step in steps])
+
+
 def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | Unsupported | None:
     """First position at which two rows of a prompt, one ahead, are not as `plain` says."""
     run = Session.__new__(Session)._start(part, door, CacheConfig(), ids.device)
     try:
-        parts = [(torch.arange(3), run.prefill(ids[:3], 2))]
-        where = torch.tensor([3, 3, 4])
+        n = len(ids) - 2
+        parts = [(torch.arange(n), run.prefill(ids[:n], 2))]
+        where = torch.tensor([n, n, n + 1])
         parts.append((where, run.extend(ids[where.to(ids.device)], np.array([1, 2]))))
     except Unsupported as error:
         return error
