@@ -459,6 +459,7 @@ std::tuple<Tensor, Tensor, Tensor> step_scores(Tensor hidden, Tensor step, Tenso
                      static_cast<float*>(margin.data_ptr()),
                      static_cast<float*>(prob.data_ptr()),
                      static_cast<float*>(score.data_ptr()),
+                     hidden.size(0),
                      s,
                      r,
                      weight.size(0),

@@ -192,7 +192,7 @@ struct StepScores {
   Reduce reduce;
   double temperature;
   float *margin, *prob, *score;  // [s], [s], [r], contiguous
-  int64_t s, r, k, m;
+  int64_t t, s, r, k, m;
 };
 
 struct LanguageHead {

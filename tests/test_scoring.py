@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kvtools
+from kvtools import ops
 from kvtools.ops.scoring import LINKS, REDUCES, step_scores, token_logprobs
 from kvtools.reference import scoring as reference
 from kvtools.testing import assert_within_budget
@@ -404,6 +406,28 @@ def test_token_logprobs_raises(change, message):
     good = dict(zip(TOKEN_ARGS, make_tokens(6, 8, 9, torch.float32, "cpu"), strict=True))
     with pytest.raises(ValueError, match=message):
         token_logprobs(**(good | change))
+
+
+def test_indices_that_nobody_read(device, impl):
+    """On a GPU: rows, targets and offsets outside give NaN and touch nothing."""
+    if impl not in ("triton", "cuda"):
+        return  # these read what they are given, and so does the check before
+    hidden, step, cu, weight, bias = make_steps([3, 2], torch.float32, device)
+    step, cu = step.clone(), cu.clone()
+    step[1], cu[-1] = len(hidden) + 5, 9
+    margin, prob, score = ops.scoring._step_scores(
+        impl, hidden, step, cu, weight, bias, "sigmoid", "mean", 1.0
+    )
+    want = kvtools.step_scores(hidden, step.clamp(max=0), cu.clamp(max=5), weight, bias)[0]
+    assert margin.isnan().tolist() == prob.isnan().tolist() == [False, True, False, False, False]
+    assert want.isfinite().all() and score.isnan().tolist() == [True, False]
+    if impl == "triton":
+        target = torch.tensor([1, 2, 99, 3], device=device)
+        logprob, total = ops.scoring._token_logprobs(
+            impl, hidden[:4], weight, target, None, 0.0, torch.tensor([0, 2, 9], device=device),
+            None, None, None,
+        )  # fmt: skip
+        assert logprob.isnan().tolist() == [False, False, True, True] and total[1].isnan()
 
 
 def test_scoring_is_for_inference():

@@ -103,7 +103,7 @@ __device__ float linked(Link link, float margin) {
 
 // The score of a rollout, by one warp and so always in the same order, from what the block wrote.
 __device__ float reduced(const StepScores& p, int64_t begin, int64_t end) {
-  if (begin == end) return NAN;
+  if (begin >= end) return NAN;
   const float count = static_cast<float>(end - begin);
   auto total = [&](auto f) {
     float x = 0;
@@ -151,9 +151,13 @@ template <int K, class Hidden, class Head>
 __global__ void __launch_bounds__(kMostWarps* kWarp, 1)
     step_scores_kernel(__grid_constant__ const StepScores p) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const int64_t begin = p.cu_steps[blockIdx.x], end = p.cu_steps[blockIdx.x + int64_t(1)];
+  // Nobody has read the indices: what they say must not lead outside.
+  const int64_t begin = max(p.cu_steps[blockIdx.x], int64_t(0));
+  const int64_t end = min(p.cu_steps[blockIdx.x + int64_t(1)], p.s);
   for (int64_t s = begin + warp; s < end; s += warps) {
-    const float margin = margin_of<K, Hidden, Head>(p, p.step[s]);
+    const int64_t row = p.step[s];
+    const bool there = row >= 0 && row < p.t;
+    const float margin = there ? margin_of<K, Hidden, Head>(p, row) : NAN;
     if (lane_index() == 0) p.margin[s] = margin, p.prob[s] = linked(p.link, margin);
   }
   __syncthreads();

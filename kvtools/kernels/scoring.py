@@ -35,7 +35,7 @@ def step_scores(
         _step_scores_kernel[(r,)](
             hidden_tm, *hidden_tm.stride(), step_s, step_s.stride(0), cu_steps, cu_steps.stride(0),
             weight_km, *weight_km.stride(), bias_k, 0 if bias_k is None else bias_k.stride(0),
-            margin_s, prob_s, score_r, m, temperature,
+            margin_s, prob_s, score_r, s, len(hidden_tm), m, temperature,
             K=len(weight_km), LINK=link, REDUCE=reduce, BLOCK_S=8, BLOCK_M=block_m, num_warps=8,
             enable_fp_fusion=True,
         )  # fmt: skip
@@ -88,7 +88,8 @@ def _partial(
     (t, m), v = hidden_tm.shape, len(weight_vm)
     splits = triton.cdiv(v, SPLIT_V)
     peak_xt, sum_xt = torch.empty(2, splits, t, dtype=torch.float32, device=hidden_tm.device)
-    chosen_t = torch.empty(t, dtype=torch.float32, device=hidden_tm.device)
+    # NaN stays where the target is no token.
+    chosen_t = torch.full((t,), torch.nan, dtype=torch.float32, device=hidden_tm.device)
     partial = Partial(peak_xt, sum_xt, chosen_t, splits)
     dtype = torch.promote_types(hidden_tm.dtype, weight_vm.dtype)
     if t:
@@ -103,18 +104,19 @@ def _partial(
     return partial
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "T"])
 def _step_scores_kernel(
     hidden_ptr, stride_ht, stride_hm, step_ptr, stride_s, cu_steps_ptr, stride_c,
     weight_ptr, stride_wk, stride_wm, bias_ptr, stride_b, margin_ptr, prob_ptr, score_ptr,
-    M, temperature, K: tl.constexpr, LINK: tl.constexpr, REDUCE: tl.constexpr,
+    S, T, M, temperature, K: tl.constexpr, LINK: tl.constexpr, REDUCE: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One rollout: the margin and the linked score of its steps, and its own score."""
     pid = tl.program_id(0)
-    begin = tl.load(cu_steps_ptr + pid.to(tl.int64) * stride_c)
-    end = tl.load(cu_steps_ptr + (pid + 1).to(tl.int64) * stride_c)
-    if begin == end:
+    # Nobody has read the indices: what they say must not lead outside.
+    begin = tl.maximum(tl.load(cu_steps_ptr + pid.to(tl.int64) * stride_c), 0)
+    end = tl.minimum(tl.load(cu_steps_ptr + (pid + 1).to(tl.int64) * stride_c), S)
+    if begin >= end:
         tl.store(score_ptr + pid, float("nan"))
         return
     best, total, weight = float("inf"), 0.0, 0.0
@@ -122,10 +124,12 @@ def _step_scores_kernel(
         offs_s = (s + tl.arange(0, BLOCK_S)).to(tl.int64)
         live = offs_s < end
         row = tl.load(step_ptr + offs_s * stride_s, mask=live, other=0).to(tl.int64)
+        there = (row >= 0) & (row < T)
         margin = _margin(
-            hidden_ptr + row * stride_ht, live, stride_hm, weight_ptr, stride_wk, stride_wm,
+            hidden_ptr + row * stride_ht, live & there, stride_hm, weight_ptr, stride_wk, stride_wm,
             bias_ptr, stride_b, M, K, BLOCK_S, BLOCK_M,
         )  # fmt: skip
+        margin = tl.where(there, margin, float("nan"))
         prob = margin
         if LINK == "sigmoid":
             prob = tl.sigmoid(margin)
@@ -296,8 +300,8 @@ def _merge_logprobs_kernel(
         begin = pid * BLOCK_T
         end = tl.minimum(begin + BLOCK_T, T)
     else:
-        begin = tl.load(cu_seqlens_ptr + pid.to(tl.int64) * stride_c)
-        end = tl.load(cu_seqlens_ptr + (pid + 1).to(tl.int64) * stride_c)
+        begin = tl.maximum(tl.load(cu_seqlens_ptr + pid.to(tl.int64) * stride_c), 0)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + (pid + 1).to(tl.int64) * stride_c), T)
     total = tl.zeros([BLOCK_T], tl.float32)
     for t in range(begin, end, BLOCK_T):
         offs_t = (t + tl.arange(0, BLOCK_T)).to(tl.int64)

@@ -64,7 +64,8 @@ def step_scores(
     Args:
         hidden_tm: final hidden states of all tokens, packed. fp32, fp16 or bf16, any strides.
         step_s: row of `hidden_tm` that decides step s, already shifted by a family whose tag is
-            read one token before it; grouped by rollout. int32 or int64.
+            read one token before it; grouped by rollout. int32 or int64. One outside is an error on
+            a CPU and gives NaN on a GPU, where it is not read before.
         cu_steps: `[r + 1]`, where each rollout's steps begin; 0 first, S last. int32 or int64.
         weight_km: one, two or three head rows, in the order above. Any of the dtypes.
         bias_k: bias of the head rows, or None.
