@@ -83,7 +83,7 @@ class Counter:
     model: torch.nn.Module
 
     def __enter__(self):
-        check_model(self.model)  # whose probe does not count
+        check_model(self.model, head=False)  # whose probe does not count
         self.forwards, self.ids = [], []
         embedding = self.model.get_input_embeddings()
         self._hook = embedding.register_forward_hook(self._count)

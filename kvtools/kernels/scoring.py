@@ -285,7 +285,7 @@ def _token_logprobs_kernel(
     start = split.to(tl.int64) * T + offs_t
     tl.store(partial.peak + start, m_i, mask=live)
     tl.store(partial.sum + start, l_i, mask=live)
-    here = (target >= begin) & (target < begin + SPLIT_V)
+    here = (target >= begin) & (target < tl.minimum(begin + SPLIT_V, V))
     tl.store(partial.chosen + offs_t, chosen, mask=live & here)
 
 
