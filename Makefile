@@ -33,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search clean ext sweep launches device-bundle
+.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -81,8 +81,8 @@ format: $(PACKAGE) ## rewrite the sources in style
 bench: ext $(PACKAGE) ## run the benchmarks (pytest-benchmark)
 	@$(PY) -m pytest -q bench $(ARGS)
 
-bench-cpu: ext $(MODEL) $(RIVALS) ## measure speed on this CPU, rewrite the README's table and plot
-	@$(PY) -m bench.cpu --json bench/results/cpu.json --readme README.md $(ARGS)
+bench-cpu: ext $(MODEL) $(RIVALS) ## measure speed on this CPU, rewrite docs/cpu.md's table and figure
+	@$(PY) -m bench.cpu --json bench/results/cpu.json --readme docs/cpu.md $(ARGS)
 	@$(PY) -m bench.plots
 
 cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures, and audit the library
@@ -108,14 +108,17 @@ device-bundle: $(PACKAGE) ## build what bench.gpu takes to a machine with a GPU,
 	@strip --strip-debug $(BUNDLE)/lib/kvtools/_*.so
 	@$(DEVICE) bench/gpu_bundle.py $(BUNDLE)
 
-quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite the README's table and plot
-	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme README.md $(ARGS)
+quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite docs/compression.md's table and figure
+	@$(PY) -m bench.quality --json bench/results/quality-cpu.json --readme docs/compression.md $(ARGS)
 
-search: ext $(MODEL) ## measure search strategies at equal tokens, rewrite the README's table and plot
-	@$(PY) -m bench.search --json bench/results/search-cpu.json --readme README.md $(ARGS)
+search: ext $(MODEL) ## measure search strategies at equal tokens, rewrite docs/search.md's table and figure
+	@$(PY) -m bench.search --json bench/results/search-cpu.json --readme docs/search.md $(ARGS)
 
-sweep: ext $(PACKAGE) ## try every causal model type of transformers, rewrite the README's table
-	@$(PY) -m bench.sweep --json bench/results/sweep.json --readme README.md $(ARGS)
+prm: ext $(MODEL) ## measure what scoring costs, rewrite docs/scoring.md's table
+	@$(PY) -m bench.prm --json bench/results/prm-cpu.json --readme docs/scoring.md $(ARGS)
+
+sweep: ext $(PACKAGE) ## try every causal model type of transformers, rewrite the tables of README and docs/models.md
+	@$(PY) -m bench.sweep --json bench/results/sweep.json --readme README.md --page docs/models.md $(ARGS)
 
 clean: ## remove all that make built, .venv included
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_*.so

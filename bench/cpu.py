@@ -319,7 +319,7 @@ def targets(cells: dict[str, dict]) -> Targets:
 
 
 def table(cells: dict[str, dict]) -> list[list[str]]:
-    """The README's rows; the heads first."""
+    """The rows of the table; the heads first."""
     lines = [["", "kvtools", "rival", "", "ratio", "of the floor"]]
 
     def add(name: str, ours: dict, rival: str, row: dict) -> None:

@@ -1,7 +1,7 @@
 """What bench.gpu found: the project's own targets, and all rows for people to read.
 
 python -m bench.gpu_report ARCHIVE keeps what came back from a device in bench/results, failures
-included, and writes README's table and status from it.
+included, and writes the table of docs/kernels.md, its status and README's from it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from rich.console import Console
 
 from bench.gpu_parts import PARTS, ROOT
 from bench.targets import WORDS, Targets
-from kvtools import demo
+from kvtools.cli import demo
 
 
 def targets(part: str, cells: dict[str, dict]) -> Targets:
@@ -118,7 +118,7 @@ TIMED = ("attention", "sampling", "quant", "evict", "scoring", "end_to_end")
 
 
 def lines(parts: dict[str, dict]) -> list[list[str]]:
-    """README's table: a line per cell, the faster of our implementations, what failed included."""
+    """The table: a line per cell, the faster of our implementations, what failed included."""
 
     def fastest(rows: dict, names: list[str]) -> tuple[str, dict]:
         timed = [(name, rows[name]) for name in names if "ms" in rows[name]]
@@ -147,7 +147,7 @@ def lines(parts: dict[str, dict]) -> list[list[str]]:
 
 
 def status(result: dict) -> str:
-    """README's sentences: what ran, what failed, which targets are met."""
+    """The status in sentences: what ran, what failed, which targets are met."""
     parts = result["parts"]
     tests = parts.get("tests", {}).get("cells", {}).values()
     passed, failed = (sum(x.get(name, 0) for x in tests) for name in ("passed", "failures"))
@@ -170,8 +170,8 @@ def status(result: dict) -> str:
     return " ".join(said)
 
 
-def write(result: dict, readme: Path) -> None:
-    """README's table and status, between its markers."""
+def write(result: dict, readme: Path, page: Path) -> None:
+    """The table in `page`, and the status in both, between their markers."""
     wheres = [part["where"] for part in result["parts"].values()]
     commits = ", ".join(dict.fromkeys(str(x["commit"]) for x in wheres))
     where = wheres[-1]
@@ -181,13 +181,10 @@ def write(result: dict, readme: Path) -> None:
         "floor is the least time of its bytes at the rate of a copy, or of its operations at that "
         "of a matrix product; packed: int4, and balanced for whole steps."
     )
-    demo.rewrite(readme, "gpu", [HEADS, *lines(result["parts"])], caption)
-    begin, end = "<!-- gpu-status:begin -->", "<!-- gpu-status:end -->"
-    head, found, rest = readme.read_text().partition(begin)
-    _, closed, tail = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"{readme} has no {begin} ... {end} to put the status in")
-    readme.write_text(f"{head}{begin}\n{status(result)}\n{end}{tail}")
+    demo.rewrite(page, "gpu", [HEADS, *lines(result["parts"])], caption)
+    for path in (readme, page):
+        head, tail = demo.parts(path, "gpu-status")
+        path.write_text(f"{head}\n{status(result)}\n{tail}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -195,10 +192,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("archive", type=Path, help="of bench.gpu")
     parser.add_argument("--results", type=Path, metavar="DIR", default=ROOT / "bench" / "results")
     parser.add_argument("--readme", type=Path, metavar="PATH", default=ROOT / "README.md")
+    parser.add_argument("--page", type=Path, metavar="PATH", default=ROOT / "docs" / "kernels.md")
     args = parser.parse_args(argv)
     path = keep(read(args.archive), args.results)
-    write(json.loads(path.read_text()), args.readme)
-    print(f"{path} and {args.readme} are written")
+    write(json.loads(path.read_text()), args.readme, args.page)
+    print(f"{path}, {args.readme} and {args.page} are written")
     return 0
 
 

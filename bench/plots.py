@@ -1,4 +1,8 @@
-"""Draws the figures of the README from committed results only: python -m bench.plots."""
+"""Draws the figures of README and docs from committed results only: python -m bench.plots.
+
+Ours is dark blue and filled, a variant of ours a lighter blue; what it is compared with is grey:
+the figures can be read in greyscale, too.
+"""
 
 import json
 from collections.abc import Sequence
@@ -9,24 +13,26 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot as plt  # noqa: E402  (after the choice of backend)
 
+from bench.quality import NAMES, OTHERS  # noqa: E402
 from kvtools.quality import interval  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+OURS, VARIANT, OTHER, PICKED = "#08519c", "#4292c6", "0.6", "#fec44f"
 
 
 def draw_demo(result: dict, path: Path) -> None:
     """Bars of KV held, prefill and decoding speed, a bar per row of the demo."""
     rows = result["rows"]
     panels = {
-        "KV held, MiB": [row["memory"]["total"] / 2**20 for row in rows.values()],
-        "prefill, s": [row["prefill_s"] for row in rows.values()],
+        "KV held at the end, MiB": [row["memory"]["total"] / 2**20 for row in rows.values()],
+        "time to the first token, s": [row["prefill_s"] for row in rows.values()],
         "decoding, tokens/s": [row["tokens_per_s"] for row in rows.values()],
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(9, 2), sharey=True, layout="constrained")
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        bars = axis.barh(list(rows), values, color=["0.7"] + ["C0"] * (len(rows) - 1))
+        bars = axis.barh(list(rows), values, color=[OTHER] + [OURS] * (len(rows) - 1))
         axis.bar_label(bars, fmt="%.1f", padding=3)
-        axis.set_title(title)
+        axis.set_xlabel(title)
         axis.set_xlim(0, max(values) * 1.25)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
@@ -57,7 +63,8 @@ FORMATS = [f"{bits}-bit" for bits in (8, 6, 4, 3, 2)]
 PRESETS = ("lossless", "balanced", "max")
 POLICIES = dict(zip(("scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random"),
                     "oPd^vsX", strict=True))  # fmt: skip
-RIVALS = ("kivi4", "kivi4-g64", "kivi2", "rtn4", "quanto4", "hqq4", "fp8-tensor")
+# Where a label is not to the right of its point: offset in points, and which end is there.
+BESIDE = {"rtn4": ((-5, -2), "right"), "kivi4-g64": ((5, -6), "left")}
 
 
 def draw_quality(result: dict, path: Path) -> None:
@@ -65,23 +72,24 @@ def draw_quality(result: dict, path: Path) -> None:
     cells = result["cells"]
     models = [(name, *tasks) for name, *tasks in MODELS if cells.keys() >= {*tasks}]
     figure, axes = plt.subplots(
-        len(models), 2, figsize=(9, 2.5 * len(models)), squeeze=False, layout="constrained"
+        len(models), 2, figsize=(9, 2.7 * len(models)), squeeze=False, layout="constrained"
     )
     handles = {}
     for (left, right), (name, divergence, answers) in zip(axes, models, strict=True):
         scatter(left, cells[divergence], "kl")
         scatter(right, cells[answers], "top1" if answers == "recall" else "right")
-        left.set(yscale="log", ylabel="KL from 16 bits, nats", ymargin=0.1)
-        right.set(ylim=(-0.05, 1.15), ylabel="right answers")
-        for axis, task in ((left, divergence), (right, answers)):
+        left.set(yscale="log", ylabel="KL from 16 bits, nats", ymargin=0.12)
+        right.set(ylim=(-0.08, 1.2), ylabel="share of right answers")
+        for axis, task, least in ((left, divergence, 0.7), (right, answers, 0.25)):
             axis.set_title(f"{name}: {task.removeprefix('Gemma ')}", fontsize="medium")
-            axis.set(xscale="log", xlim=(0.25, 24), xticks=(ticks := (0.5, 1, 2, 4, 8, 16)))
-            axis.set_xticklabels(map(str, ticks))
+            ticks = [x for x in (0.5, 1, 2, 4, 8, 16) if x > least]
+            axis.set(xscale="log", xlim=(least, 24))
+            axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
             handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     for axis in axes[-1]:
         axis.set_xlabel("bits held per element")
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     save(figure, path)
 
 
@@ -93,20 +101,35 @@ def scatter(axis: plt.Axes, rows: dict[str, dict], metric: str) -> None:
 
     shares = [name for name in rows if name.startswith("scissorhands ")]
     for names, label, style in (
-        (FORMATS, "8, 6, 4, 3, 2 bits", "o-C0"),
-        (shares, "4 bits, fewer tokens", "o--C0"),
-        (PRESETS, "preset", "*C3"),
-        (RIVALS, "other caches", "xk"),
+        (FORMATS, "ours: 8, 6, 4, 3, 2 bits", dict(fmt="o-", color=OURS)),
+        (shares, "ours: 4 bits, fewer tokens", dict(fmt="o--", color=VARIANT)),
+        (OTHERS, "other caches", dict(fmt="x", color="0.35")),
     ):
         if chosen := points(names):
-            axis.plot(*zip(*chosen, strict=True), style, ms=4, lw=1, label=label)
+            axis.errorbar(*zip(*chosen, strict=True), ms=4, lw=1, label=label, **style)
     for name, marker in POLICIES.items():
         if chosen := points([name]):
-            axis.plot(*zip(*chosen, strict=True), marker, color="C2", mfc="none", ms=5, label=name)
-    for names, (offset, align) in ((RIVALS, ((4, 3), "left")), (PRESETS, ((-4, -7), "right"))):
-        for name in names:
-            for point in points([name]):
-                axis.annotate(name, point, offset, textcoords="offset points", ha=align, fontsize=7)
+            style = dict(color=OURS if name == "scissorhands" else OTHER, mfc="none", ms=6, ls="")
+            label = f"evicted by {name}"
+            axis.plot(*zip(*chosen, strict=True), marker=marker, label=label, **style)
+    if chosen := points(PRESETS):
+        style = dict(marker="*", ms=9, mfc=PICKED, mec="k", mew=0.7, ls="")
+        axis.plot(*zip(*chosen, strict=True), label="ours: preset", **style)
+    for name in PRESETS:
+        at = (0, 7), "center"
+        if metric == "kl" and points([name]):  # on the side where the line of formats is not
+            below = name == "balanced" and rows[name]["kl"] < rows["4-bit"]["kl"]
+            at = ((-7, -2), "right") if below else ((7, -2), "left")
+        label_at(axis, points([name]), name, *at)
+    for name in OTHERS:
+        label_at(axis, points([name]), NAMES.get(name, name), *BESIDE.get(name, ((5, -2), "left")))
+
+
+def label_at(
+    axis: plt.Axes, points: list, text: str, offset: tuple[float, float], align: str
+) -> None:
+    for point in points:
+        axis.annotate(text, point, offset, textcoords="offset points", ha=align, fontsize=7)
 
 
 def draw_cpu(result: dict, path: Path) -> None:
@@ -115,21 +138,25 @@ def draw_cpu(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(prompts), figsize=(9, 2.8), sharey=True, layout="constrained"
     )
-    styles = {"plain": ("0.5", "s"), "kvtools 16-bit": ("C0", "o"), "kvtools balanced": ("C1", "^")}
+    styles = {
+        "plain": dict(color=OTHER, marker="s", ls="--"),
+        "kvtools 16-bit": dict(color=OURS, marker="o"),
+        "kvtools balanced": dict(color=VARIANT, marker="^", mfc="w"),
+    }
     for axis, (length, cells) in zip(axes, prompts.items(), strict=True):
-        for name, (color, marker) in styles.items():
+        for name, style in styles.items():
             points = [(int(n), rows[name]["tokens_per_s"]) for n, rows in cells.items()
                       if "tokens_per_s" in rows[name]]  # fmt: skip
             label = "plain, prefilled once" if name == "plain" else name
-            axis.plot(*zip(*points, strict=True), color=color, marker=marker, ms=4, label=label)
-        axis.set(xscale="log", yscale="log", xlabel="rollouts", xticks=[int(n) for n in cells],
-                 yticks=(20, 50, 100, 200, 400))  # fmt: skip
+            axis.plot(*zip(*points, strict=True), ms=5, label=label, **style)
+        axis.set(xscale="log", yscale="log", xlabel="rollouts at a time",
+                 xticks=[int(n) for n in cells], yticks=(20, 50, 100, 200, 400))  # fmt: skip
         axis.minorticks_off()
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.yaxis.set_major_formatter("{x:.0f}")
         axis.grid(alpha=0.3)
         axis.set_title(f"prompt of {int(length):,} tokens", fontsize="medium")
-    axes[0].set_ylabel("decoding, tokens/s")
+    axes[0].set_ylabel("decoding speed, tokens/s")
     axes[-1].legend(fontsize=7)
     save(figure, path)
 
@@ -137,8 +164,12 @@ def draw_cpu(result: dict, path: Path) -> None:
 def draw_search(result: dict, path: Path) -> None:
     """Right answers against tokens: a row per task, a panel per scorer."""
     scorers = {"exact": "exact check", "trained": "trained scorer", "chance": "chance"}
-    lines = {"max": ("best of N", "C0-"), "weighted": ("weighted vote", "C0--")}
-    marks = {"beam": "^", "DVTS": "s", "particles": "D"}
+    lines = {"max": ("best of N samples", "-"), "weighted": ("their weighted vote", "--")}
+    marks = {
+        "DVTS": dict(fmt="s", color=VARIANT, mfc="w", ms=7),
+        "beam": dict(fmt="^", color=OURS, ms=6),
+        "particles": dict(fmt="D", color="k", mfc=PICKED, ms=4),
+    }
     cells = result["cells"]
     figure, axes = plt.subplots(
         len(cells), 3, figsize=(9, 2.7 * len(cells)), sharex="row", sharey="row", squeeze=False,
@@ -150,21 +181,23 @@ def draw_search(result: dict, path: Path) -> None:
             shares = {name: [x.count("1") / len(x) for x in right]
                       for name, right in samples["right"].items()}  # fmt: skip
             for how, (label, style) in lines.items():
-                axis.plot(samples["tokens"], shares[f"{how}, {scorer}"], style, lw=1, label=label)
-            axis.plot(samples["tokens"], shares["majority, chance"], "0.5", lw=1, label="majority")
+                share = shares[f"{how}, {scorer}"]
+                axis.plot(samples["tokens"], share, style, color="0.35", lw=1, label=label)
+            share = shares["majority, chance"]
+            axis.plot(samples["tokens"], share, ":", color="0.35", lw=1.3, label="their majority")
             right = greedy["right"].count("1") / len(greedy["right"])
-            axis.plot(greedy["tokens"], right, "k*", label="greedy")
-            for i, (name, mark) in enumerate(marks.items(), 1):
+            axis.plot(greedy["tokens"], right, "k*", ms=8, label="greedy")
+            for name, style in marks.items():
                 found = [x for key, x in measured.items() if key.startswith(f"{name}, {scorer}, ")]
                 points = [(x["tokens"], *bar(x["right"]["max"])) for x in found]
                 tokens, right, low, high = zip(*points, strict=True)
-                axis.errorbar(tokens, right, (low, high), fmt=f"C{i}{mark}", ms=4, lw=1, label=name)
+                axis.errorbar(tokens, right, (low, high), lw=1, label=name, **style)
             axis.set(xscale="log", ylim=(-0.02, 1.02))
             ticks = [x for x in (25, 50, 100, 200, 400, 800) if x < 2 * samples["tokens"][-1]]
             axis.set_xticks(ticks, map(str, ticks))
             axis.minorticks_off()
             axis.set_title(f"{task}: {title}", fontsize="medium")
-        row[0].set_ylabel("right answers")
+        row[0].set_ylabel("share of right answers")
     for axis in axes[-1]:
         axis.set_xlabel("tokens generated per problem")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=7,

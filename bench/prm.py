@@ -212,6 +212,37 @@ def targets(result: RESULT) -> Targets:
     return found
 
 
+TITLES = {
+    "re-encoded": "full logits of all so far, at every step",
+    "full logits once": "full logits, once at the end",
+    "gather, matmul once": "rows gathered before the head, once at the end",
+    "session": "one session, a score after each step",
+}
+
+
+def table(result: RESULT) -> list[list[str]]:
+    """A line for each rival; the heads first."""
+    lines = [["", "tokens encoded", "s", "MiB held at most", "probabilities differ by"]]
+    for name, row in ((name, result["rows"][name]) for name in TITLES):
+        held = row["peak_bytes"]
+        lines.append([
+            TITLES[name], f"{row['tokens']:,}", f"{row['seconds']:.1f}",
+            "" if held is None else f"{held / 2**20:.1f}", f"{row['error']:.1g}",
+        ])  # fmt: skip
+    return lines
+
+
+def caption(result: RESULT) -> str:
+    where, spent = result["where"], result["step_scores"]
+    return (
+        f"{result['rollouts']} rollouts of {result['steps']} steps, {result['model']} standing in "
+        f"for a reward model, {result['dtype']}. step_scores asked for "
+        f"{spent['allocated'] / spent['gathered']:.3f} of the bytes of the rows that it reads. "
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, transformers "
+        f"{where['transformers']}, commit {where['commit']}."
+    )
+
+
 def run(
     model: Any,
     tokenizer: Any,
@@ -243,6 +274,9 @@ def run(
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.prm", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", required=True, help="results")
+    parser.add_argument(
+        "--readme", type=Path, metavar="PATH", help="rewrite the table in this file"
+    )
     parser.add_argument("--dtype", default="float32", help="of the model (default float32)")
     parser.add_argument("--device", default=cli.default_device(), help="default: cuda, else cpu")
     args = parser.parse_args(argv)
@@ -257,6 +291,9 @@ def main(argv: list[str] | None = None) -> int:
         results.write(args.json, text + "\n")
 
     targets(run(model, tokenizer, Scale(), console, save)).show(console)
+    if args.readme:
+        result = json.loads(args.json.read_text())
+        demo.rewrite(args.readme, "prm", table(result), caption(result))
     return 0
 
 

@@ -40,6 +40,9 @@ class Task:
     batch: int = 8
 
 
+OTHERS = ("kivi4", "kivi4-g64", "kivi2", "rtn4", "quanto4", "hqq4", "hqq4-axis1", "fp8-tensor")
+
+
 def presets() -> list[Contender]:
     return [Ours(name, CacheConfig.preset(name)) for name in PRESETS]
 
@@ -64,7 +67,7 @@ def ideas() -> list[Contender]:
 def others() -> list[Contender]:
     """Rivals that run here; says why others do not."""
     found: list[Contender] = []
-    for name in ("kivi4", "kivi4-g64", "kivi2", "rtn4", "quanto4", "hqq4", "fp8-tensor"):
+    for name in OTHERS:
         reason = available(name)
         if reason:
             print(f"{name} is left out: {reason}", file=sys.stderr)
@@ -263,9 +266,12 @@ def targets(cells: dict[str, dict]) -> Targets:
     return found
 
 
-# Rows of the README's table, and tasks that are columns; of another model those that have its name.
+# Rows of the table, and tasks that are columns; of another model those that have its name.
 SHOWN = ("exact", "lossless", "6-bit", "balanced", "4-bit", "3-bit", "2-bit", "max",
-         "kivi4", "kivi4-g64", "rtn4", "quanto4", "hqq4", "fp8-tensor")  # fmt: skip
+         "kivi4", "kivi4-g64", "rtn4", "quanto4", "hqq4", "hqq4-axis1", "fp8-tensor")  # fmt: skip
+# hqq groups strides through rows and tokens at transformers' default axis, a token's own elements
+# at axis 1.
+NAMES = {"exact": "16-bit", "hqq4": "hqq4, axis 0", "hqq4-axis1": "hqq4, axis 1"}
 ANSWERED = ("needle 2000", "4 needles 1000", "needle 1000, asked later", "turns")
 
 
@@ -278,7 +284,7 @@ def table(cells: dict[str, dict]) -> list[list[str]]:
             low, high = (max(0.0, x) for x in row["kl_ci"])
             answers = [cells.get(f"{model}{task}", {}).get(name) for task in ANSWERED]
             rows.append([
-                model + ("16-bit" if name == "exact" else name), f"{row['bits']:.2f}",
+                model + NAMES.get(name, name), f"{row['bits']:.2f}",
                 *(["0", ""] if name == "exact" else [f"{row['kl']:.5f}", f"{low:.5f}-{high:.5f}"]),
                 f"{row['top1']:.4f}",
                 *("" if answer is None else f"{answer['right']:.2f}" for answer in answers),
@@ -336,7 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="PATH", help="results; what it has is kept")
     parser.add_argument(
-        "--readme", type=Path, metavar="PATH", help="rewrite its table, and docs/quality.svg by it"
+        "--readme", type=Path, metavar="PATH", help="rewrite its table, and quality.svg beside it"
     )
     parser.add_argument("--only", nargs="*", metavar="TASK", help="only these tasks")
     args = parser.parse_args(argv)
@@ -365,7 +371,7 @@ def main(argv: list[str] | None = None) -> int:
 
         result = header | {"cells": journal.cells, "where": where}
         demo.rewrite(args.readme, "quality", table(journal.cells), caption(result))
-        plots.draw_quality(result, args.readme.parent / "docs/quality.svg")
+        plots.draw_quality(result, args.readme.parent / "quality.svg")
     if not args.quick:
         return 0
     wrong = outside(journal.cells, json.loads((HERE / "bounds.json").read_text()))

@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few problems, to see it work")
     parser.add_argument("--json", type=Path, metavar="PATH", help="results; what it has is kept")
     parser.add_argument(
-        "--readme", type=Path, metavar="PATH", help="rewrite its table, and docs/search.svg by it"
+        "--readme", type=Path, metavar="PATH", help="rewrite its table, and search.svg beside it"
     )
     parser.add_argument("--only", choices=[task.name for task in TASKS], help="only this task")
     args = parser.parse_args(argv)
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
 
         result = header | {"cells": journal.cells, "where": where}
         demo.rewrite(args.readme, "search", table(journal.cells, width), caption(result))
-        plots.draw_search(result, args.readme.parent / "docs/search.svg")
+        plots.draw_search(result, args.readme.parent / "search.svg")
     return 0
 
 

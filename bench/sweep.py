@@ -1,6 +1,7 @@
 """Every causal model type of transformers through kvtools, beside plain generate.
 
 python -m bench.sweep [--types REGEX] [--modes exact,batch] [--json OUT] [--readme README.md]
+                      [--page docs/models.md]
 
 A type's tiny model is run in a process of its own. Outcome of each mode:
     equal           what plain `generate` gives, logits included
@@ -36,7 +37,7 @@ import kvtools
 import kvtools.hf
 from bench import tiny
 from bench.tiny import NEW, Lively, NotComparable, Run, distance, generated, ids, spread
-from kvtools import demo
+from kvtools.cli import demo
 
 OUTCOMES = ("wrong", "unclear", "refused", "equal", "not comparable")  # worst first
 SHOWN = ("equal", "refused", "wrong", "unclear", "not comparable")
@@ -327,6 +328,15 @@ def table(found: dict[str, dict]) -> list[list[str]]:
     return rows
 
 
+def brief(found: dict[str, dict]) -> list[list[str]]:
+    """Rows of outcome, how many types, which."""
+    rows = [["", "types", "which"]]
+    for name in SHOWN:
+        kinds = [kind for kind, x in found.items() if x["outcome"] == name]
+        rows += [[name, str(len(kinds)), ", ".join(kinds)]] * bool(kinds)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.sweep", description=__doc__.split("\n\n")[0])
     parser.add_argument("--types", default=".*", metavar="REGEX", help="only these; default all")
@@ -335,7 +345,8 @@ def main(argv: list[str] | None = None) -> int:
         help="comma-separated; default %(default)s",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="OUT", help="results")
-    parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite its table")
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite its short table")
+    parser.add_argument("--page", type=Path, metavar="PATH", help="rewrite its table with reasons")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default %(default)s")
     parser.add_argument("--limit", type=float, default=240, help="seconds per type")
     parser.add_argument("--without-checks", action="store_true",
@@ -360,8 +371,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{count:>4} {head}\n     {names}")
     summary = f"{len(found)} causal model types of transformers {where['transformers']}: "
     print(summary + counts(found))
-    if args.readme:
-        demo.rewrite(args.readme, "sweep", table(found), summary + counts(found) + ".")
+    for path, rows in ((args.readme, brief), (args.page, table)):
+        if path:
+            demo.rewrite(path, "sweep", rows(found), summary + counts(found) + ".")
     return int(any(x["outcome"] in ("wrong", "unclear") for x in found.values()))
 
 

@@ -115,8 +115,8 @@ class CacheConfig:
     def preset(cls, name: str, **changes: Any) -> "CacheConfig":
         """A configuration chosen by measurement, with `changes`.
 
-        Measured on SmolLM2-135M-Instruct by bench.quality (README): bits per element held, KL from
-        the 16-bit cache on text, same most likely token.
+        Measured on SmolLM2-135M-Instruct by bench.quality (docs/compression.md): bits per element
+        held, KL from the 16-bit cache on text, same most likely token.
 
         - "lossless": 8.5 bits, 0.00002 nats, 0.998.
         - "balanced": 4.5 bits, 0.0034 nats, 0.970; answers as the 16-bit cache in retrieval, 0.69

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -66,8 +67,13 @@ class _Fan:
 
     contenders: Sequence[Contender]
     rows: int = 0
+    announced: int = 0  # tokens of the prompt, as of `KVCache`
 
-    def add_prompt(self, length: int, copies: int = 1) -> None:
+    def transaction(self) -> AbstractContextManager:
+        return nullcontext()  # what fails ends the comparison
+
+    def add_prompt(self, length: int, copies: int = 1, switched: bool = False) -> None:
+        self.announced = length
         for contender in self.contenders:
             contender.add_prompt(length)
 

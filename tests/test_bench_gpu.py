@@ -24,7 +24,8 @@ from kvtools.ops import COMPILED  # noqa: E402
 pytestmark = pytest.mark.skipif(not COMPILED, reason="kvtools was built without its C++ kernels")
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [part for part in gpu_parts.PARTS if part not in ("tests", "tree")]  # in the first plan
-EMPTY = "<!-- gpu:begin -->\n<!-- gpu:end -->\n<!-- gpu-status:begin -->\n<!-- gpu-status:end -->\n"
+TABLE = "<!-- gpu:begin -->\n<!-- gpu:end -->\n"
+STATUS = "<!-- gpu-status:begin -->\n<!-- gpu-status:end -->\n"
 
 
 @pytest.fixture
@@ -248,14 +249,15 @@ def test_what_comes_back_is_kept_and_shown(tmp_path):
             journal = gpu.journal_of(part, run.folder, run.where)
             journal.cells |= cells
             run.save(part, journal, **({"failed": "tune: died"} if part == "tune" else {}))
-        assert gpu_report.main(
-            [str(path), "--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]
-        ) == 0  # fmt: skip
+        options = ["--results", tmp_path, "--readme", readme, "--page", page]
+        assert gpu_report.main([str(x) for x in (path, *options)]) == 0
         for left in path.parent.iterdir():
             left.unlink()
         return json.loads((tmp_path / "nvidia-x-80gb.json").read_text())["parts"]
 
-    (tmp_path / "README.md").write_text(f"before\n{EMPTY}after\n")
+    readme, page = tmp_path / "README.md", tmp_path / "kernels.md"
+    readme.write_text(f"before\n{STATUS}after\n")
+    page.write_text(f"before\n{STATUS}{TABLE}after\n")
     timed = {"kvtools": {"ms": 2.0, "of_floor": 0.5}, "kvtools, CUDA C++": {"failed": "x"},
              "kvtools int4": {"ms": 1.0}, "sdpa flash": {"ms": 9.0}}  # fmt: skip
     long = "llama 64 x 512"
@@ -263,13 +265,17 @@ def test_what_comes_back_is_kept_and_shown(tmp_path):
          tests={"triton": {"passed": 7, "failures": 1}}, attention={long: timed})  # fmt: skip
     parts = back("a", attention={"llama 1 x 8 + 9": {"kvtools": {"failed": "x"}}}, tune={})
     assert list(parts["attention"]["cells"]) == ["llama 64 x 512", "llama 1 x 8 + 9"]
-    text = (tmp_path / "README.md").read_text()
+    text = page.read_text()
     assert "| attention: llama 64 x 512 | 2 | 0.50 | 1 | sdpa flash | 9 |" in text
     assert "| attention: llama 1 x 8 + 9 | failed | - | - | - | - |" in text
+    assert text.startswith("before\n") and text.endswith("after\n") and "commit a." in text
+    assert "7 passed and 1 failed" in text
+    text = readme.read_text()
+    assert "| attention" not in text
     assert "On NVIDIA X 80GB, 1 of 2 kernels and formats ran" in text
     assert "7 passed and 1 failed" in text and "Not finished: tune: died." in text
     assert "Missed: smoke, quant: failures (1, wanted 0); tests, triton: failures (1" in text
-    assert text.startswith("before\n") and text.endswith("after\n") and "commit a." in text
+    assert text.startswith("before\n") and text.endswith("after\n")
     parts = back("b", attention={"llama 64 x 512": timed})
     assert list(parts["attention"]["cells"]) == ["llama 64 x 512"] and "smoke" in parts
 

@@ -14,7 +14,7 @@ import kvtools
 from kvtools import ops
 
 PACKAGE = Path(kvtools.__file__).parent
-# What each layer may import of the package; see the picture in the README.
+# What each layer may import of the package; see the picture in docs/kernels.md.
 ALLOWED = {
     "reference": {"reference"},
     "kernels": {"kernels"},
@@ -193,3 +193,4 @@ def test_the_stream_is_looked_up_in_torch(tmp_path):
 def test_public_names_exist():
     for name in kvtools.__all__:
         assert getattr(kvtools, name).__doc__, name
+    assert dir(kvtools) == sorted([*kvtools.__all__, "__version__"])

@@ -125,11 +125,13 @@ def test_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sweep, "in_child", lambda run, limit: failed if run.args[0] == "phi" else modes
     )
-    readme, out = tmp_path / "README.md", tmp_path / "sweep.json"
-    readme.write_text("a\n<!-- sweep:begin -->\n<!-- sweep:end -->\nb\n")
-    options = ["--json", str(out), "--readme", str(readme), "--types"]
+    readme, page, out = tmp_path / "README.md", tmp_path / "page.md", tmp_path / "sweep.json"
+    for path in (readme, page):
+        path.write_text("a\n<!-- sweep:begin -->\n<!-- sweep:end -->\nb\n")
+    options = ["--json", str(out), "--readme", str(readme), "--page", str(page), "--types"]
     assert sweep.main([*options, "llama|qwen2"]) == 0
-    assert "| refused: ragged sdpa: it cannot be rewound" in readme.read_text()
+    assert "| refused: ragged sdpa: it cannot be rewound" in page.read_text()
+    assert "| refused | 2 | llama, qwen2 |" in readme.read_text()
     result = json.loads(out.read_text())
     assert result["types"]["llama"]["modes"] == modes
     assert result["where"]["torch"] == torch.__version__
