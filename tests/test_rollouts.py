@@ -72,15 +72,14 @@ def test_greedy_is_generate(name):
     assert not r.finished.any() and r.rows == 5
 
 
+@pytest.mark.only(when=lambda: len(kvtools.ops.OPS["sample"].impls) > 2)
 @pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
 def test_tokens_do_not_depend_on_the_implementation(config):
     texts, found = prompts(9, 7), {}
-    for impl in ("reference", "cpu", "triton"):
-        if impl not in kvtools.ops.OPS["sample"].impls:
-            pytest.skip(f"{impl} is not installed")
+    for impl in {"reference", "cpu", "triton"} & set(kvtools.ops.OPS["sample"].impls):
         r = run(texts, 2, 5, replace(config, impl=impl, layer_budget="uniform"), seed=3, top_p=0.9)
         found[impl] = r.tokens
-    assert found["cpu"] == found["reference"] == found["triton"]
+    assert all(tokens == found["reference"] for tokens in found.values())
 
 
 def test_logprobs():
