@@ -71,12 +71,14 @@ def pytest_collection_modifyitems(items):
 
     Of a test of all implementations, the reference and the C++ kernels of the best instruction set
     run so many cases that each pair of values occurs; the other instruction sets, which are the
-    same source, and Triton's interpreter so many that each value does.
+    same source, and Triton's interpreter so many that each value does. Of one marked `pairwise`,
+    so many that each pair does.
     """
     items[:] = filter(possible, items)
     products = defaultdict(list)
     for item in items:
-        if "impl" in getattr(item, "fixturenames", ()) and hasattr(item, "callspec"):
+        every = "impl" in getattr(item, "fixturenames", ()) or item.get_closest_marker("pairwise")
+        if every and hasattr(item, "callspec"):
             products[item.parent.nodeid, item.originalname, impl_of(item)].append(item)
     for (_, name, impl), same in products.items():
         if GPU and impl in ("triton", "cuda"):
@@ -85,7 +87,7 @@ def pytest_collection_modifyitems(items):
             for item in same:
                 item.add_marker(pytest.mark.long)
             continue
-        strength = 2 if impl in ("reference", "cuda", *ISAS[-1:]) else 1
+        strength = 2 if impl in ("", "reference", "cuda", *ISAS[-1:]) else 1
         few = covering([axes(x) for x in same], strength, name + impl)
         for i, item in enumerate(same):
             if i not in few:
