@@ -77,15 +77,13 @@ def pytest_collection_modifyitems(items):
     items[:] = filter(possible, items)
     products = defaultdict(list)
     for item in items:
+        if any(holds(mark, item) for mark in item.iter_markers("long_if")):
+            item.add_marker(pytest.mark.long)
         every = "impl" in getattr(item, "fixturenames", ()) or item.get_closest_marker("pairwise")
         if every and hasattr(item, "callspec"):
             products[item.parent.nodeid, item.originalname, impl_of(item)].append(item)
     for (_, name, impl), same in products.items():
         if GPU and impl in ("triton", "cuda"):
-            continue
-        if impl == "triton" and same[0].get_closest_marker("long_when_interpreted"):
-            for item in same:
-                item.add_marker(pytest.mark.long)
             continue
         strength = 2 if impl in ("", "reference", "cuda", *ISAS[-1:]) else 1
         few = covering([axes(x) for x in same], strength, name + impl)
@@ -106,21 +104,23 @@ def axes(item) -> dict[str, tuple]:
 
 
 def impl_of(item) -> str:
-    return item.callspec.params.get("impl", "")
+    return item.callspec.params.get("impl", "") if hasattr(item, "callspec") else ""
+
+
+def holds(mark, item) -> bool:
+    """`when` of a mark for a case's parameters; `impl` is without its instruction set."""
+    params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    params |= {"impl": impl_of(item).partition("-")[0]} if "impl" in params else {}
+    when = mark.kwargs["when"]
+    return when(**{x: params[x] for x in signature(when).parameters if x in params})
 
 
 def possible(item) -> bool:
     if item.get_closest_marker("gpu") and not GPU:  # not `keywords`, which has folders too
         return False
-    params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-    if "impl" in params:
-        params["impl"] = params["impl"].partition("-")[0]
-        if params["impl"] == "cuda" and any(x in item.originalname for x in NOT_IN_CUDA):
-            return False
-    for when in (mark.kwargs["when"] for mark in item.iter_markers("only")):
-        if not when(**{x: params[x] for x in signature(when).parameters if x in params}):
-            return False
-    return True
+    if impl_of(item) == "cuda" and any(x in item.originalname for x in NOT_IN_CUDA):
+        return False
+    return all(holds(mark, item) for mark in item.iter_markers("only"))
 
 
 @pytest.fixture(params=IMPLS)

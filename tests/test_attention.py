@@ -333,7 +333,7 @@ def test_tree_attention_merges_many_parts(impl):
     check(case, impl, case.expanded())
 
 
-@pytest.mark.long_when_interpreted
+@pytest.mark.long_if(when=interpreted)
 def test_tree_attention_random(impl):
     @settings(max_examples=6 if interpreted(impl) else 60, deadline=None)
     @given(
@@ -746,7 +746,7 @@ def test_plans_are_checked_when_they_are_made(name, change, error, message):
                 Plan.from_host(arrays)
 
 
-@pytest.mark.long_when_interpreted
+@pytest.mark.long_if(when=interpreted)
 def test_a_plan_may_be_followed_whatever_its_lengths_become(impl):
     """`length` is the caller's to change: items bound what is read."""
     case = Case(7, dtype=native(impl), tile=2, chunk=16)

@@ -50,6 +50,7 @@ def results(folder, part):
     return json.loads((folder / f"{part}.json").read_text())
 
 
+@pytest.mark.long
 def test_every_stage_is_reached(here, tmp_path, capsys):
     rehearse(tmp_path, "--part", *PARTS)
     said = capsys.readouterr().out

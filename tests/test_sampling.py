@@ -142,6 +142,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+# The reference takes its time, and gives the tokens that the others give.
+@pytest.mark.long_if(when=lambda impl: impl == "reference")
 @pytest.mark.parametrize("name", list(FILTERS)[1:])
 def test_sample_frequencies(name, device, impl, one_thread):
     """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
