@@ -33,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle
+.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -41,31 +41,39 @@ help: ## list the targets
 demo: ext $(MODEL) ## 16 rollouts of SmolLM2-135M on a real prompt, against plain generate
 	@$(PY) -m kvtools.cli demo $(ARGS)
 
-test: ext $(MODEL) ## run the tests
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(ARGS)
+tests = @OMP_NUM_THREADS=1 $(PY) -m pytest -q $$($(PY) -c '$(SPREAD)' 2>/dev/null) $(1) $(ARGS)
+
+test: ext $(MODEL) ## run the tests, but for those marked as long
+	$(call tests)
+
+test-all: ext $(MODEL) ## run all tests
+	$(call tests,-m '')
+
+faults: ext $(MODEL) ## plant faults, one by one, in a copy of the tree, and see that the tests find them
+	@$(PY) tests/faults.py $(ARGS)
 
 install-check: $(PACKAGE) ## install from the sdist in fresh environments: pure, isolated, full; under each Python there is
 	@$(PY) -m pytest -q -p no:cacheprovider tests/installs.py $(ARGS)
 
 # Builds in build/$(1), and runs the tests of the compiled parts there, with AddressSanitizer's library; the next arguments
-# are the settings of the build, and which tests.
+# are the settings of the build, which tests, and pytest's options.
 define checked
 	@$(2) $(PY) setup.py -q build --build-base build/$(1) --build-lib build/$(1)/lib
 	@cd build/$(1)/lib && LD_PRELOAD='$(ASAN)' ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=1 \
 		$(abspath $(PY)) -m pytest -q -p no:cacheprovider $$($(abspath $(PY)) -c '$(SPREAD)') \
-		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k '$(3)' $(ARGS)
+		--rootdir $(CURDIR) $(addprefix $(CURDIR)/,$(ROWS)) -k '$(3)' $(4) $(ARGS)
 endef
 
 sanitize: $(PACKAGE) ## the compiled parts' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(call checked,sanitize,KVTOOLS_SANITIZE=1 KVTOOLS_CUDA=0,not triton)
 
 host: $(PACKAGE) ## the tests of csrc/cuda, run on the CPU: races, bounds, barriers
-	$(call checked,host,KVTOOLS_CUDA=host,cuda)
+	$(call checked,host,KVTOOLS_CUDA=host,cuda,-m '')
 
 # One case of each test of the rows, and what the kernels must have in common.
 LAUNCHED := $(filter-out tests/test_host%,$(ROWS)) tests/test_launches.py
 launches: ext $(PACKAGE) ## Triton's launches as a GPU would get them: compiled for sm_90, checked by a stand-in for CUDA
-	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m pytest -q -p launches --cases 1 \
+	@OMP_NUM_THREADS=1 PYTHONPATH=tests $(PY) -m pytest -q -p launches --cases 1 -m '' \
 		$$($(PY) -c '$(SPREAD)' 2>/dev/null) $(LAUNCHED) $(ARGS)
 
 lint: $(PACKAGE) ## check style: ruff and clang-format

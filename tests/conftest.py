@@ -1,7 +1,11 @@
 """Fixtures: the device, the implementations this machine can run, poisoned fresh memory."""
 
 import os
+import random
 import sys
+from collections import defaultdict
+from inspect import signature
+from itertools import combinations
 
 import pytest
 import torch
@@ -12,51 +16,129 @@ torch.set_num_threads(1)  # tests are small and run side by side
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
-from kvtools.ops import COMPILED, CUDA, TRITON, Op  # noqa: E402
+from kvtools.ops import COMPILED, CUDA, IN_CUDA, OPS, TRITON, Op  # noqa: E402
+
+GPU = torch.cuda.is_available()
+ignored = {
+    "test_launches.py": "launches" not in sys.modules,  # the plugin: make launches
+    "test_bench.py": not COMPILED,
+    "test_bench_gpu.py": not COMPILED,
+}
+NOT_IN_CUDA = OPS.keys() - IN_CUDA
+collect_ignore = [name for name in ignored if ignored[name]]
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):  # not `keywords`, which has folders too
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+def runs(impl: str) -> bool:
+    """Whether this installation runs it on this machine."""
+    name, _, isa = impl.partition("-")
+    if name == "triton":
+        return TRITON
+    if name == "cuda":
+        return CUDA == "cpu" or (CUDA == "cuda" and GPU)
+    if not isa:
+        return True
+    if not COMPILED:
+        return False
+    try:
+        torch.ops.kvtools.cpu_isa(torch.ops.kvtools.cpu_isa(isa))  # gives the one before
+    except RuntimeError:
+        return False
+    return True
 
 
 # The C++ kernels run once per instruction set that this processor has.
-IMPLS = ["reference", "cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16", "triton", "cuda"]
+ISAS = [x for x in ("cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16") if runs(x)]
+IMPLS = ["reference", *ISAS, *filter(runs, ("triton", "cuda"))]
+
+
+def covering(cases: list[dict[str, tuple]], strength: int, seed: str) -> set[int]:
+    """Few of these cases, such that any values of `strength` axes that meet in one of all meet in
+    one of the few."""
+    met = [set(combinations(sorted(x.items()), min(strength, len(x)))) for x in cases]
+    order = random.Random(seed).sample(range(len(cases)), len(cases))
+    seen, few = set(), set()
+    for least in range(max(map(len, met)), 0, -1):
+        for i in order:
+            if len(met[i] - seen) >= least:
+                few.add(i)
+                seen |= met[i]
+    return few
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leaves what can run here, and marks cases that repeat others as long.
+
+    Of a test of all implementations, the reference and the C++ kernels of the best instruction set
+    run so many cases that each pair of values occurs; the other instruction sets, which are the
+    same source, and Triton's interpreter so many that each value does. Of one marked `pairwise`,
+    so many that each pair does.
+    """
+    items[:] = filter(possible, items)
+    products = defaultdict(list)
+    for item in items:
+        if any(holds(mark, item) for mark in item.iter_markers("long_if")):
+            item.add_marker(pytest.mark.long)
+        every = "impl" in getattr(item, "fixturenames", ()) or item.get_closest_marker("pairwise")
+        if every and hasattr(item, "callspec"):
+            products[item.parent.nodeid, item.originalname, impl_of(item)].append(item)
+    for (_, name, impl), same in products.items():
+        if GPU and impl in ("triton", "cuda"):
+            continue
+        strength = 2 if impl in ("", "reference", "cuda", *ISAS[-1:]) else 1
+        few = covering([axes(x) for x in same], strength, name + impl)
+        for i, item in enumerate(same):
+            if i not in few:
+                item.add_marker(pytest.mark.long)
+
+
+def axes(item) -> dict[str, tuple]:
+    """What each `parametrize` gives a case, and each fixture but `impl`, told by identity."""
+    given, found = item.callspec.params, {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        names = names.replace(" ", "").split(",") if isinstance(names, str) else names
+        found[",".join(names)] = tuple(id(given[x]) for x in names)
+    fixtures = given.keys() - set(",".join(found).split(",")) - {"impl"}
+    return found | {x: (id(given[x]),) for x in fixtures}
+
+
+def impl_of(item) -> str:
+    return item.callspec.params.get("impl", "") if hasattr(item, "callspec") else ""
+
+
+def holds(mark, item) -> bool:
+    """`when` of a mark for a case's parameters; `impl` is without its instruction set."""
+    params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+    params |= {"impl": impl_of(item).partition("-")[0]} if "impl" in params else {}
+    when = mark.kwargs["when"]
+    return when(**{x: params[x] for x in signature(when).parameters if x in params})
+
+
+def possible(item) -> bool:
+    if item.get_closest_marker("gpu") and not GPU:  # not `keywords`, which has folders too
+        return False
+    if impl_of(item) == "cuda" and any(x in item.originalname for x in NOT_IN_CUDA):
+        return False
+    return all(holds(mark, item) for mark in item.iter_markers("only"))
 
 
 @pytest.fixture(params=IMPLS)
 def impl(request, monkeypatch):
-    """An implementation; one that this machine cannot run is skipped.
+    """An implementation that this machine can run.
 
     Triton's kernels are interpreted where there is no GPU, else every call is taken to the GPU.
     Those of csrc/cuda run on the CPU in a build for it: `make host`.
     """
     name, _, isa = request.param.partition("-")
-    if name == "triton" and not TRITON:
-        pytest.skip("triton is not installed")
-    if name == "cuda" and (not CUDA or (CUDA == "cuda" and not torch.cuda.is_available())):
-        pytest.skip("kvtools was built without csrc/cuda" if not CUDA else "needs a CUDA device")
-    if name in ("triton", "cuda") and torch.cuda.is_available():
+    if name in ("triton", "cuda") and GPU:
         monkeypatch.setattr(Op, "__call__", on_gpu(Op.__call__))
     if name == "cuda":
         monkeypatch.setattr(Op, "_lacks", lambda op, impl: pytest.skip(f"{op.name} has no {impl}"))
-    if not isa:
-        yield name
-        return
-    if not COMPILED:
-        pytest.skip("kvtools was built without its C++ kernels")
-    try:
-        before = torch.ops.kvtools.cpu_isa(isa)
-    except RuntimeError:
-        pytest.skip(f"this processor has no {isa}")
+    before = torch.ops.kvtools.cpu_isa(isa) if isa else None
     yield name
-    torch.ops.kvtools.cpu_isa(before)
+    if isa:
+        torch.ops.kvtools.cpu_isa(before)
 
 
 def on_gpu(call):
@@ -92,7 +174,7 @@ def opcheck(impl):
         packet = getattr(torch.ops.kvtools, name)
         if impl not in ("reference", *packet.overloads()):
             pytest.skip(f"{name} has no {impl}")
-        if impl in ("triton", "cuda") and torch.cuda.is_available():
+        if impl in ("triton", "cuda") and GPU:
             args = [x.cuda() if isinstance(x, Tensor) else x for x in args]
         overload = getattr(packet, "default" if impl == "reference" else impl)
         torch.library.opcheck(overload, tuple(args), **options)

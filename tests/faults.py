@@ -1,19 +1,23 @@
 """Faults that the tests must catch: each is planted in a copy of the tree, and its tests must fail.
 
-python tests/faults.py [--only REGEX]
+python tests/faults.py [--only REGEX] [--jobs N]        or: make faults ARGS=...
 
 Entry: what is wrong, the file, the text there and what stands in its place, tests that must turn
-red. The text must occur once, so that an entry which no longer fits the code is an error, too.
+red. The text must occur once, so that an entry which no longer fits the code is an error, too; and
+with no fault all these tests must pass in such a copy.
 """
 
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +43,11 @@ class Fault(NamedTuple):
     tests: str  # pytest's arguments
 
 
-DOOR = "tests/test_door.py -k "
+DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, ROLLOUTS, PRM, SEARCH, CLI = (
+    f"tests/test_{name}.py -k "
+    for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "rollouts",
+                 "prm", "search", "cli")
+)  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
           "        for module in self.dynamic:", "        for module in ():",
@@ -92,14 +100,166 @@ FAULTS = [
           "        if False:", DOOR + "refused"),
     Fault("own prepare_inputs_for_generation is not asked", "kvtools/hf/door.py",
           "            if not same:", "            if False:", DOOR + "refused"),
-    Fault(
-        "windows of the cache are not seen",
-        "kvtools/hf/door.py",
-        "        window = window or held or 0",
-        "        window = window or 0",
-        DOOR + "'cache and alone'",
-    ),
+    Fault("windows of the cache are not seen", "kvtools/hf/door.py",
+          "        if held and held != window:", "        if False:", DOOR + "refused"),
+    Fault("Triton: off by one in the tail", "kvtools/kernels/attention.py",
+          "tl.load(work.length + node))\n    # Rollouts' own",
+          "tl.load(work.length + node)) - 1\n    # Rollouts' own",
+          ATTENTION + "'equals_expanded and triton'"),
+    Fault("Triton: wrong nibble", "kvtools/kernels/format.py",
+          "shift = (tl.arange(0, 8 // BITS) * BITS)",
+          "shift = ((8 // BITS - 1 - tl.arange(0, 8 // BITS)) * BITS)",
+          ATTENTION + "'tree_attention_formats and triton'"),
+    Fault("Triton: dropped merge term", "kvtools/kernels/attention.py",
+          "    for start in range(begin, end, BLOCK_P):",
+          "    for start in range(begin, tl.minimum(end, begin + BLOCK_P), BLOCK_P):",
+          ATTENTION + "'merges_many_parts and triton'"),
+    Fault("Triton: a scale on the wrong axis", "kvtools/kernels/attention.py",
+          "x *= k_scale[None, :]", "x *= k_scale[:, None]",
+          ATTENTION + "'tree_attention_formats and triton'"),
+    Fault("Triton: accumulator not rescaled", "kvtools/kernels/attention.py",
+          "acc = dot(p.to(V_DTYPE), x_v, acc * alpha[:, None])",
+          "acc = dot(p.to(V_DTYPE), x_v, acc)", ATTENTION + "'equals_expanded and triton'"),
+    Fault("Triton: value scale not divided", "kvtools/kernels/attention.py",
+          "    if V_FORMAT != 0:\n        acc *= unit\n", "",
+          ATTENTION + "'tree_attention_formats and triton'"),
+    Fault("Triton: the middle tie goes up", "kvtools/kernels/quant.py",
+          "above = (lower + upper) * 0.5 < v", "above = (lower + upper) * 0.5 <= v + 0.01",
+          QUANT + "'gives_the_codes and triton'"),
+    Fault("Triton: history of a slot stays", "kvtools/kernels/quant.py",
+          "            for word in range(WORDS):", "            for word in range(WORDS - 1):",
+          QUANT + "'append_kv and triton'"),
+    Fault("Triton: ties of victims go to the later", "kvtools/kernels/evict.py",
+          "_precede(other, key, j[None, :] < i[:, None])",
+          "_precede(other, key, j[None, :] > i[:, None])",
+          EVICT + "'select_victims and triton'"),
+    Fault("Triton: a candidate's neighbour's noise", "kvtools/kernels/sampling.py",
+          "even, odd = tl.where(token % 4 == 0, w0, w2)",
+          "even, odd = tl.where(token % 4 == 0, w2, w0)",
+          SAMPLING + "'test_sample and triton'"),
+    Fault("Triton: the third class is left out", "kvtools/kernels/scoring.py",
+          "b += hidden * (third - first)[None, :]", "b += hidden * (second - first)[None, :]",
+          SCORING + "'step_scores and triton'"),
+    Fault("C++: dropped merge term", "csrc/cpu/attention.cpp",
+          "        partial_.next[at] = first;",
+          "        partial_.next[at] = first < 0 ? first : partial_.next[first];",
+          ATTENTION + "'equals_expanded or splits_over'"),
+    Fault("C++: sinks count in the mean", "csrc/cpu/evict.cpp",
+          "if (s + j >= p.sinks) mean += e;", "mean += e;", EVICT + "'test_key_scores and cpu'"),
+    Fault("C++: greatest of the values kept, not least", "csrc/cpu/sampling.cpp",
+          "const bool lower = greater < wanted;", "const bool lower = greater <= wanted;",
+          SAMPLING + "'(test_sample or agree) and cpu'"),
+    Fault("C++: a shared page counts once", "csrc/host/forest.cpp",
+          "  if (upper.pages.size() > static_cast<size_t>(page)) ++refs_[lower.pages.front()];\n",
+          "", "tests/test_host.py tests/test_host_random.py -k 'crop or operations'"),
+    Fault("C++: rows with children grow in place", "csrc/host/forest.cpp",
+          "if (node.sealed || node.rows != 1 || node.children > 0) return false;",
+          "if (node.sealed || node.rows != 1) return false;",
+          "tests/test_host.py tests/test_host_random.py -k 'append or crop or operations'"),
+    Fault("planes of codes are not shifted", "kvtools/reference/quant.py",
+          "codes | part << low", "codes | part", QUANT + "'planes or (budget and reference)'"),
+    Fault("scales are those of the range", "kvtools/reference/quant.py",
+          "scale = to_scale((x * y).sum(-1, keepdim=True) / y.square().sum(-1, keepdim=True))",
+          "scale = to_scale(step)", QUANT + "'normals or loses'"),
+    Fault("codes hold a NaN as a number", "kvtools/reference/quant.py",
+          "return codes, scale.masked_fill(~finite[..., 0], torch.nan)", "return codes, scale",
+          QUANT + "'infinity and reference'"),
+    Fault("importance of a slot stays", "kvtools/reference/quant.py",
+          "        importance[where] = 0\n", "        pass\n", QUANT + "'append_kv and reference'"),
+    Fault("empty slots are the last victims", "kvtools/reference/evict.py",
+          "rank = protected.to(torch.int8) - empty.to(torch.int8)",
+          "rank = protected.to(torch.int8)", EVICT + "'select_victims and reference'"),
+    Fault("sinks count in the mean", "kvtools/reference/evict.py",
+          "mean = p[..., sinks:].sum(-1, keepdim=True) / seen",
+          "mean = p.sum(-1, keepdim=True) / seen", EVICT + "'test_key_scores and reference'"),
+    Fault("history does not move", "kvtools/reference/evict.py",
+          "    for pages in (k, v, k_scale, v_scale, position, importance, history):",
+          "    for pages in (k, v, k_scale, v_scale, position, importance):",
+          EVICT + "'compact_kv and reference'"),
+    Fault("the token that crosses top-p is left out", "kvtools/reference/sampling.py",
+          "before_bk = own_bk.cumsum(-1) - own_bk", "before_bk = own_bk.cumsum(-1)",
+          SAMPLING + "'transformers or (test_sample and reference)'"),
+    Fault("filters split ties", "kvtools/reference/sampling.py",
+          "kept_bv = z_bv >= floor_b.unsqueeze(1)",
+          "kept_bv = z_bv > floor_b.unsqueeze(1)", SAMPLING + "'ties and reference'"),
+    Fault("half of the seed is ignored", "kvtools/reference/sampling.py",
+          "key = seed_b1 & LOW_WORD, (seed_b1 >> 32) & LOW_WORD",
+          "key = seed_b1 & LOW_WORD, seed_b1 & LOW_WORD",
+          SAMPLING + "'documented or (noise and reference)'"),
+    Fault("two classes the wrong way round", "kvtools/reference/scoring.py",
+          "margin_s = logits_sk[:, 0] - logits_sk[:, 1]",
+          "margin_s = logits_sk[:, 1] - logits_sk[:, 0]", SCORING + "'step_scores and reference'"),
+    Fault("a rollout without steps has its neighbour's score", "kvtools/reference/scoring.py",
+          "last_r = torch.where(cu_steps.diff() > 0, cu_steps[1:] - 1, len(linked_s))",
+          "last_r = cu_steps[1:] - 1", SCORING + "'step_scores and reference'"),
+    Fault("ignored tokens count", "kvtools/reference/scoring.py",
+          "    logprob_t.masked_fill_(target_t == IGNORED, 0)\n", "",
+          SCORING + "'token_logprobs and reference'"),
+    Fault("victims are not noted", "kvtools/store.py",
+          "        self.journal.note(pages, CONTENT, where)\n        return slot",
+          "        return slot",
+          CACHE + "undone"),
+    Fault("positions that a crop empties are not noted", "kvtools/store.py",
+          '            self.journal.note(pages, ("position",), where)\n', "", CACHE + "undone"),
+    Fault("signals are not noted", "kvtools/cache.py",
+          "        self._journal.note(pages, SIGNALS)\n", "", CACHE + "undone"),
+    Fault("recent tokens are not noted", "kvtools/recent.py",
+          "        self.journal.note(pages, CONTENT[:4], where)\n", "", CACHE + "undone"),
+    Fault("the ring without its slot more", "kvtools/recent.py",
+          "self.size, self.slots, self.journal = size, size + 1, journal",
+          "self.size, self.slots, self.journal = size, size, journal", CACHE + "undone"),
+    Fault("oldest changes are undone first", "kvtools/transaction.py",
+          "in reversed(self.overwritten):", "in self.overwritten:", CACHE + "undone"),
+    Fault("no recovery", "kvtools/transaction.py",
+          "        else:\n            self.undo()", "        else:\n            self.close()",
+          "tests/test_cache.py tests/test_rollouts.py -k 'changes_nothing'"),
+    Fault("copies of rows with a budget share tokens", "kvtools/store.py",
+          "copy = self.budget is not None", "copy = False", CACHE + "'evict or forked'"),
+    Fault("the newest tokens are not protected", "kvtools/cache.py",
+          "protect_from_n=now - max(config.recent, edge)", "protect_from_n=now",
+          CACHE + "'prompt or protected'"),
+    Fault("copies of a row draw the same", "kvtools/rollouts.py",
+          "            seeds[copies] = row_seeds(self._seed, len(copies), self._seeded)\n", "",
+          ROLLOUTS + "diverge"),
+    Fault("a cut row stays finished", "kvtools/rollouts.py",
+          "finished=self.finished & ~cut", "finished=self.finished", ROLLOUTS + "revives"),
+    Fault("a peek is kept", "kvtools/rollouts.py",
+          "            change.undo()\n            self._commit()", "            self._commit()",
+          ROLLOUTS + "peek"),
+    Fault("one token too many is kept", "kvtools/prm/session.py",
+          "keep = min(old.held, _agree(old.ids, new.ids) - self._lag, need)",
+          "keep = min(old.held, _agree(old.ids, new.ids) + 1 - self._lag, need)",
+          PRM + "'moving or merged or growing'"),
+    Fault("the target's row of the head is not turned round", "kvtools/prm/heads.py",
+          "return margin_s * self.sign", "return margin_s", PRM + "published"),
+    Fault("control tokens in a step are control tokens", "kvtools/prm/layouts.py",
+          "            text = text.replace(control, chr(HIDDEN + i))\n", "            pass\n",
+          PRM + "control"),
+    Fault("beam: of equal scores the first is kept", "kvtools/search/trees.py",
+          'best = np.argsort([values[i] for i in live], kind="stable")[-width:]',
+          'best = np.argsort([-values[i] for i in live], kind="stable")[:width]',
+          SEARCH + "beam"),
+    Fault("REBASE: shares are rounded down", "kvtools/search/trees.py",
+          "math.ceil(width * weight / rest)", "math.floor(width * weight / rest)",
+          SEARCH + "rebase"),
+    Fault("weights multiply up after a draw", "kvtools/search/particles.py",
+          "                c.log_weight = 0.0\n", "                pass\n",
+          SEARCH + "'particle or evidence'"),
+    Fault("the reference is resampled", "kvtools/search/particles.py",
+          "rows, _ = particles.sweep(particles.restart(rows), n - 1)",
+          "rows, _ = particles.sweep(particles.restart(rows), n)", SEARCH + "gibbs"),
+    Fault("wrong use and failure have one exit code", "kvtools/cli/__init__.py",
+          "return 2 if isinstance(error, Usage) else 1", "return 1", CLI + "'wrong or model'"),
 ]  # fmt: skip
+
+
+def copy(tree: Path) -> None:
+    for name in TREE:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, symlinks=True)
+        elif source.exists():
+            shutil.copy2(source, tree / name)
 
 
 def plant(fault: Fault, tree: Path) -> None:
@@ -110,45 +270,66 @@ def plant(fault: Fault, tree: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new))
 
 
-def run(fault: Fault, tree: Path) -> bool:
-    """Whether the tests fail with the fault, by themselves and not for a lack of tests."""
+def run(tests: str, tree: Path, *, build: bool = False) -> tuple[bool, str]:
+    """Whether the tests pass, and what pytest says. It is an error if there are none."""
     env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    if fault.file.startswith("csrc"):
-        build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=tree, check=True, capture_output=True, env=env)
-    command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {fault.tests}"
-    done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True, env=env)
+    if build:
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        subprocess.run(command, cwd=tree, check=True, capture_output=True, env=env)
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, *shlex.split(tests)], cwd=tree, capture_output=True, text=True, env=env
+    )
     if done.returncode not in (0, 1):
-        raise SystemExit(
-            f"{fault.name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}"
-        )
-    return done.returncode == 1
+        raise SystemExit(f"{tests}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
+    return done.returncode == 0, done.stdout[-2000:]
+
+
+def check(faults: list[Fault]) -> None:
+    """Every entry fits the code, and its tests pass without it."""
+    wanted = defaultdict(set)
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy(tree)
+        for fault in faults:
+            original = (tree / fault.file).read_text()
+            plant(fault, tree)
+            (tree / fault.file).write_text(original)
+            files, _, cases = fault.tests.partition(" -k ")
+            wanted[files].add(" ".join(shlex.split(cases)))
+        for files, cases in wanted.items():
+            passed, said = run(
+                f"{files} -k {shlex.quote(' or '.join(f'({x})' for x in sorted(cases)))}", tree
+            )
+            if not passed:
+                raise SystemExit(f"{files} fails without a fault\n{said}")
+
+
+def caught(fault: Fault) -> tuple[bool, float]:
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        copy(tree)
+        plant(fault, tree)
+        passed, _ = run(fault.tests, tree, build=fault.file.startswith("csrc"))
+    return not passed, time.perf_counter() - begin
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="faults", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="faults whose name or file matches")
-    only = parser.parse_args().only
-    chosen = [x for x in FAULTS if re.search(only, f"{x.name} {x.file}")]
-    missed = []
-    for i, fault in enumerate(chosen, 1):
-        begin = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            tree = Path(folder)
-            for name in TREE:
-                source = ROOT / name
-                if source.is_dir():
-                    shutil.copytree(source, tree / name, symlinks=True)
-                elif source.exists():
-                    shutil.copy2(source, tree / name)
-            plant(fault, tree)
-            caught = run(fault, tree)
-        if not caught:
-            missed.append(fault.name)
-        state = "caught" if caught else "MISSED"
-        seconds = time.perf_counter() - begin
-        print(f"[{i}/{len(chosen)}] {state}: {fault.name} ({seconds:.0f} s)", flush=True)
-    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults caught")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at a time")
+    options = parser.parse_args()
+    chosen = [x for x in FAULTS if re.search(options.only, f"{x.name} {x.file}")]
+    check(chosen)
+    missed = 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for i, (red, seconds) in enumerate(pool.map(caught, chosen)):
+            missed += not red
+            state = "caught" if red else "MISSED"
+            said = f"[{i + 1}/{len(chosen)}] {state}: {chosen[i].name} ({seconds:.0f} s)"
+            print(said, flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} faults caught")
     return bool(missed)
 
 

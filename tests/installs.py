@@ -118,24 +118,23 @@ def test_the_sdist_holds_every_source(sdist):
             assert files and not [x for x in files if not (sdist / x).exists()]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+def pythons(version):
+    """Those of this version that are here and run."""
+    found = [
+        shutil.which(f"python{version}"),
+        *Path.home().glob(f".pyenv/versions/{version}.*/bin/python"),
+    ]
+    return [
+        x
+        for x in found
+        if x and not subprocess.run([x, "--version"], capture_output=True).returncode
+    ]
+
+
+@pytest.mark.parametrize("version", [x for x in VERSIONS if x == HERE or pythons(x)])
 def test_pure(version, sdist, tmp_path):
     """KVTOOLS_EXT=0, under each Python: all but the host's part works, by the reference."""
-    if version == HERE:
-        python = environment(tmp_path)
-    else:
-        found = [
-            shutil.which(f"python{version}"),
-            *Path.home().glob(f".pyenv/versions/{version}.*/bin/python"),
-        ]
-        found = [
-            x
-            for x in found
-            if x and not subprocess.run([x, "--version"], capture_output=True).returncode
-        ]
-        if not found:
-            pytest.skip(f"python{version} is not here")
-        python = fresh(tmp_path, found[0])
+    python = environment(tmp_path) if version == HERE else fresh(tmp_path, pythons(version)[0])
     install(python, sdist, KVTOOLS_EXT="0")
     place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     assert not list(Path(place, "kvtools").rglob("*.so"))

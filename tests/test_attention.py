@@ -235,12 +235,13 @@ INTERPRETED = {  # heads; all of them would take minutes
 }
 
 
+@pytest.mark.only(
+    when=lambda impl, dtype, G, D: not interpreted(impl) or (G, D) in INTERPRETED[dtype]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("G,D", [(1, 16), (3, 64), (7, 128), (12, 24)])
 def test_tree_attention_within_budget(format, dtype, G, D, impl):
-    if interpreted(impl) and (G, D) not in INTERPRETED[dtype]:
-        pytest.skip("these heads are interpreted with another dtype")
     case = Case(12, k_format=format, v_format=format, dtype=dtype, G=G, D=D)
     check(case, impl, case.expanded())
 
@@ -332,6 +333,7 @@ def test_tree_attention_merges_many_parts(impl):
     check(case, impl, case.expanded())
 
 
+@pytest.mark.long_if(when=interpreted)
 def test_tree_attention_random(impl):
     @settings(max_examples=6 if interpreted(impl) else 60, deadline=None)
     @given(
@@ -744,6 +746,7 @@ def test_plans_are_checked_when_they_are_made(name, change, error, message):
                 Plan.from_host(arrays)
 
 
+@pytest.mark.long_if(when=interpreted)
 def test_a_plan_may_be_followed_whatever_its_lengths_become(impl):
     """`length` is the caller's to change: items bound what is read."""
     case = Case(7, dtype=native(impl), tile=2, chunk=16)
@@ -772,14 +775,18 @@ def test_positions_below_zero_are_noted_within_history(impl):
     assert (histories[1] != 0).any() and torch.equal(*histories)
 
 
+def few(impl, format, value):
+    """Fewer cases where a CPU stands for the GPU."""
+    return not interpreted(impl) or (format != "fp8" and (value == torch.inf) != (format == "int4"))
+
+
+@pytest.mark.only(when=few)
 @pytest.mark.parametrize("what", ["q", "k", "v"])
 @pytest.mark.parametrize("format", ["none", "int4", "fp8"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_infinity_never_look_like_numbers(format, value, what, impl):
     """What a query sees makes its output NaN; the rows of other prompts keep theirs."""
     many = not interpreted(impl)
-    if not many and (format == "fp8" or (value == torch.inf) == (format == "int4")):
-        pytest.skip("a CPU stands for the GPU: fewer cases")
     case = Case(12, k_format=format, v_format=format, dtype=native(impl), D=32, G=9 if many else 2)
     tracks(case, 40)
     expected = attend(case, impl, window=40)
@@ -850,9 +857,8 @@ def tracks(case, window):
     case.pages.history = int32(*lead, -(-window // 32))
 
 
+@pytest.mark.only(when=lambda: bool(CUDA))
 def test_tree_attention_of_large_heads_in_cuda_raises():
-    if "cuda" not in torch.ops.kvtools.tree_attention.overloads():
-        pytest.skip("kvtools was built without csrc/cuda")
     for D in (60, 264):
         case = Case(0, dtype=torch.float32, D=D)
         device = "cuda" if CUDA == "cuda" else "cpu"

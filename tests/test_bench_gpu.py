@@ -51,6 +51,7 @@ def results(folder, part):
     return json.loads((folder / f"{part}.json").read_text())
 
 
+@pytest.mark.long
 def test_every_stage_is_reached(here, tmp_path, capsys):
     rehearse(tmp_path, "--part", *PARTS)
     said = capsys.readouterr().out
@@ -280,7 +281,7 @@ def test_what_comes_back_is_kept_and_shown(tmp_path):
     assert list(parts["attention"]["cells"]) == ["llama 64 x 512"] and "smoke" in parts
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.only(when=lambda: not torch.cuda.is_available())
 def test_needs_a_gpu(tmp_path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert "needs a CUDA device" in capsys.readouterr().out

@@ -394,6 +394,7 @@ def quantised(k_bits, v_bits, **options):
     return twin
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("k_bits", list(BITS))
 @pytest.mark.parametrize("v_bits", [16, 8, 3])
 @pytest.mark.parametrize("recent_bits", [None, 16, 8])

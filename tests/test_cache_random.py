@@ -72,16 +72,17 @@ class Machine(RuleBasedStateMachine):
         assert (forest.free_pages, forest.num_nodes) == (forest.num_pages, 0)
 
 
+@pytest.mark.parametrize("examples", [6, pytest.param(40, marks=pytest.mark.long)])
 @pytest.mark.parametrize("config", [
     *(CacheConfig(page_size=size) for size in (1, 3, 16)),
     CacheConfig(k_bits=4, v_bits=3, recent=4, sinks=2, page_size=3),
     CacheConfig(k_bits=8, v_bits=4, recent=7, recent_bits=16, sinks=1),
 ], ids=lambda c: f"{c.k_bits or 16} bits, pages of {c.page_size}")  # fmt: skip
-def test_cache_under_random_operations(config):
+def test_cache_under_random_operations(config, examples):
     run_state_machine_as_test(
         type("Machine", (Machine,), {"config": config}),
         settings=settings(
-            max_examples=40, stateful_step_count=40, deadline=None, derandomize=True,
+            max_examples=examples, stateful_step_count=40, deadline=None, derandomize=True,
             suppress_health_check=list(HealthCheck),
         ),
     )  # fmt: skip

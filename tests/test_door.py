@@ -74,9 +74,6 @@ MODELS = {
     "a window in the mask alone": lambda: build(
         "Qwen2MoeConfig", **EXPERTS, use_sliding_window=True, sliding_window=16, max_window_layers=4
     ),
-    "a window in the cache alone": lambda: build(
-        "LlamaConfig", sliding_window=16, layer_types=["sliding_attention"] * 4
-    ),
     "latent keys": lambda: build(
         "DeepseekV3Config", **EXPERTS, **LATENT, head_dim=8, v_head_dim=16, first_k_dense_replace=1,
         num_key_value_heads=4,
@@ -211,6 +208,11 @@ def own_inputs():
     return model
 
 
+def window_of_the_cache():
+    """The cache forgets what the mask shows."""
+    return build("LlamaConfig", sliding_window=16, layer_types=["sliding_attention"] * 4)
+
+
 def both_ways():
     model = fresh_model()
     model.config.is_causal = False
@@ -219,7 +221,7 @@ def both_ways():
 
 REFUSED = {
     "neither causal nor": chunked, "not transformers' own": own_attention,
-    "changes inputs_embeds": own_inputs,
+    "changes inputs_embeds": own_inputs, "its own cache": window_of_the_cache,
     "causal nor causal": both_ways,
 }  # fmt: skip
 

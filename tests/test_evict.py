@@ -165,13 +165,12 @@ def test_select_victims(N, H, S, count, dtype, device, impl):
         assert torch.equal(one[0], actual[row])
 
 
+@pytest.mark.only(when=lambda impl: impl != "triton")  # which splits rows much shorter
 @pytest.mark.parametrize("worths", ["few", "many", "one"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32], ids=str)
 @pytest.mark.parametrize("count", [100, 4100])
 def test_select_victims_of_many(count, dtype, worths, device, impl):
     """More tokens than a block sorts: it finds its part of them, digit by digit."""
-    if impl == "triton":
-        pytest.skip("splits rows much shorter")
     score, tie, position, below, start = make_candidates(1, 2, 4500, device)
     if worths == "many":
         score = torch.randn(score.shape).to(device) * 2**40

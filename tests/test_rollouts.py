@@ -72,15 +72,16 @@ def test_greedy_is_generate(name):
     assert not r.finished.any() and r.rows == 5
 
 
-@pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
+@pytest.mark.only(when=lambda: len(kvtools.ops.OPS["sample"].impls) > 2)
+@pytest.mark.parametrize(
+    "config", [EXACT, pytest.param(TIGHT, marks=pytest.mark.long)], ids=["exact", "tight"]
+)
 def test_tokens_do_not_depend_on_the_implementation(config):
     texts, found = prompts(9, 7), {}
-    for impl in ("reference", "cpu", "triton"):
-        if impl not in kvtools.ops.OPS["sample"].impls:
-            pytest.skip(f"{impl} is not installed")
+    for impl in {"reference", "cpu", "triton"} & set(kvtools.ops.OPS["sample"].impls):
         r = run(texts, 2, 5, replace(config, impl=impl, layer_budget="uniform"), seed=3, top_p=0.9)
         found[impl] = r.tokens
-    assert found["cpu"] == found["reference"] == found["triton"]
+    assert all(tokens == found["reference"] for tokens in found.values())
 
 
 def test_logprobs():
@@ -501,9 +502,10 @@ def started(config, **options):
     return r
 
 
+@pytest.mark.parametrize("points", [1, pytest.param(6, marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", ["interrupt", "memory", "no memory at all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_call_that_raises_changes_nothing(kind, how):
+def test_a_call_that_raises_changes_nothing(kind, how, points):
     """At points all over every call; in the end rows say what undisturbed ones say."""
     rng = np.random.default_rng(len(kind + how))
     r, twin = started(KINDS[kind]), started(KINDS[kind])
@@ -518,8 +520,7 @@ def test_a_call_that_raises_changes_nothing(kind, how):
         before, call, result = seen(r), operations(r)[name], None
         with stopper() as whole:
             want = operations(twin)[name]()
-        points = rng.integers(1, whole.seen + 1, 6)
-        for at in [*points, whole.seen]:
+        for at in [*rng.integers(1, whole.seen + 1, points), whole.seen]:
             try:
                 with stopper(at):
                     result = call()

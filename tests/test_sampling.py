@@ -142,6 +142,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+# The reference takes its time, and gives the tokens that the others give.
+@pytest.mark.long_if(when=lambda impl: impl == "reference")
 @pytest.mark.parametrize("name", list(FILTERS)[1:])
 def test_sample_frequencies(name, device, impl, one_thread):
     """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
@@ -240,10 +242,10 @@ def test_implementations_agree(kwargs, device, impl):
             torch.testing.assert_close(ours, theirs)
 
 
+# The interpreter takes minutes.
+@pytest.mark.only(when=lambda impl: impl != "triton" or not interpreted(impl))
 def test_large_vocabulary(device, impl):
     """Of a language model, and rows that take all ways through the kernels."""
-    if impl == "triton" and interpreted(impl):
-        pytest.skip("takes minutes")
     options = {
         "temperature": [0.7, 0.0, 1.0, 1.5, 0.9, 0.8],
         "top_k": [0, 0, 50, 0, 3000, 20],
@@ -296,11 +298,10 @@ def test_implementations_agree_at_the_boundary(device, impl):
         torch.testing.assert_close(actual[2], expected[2])
 
 
+@pytest.mark.only(when=lambda impl: impl not in ("triton", "cuda"))  # which run no threads
 @pytest.mark.parametrize("B", [1, 2, 5])
 @filters
 def test_threads_do_not_show(B, kwargs, device, impl, one_thread):
-    if impl == "triton":
-        pytest.skip("runs no threads")
     args = make_rows(B, 4099, torch.bfloat16, device)
     expected = sample(*args, **kwargs, impl=impl)
     for threads in (2, 3):

@@ -287,9 +287,8 @@ def test_token_logprobs_of_rising_logits(device, impl, monkeypatch):
     assert_within_budget("logprob", actual_t, exact_t, eager_t)
 
 
+@pytest.mark.only(when=lambda impl: impl != "reference")  # claimed of the kernels
 def test_token_logprobs_of_a_row_depend_on_neither_batch_nor_threads(device, impl):
-    if impl == "reference":
-        pytest.skip("claimed of the kernels only")
     hidden_tm, weight_vm, target_t, bias_v = make_tokens(150, 40, 3200, torch.float32, device)
     if impl == "triton" and not torch.cuda.is_available():
         # Exact products: those of the interpreter round a row by its place in the tile.
@@ -305,9 +304,8 @@ def test_token_logprobs_of_a_row_depend_on_neither_batch_nor_threads(device, imp
     torch.set_num_threads(before)
 
 
+@pytest.mark.only(when=lambda impl: impl != "reference")  # claimed of the kernels
 def test_step_scores_of_a_row_depend_on_neither_batch_nor_threads(device, impl):
-    if impl == "reference":
-        pytest.skip("claimed of the kernels only")
     hidden_tm, step_s, cu_steps, *head = make_steps([4] * 16, torch.float32, device)
     whole = step_scores(hidden_tm, step_s, cu_steps, *head, impl=impl)
     before = torch.get_num_threads()

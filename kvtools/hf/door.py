@@ -144,9 +144,10 @@ class Door:
             if keyword and window and keyword != window:
                 raise Unsupported(f"layer {layer} is told a window of {keyword}, its mask {window}")
         held = self.cached[layer] if layer < len(self.cached) else 0
-        if held and window and held != window:
-            raise Unsupported(f"layer {layer} keeps {held} tokens in its cache and sees {window}")
-        window = window or held or 0  # some let the cache alone forget
+        if held and held != window:
+            raise Unsupported(
+                f"layer {layer} keeps {held} tokens in its own cache and sees {window or 'all'}"
+            )
         self.windows[layer] = window
         return window
 
