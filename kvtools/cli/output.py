@@ -1,7 +1,7 @@
 """What commands print: progress, and figures of a run."""
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 FIGURES = ("", "prefill s", "tokens/s", "KV MiB")
 
@@ -9,7 +9,8 @@ FIGURES = ("", "prefill s", "tokens/s", "KV MiB")
 def progress() -> Progress:
     """A bar on standard error, gone when done; nothing where that is no terminal."""
     console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    times = TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), *times)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
