@@ -108,9 +108,11 @@ def impl_of(item) -> str:
 
 
 def holds(mark, item) -> bool:
-    """`when` of a mark for a case's parameters; `impl` is without its instruction set."""
+    """`when` of a mark for a case's parameters; `impl` is without its instruction set, and
+    `again` tells that it is not the best one."""
     params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
-    params |= {"impl": impl_of(item).partition("-")[0]} if "impl" in params else {}
+    if impl := impl_of(item):
+        params |= {"impl": impl.partition("-")[0], "again": impl in ISAS[:-1]}
     when = mark.kwargs["when"]
     return when(**{x: params[x] for x in signature(when).parameters if x in params})
 

@@ -157,6 +157,7 @@ SIZES = [(12, 8, 3, 4), (12, 3, 2, 10), (10, 1, 1, 3), (9, 5, 2, 1), (16, 40, 4,
          (20, 33, 4, 16), (7, 64, 3, None)]  # fmt: skip
 
 
+@pytest.mark.long_if(when=lambda B, group: (B % 2 == 0) == (group == "all"))
 @pytest.mark.parametrize("group", ["all", "mean"])
 @pytest.mark.parametrize("B,w,r,m", SIZES)
 def test_scissorhands_is_the_literal_algorithm(B, w, r, m, group):
