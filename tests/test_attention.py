@@ -275,6 +275,9 @@ def test_tree_attention_of_unaligned_slots(format, pad, impl):
         assert torch.equal(x, y)
 
 
+@pytest.mark.long_if(
+    when=lambda impl, format: interpreted(impl) and format not in ("none", "int4", "int3")
+)
 @pytest.mark.parametrize(
     "format,dtype",
     [(f, torch.float32) for f in FORMATS] + [("none", torch.float16), ("none", torch.bfloat16)],

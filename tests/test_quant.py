@@ -476,6 +476,7 @@ def test_append_kv_raises():
             kvtools.append_kv(*args)
 
 
+@pytest.mark.long_if(when=lambda again: again)
 @pytest.mark.parametrize("format", QUANTISED)
 def test_quant_contract(format, device, opcheck):
     x = torch.randn(3, 2, 8, device=device)

@@ -142,8 +142,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# The reference takes its time, and gives the tokens that the others give.
-@pytest.mark.long_if(when=lambda impl: impl == "reference")
+# All give the same tokens; other tests show that.
+@pytest.mark.long_if(when=lambda impl, again: again or impl == "reference" or interpreted(impl))
 @pytest.mark.parametrize("name", list(FILTERS)[1:])
 def test_sample_frequencies(name, device, impl, one_thread):
     """Many draws against the filtered distribution: chi-square, and nothing filtered is drawn."""
@@ -217,6 +217,7 @@ def test_shortcuts_do_not_show(guess, device, monkeypatch):
         assert torch.equal(floor_b, expected_b[rows])
 
 
+@pytest.mark.long_if(when=interpreted)
 @filters
 def test_row_does_not_depend_on_its_batch(kwargs, device, impl):
     B = 2 if interpreted(impl) else 9
@@ -384,6 +385,7 @@ def test_rows_without_a_finite_maximum(device, impl):
         assert torch.equal(token_b[4:], alone[0])
 
 
+@pytest.mark.long_if(when=interpreted)
 @filters
 def test_masked_and_huge_logits(kwargs, device, impl):
     """As constrained decoding has them; and too great for fp64 to hold the noise beside them."""
