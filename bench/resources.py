@@ -311,9 +311,11 @@ def edges(row: str) -> list[tuple[str, int, int, int]]:
     ]
 
 
-def build_all(rows: list[str], jobs: int, console: Console) -> dict[tuple[str, str], dict]:
+def build_all(
+    rows: list[str], archs: list[int], jobs: int, console: Console
+) -> dict[tuple[str, str], dict]:
     """Binaries by kernel and case, then by architecture; each under the first case that has it."""
-    tasks = [(row, i, arch) for row in rows for i in range(len(cases(row))) for arch in ARCHS]
+    tasks = [(row, i, arch) for row in rows for i in range(len(cases(row))) for arch in archs]
     apart = [task for row in rows for task in edges(row)]
     with (
         ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
@@ -395,6 +397,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="results")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {', '.join(ROWS)}")  # fmt: skip
+    parser.add_argument("--archs", nargs="+", type=int, choices=ARCHS, default=list(ARCHS),
+                        metavar="SM", help=f"of {', '.join(map(str, ARCHS))}")  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count(), help="processes")
     parser.add_argument("--cuda", type=Path, metavar="PATH", help="library with csrc/cuda")
     args = parser.parse_args(argv)
@@ -403,10 +407,11 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     version = triton.__version__
-    found = build_all(args.rows, args.jobs, console)
+    archs = {arch: ARCHS[arch] for arch in args.archs}
+    found = build_all(args.rows, args.archs, args.jobs, console)
     multiply = set().union(*(ROWS[row][1] for row in args.rows))
-    targets = judge(found, multiply, spills=SPILLED.get(version, 0))
-    console.print(table(found))
+    targets = judge(found, multiply, archs, SPILLED.get(version, 0))
+    console.print(table(found, archs))
     of_cuda = {}
     if args.cuda:
         of_cuda = read_library(args.cuda)
