@@ -125,11 +125,11 @@ def _step_scores_kernel(
         live = offs_s < end
         row = tl.load(step_ptr + offs_s * stride_s, mask=live, other=0).to(tl.int64)
         there = (row >= 0) & (row < T)
+        start = tl.where(there, 0.0, float("nan"))
         margin = _margin(
-            hidden_ptr + row * stride_ht, live & there, stride_hm, weight_ptr, stride_wk, stride_wm,
-            bias_ptr, stride_b, M, K, BLOCK_S, BLOCK_M,
+            hidden_ptr + row * stride_ht, live & there, start, stride_hm, weight_ptr, stride_wk,
+            stride_wm, bias_ptr, stride_b, M, K, BLOCK_S, BLOCK_M,
         )  # fmt: skip
-        margin = tl.where(there, margin, float("nan"))
         prob = margin
         if LINK == "sigmoid":
             prob = tl.sigmoid(margin)
@@ -181,11 +181,11 @@ def _step_scores_kernel(
 
 @triton.jit
 def _margin(
-    hidden_ptrs, live, stride_hm, weight_ptr, stride_wk, stride_wm, bias_ptr, stride_b,
+    hidden_ptrs, live, start, stride_hm, weight_ptr, stride_wk, stride_wm, bias_ptr, stride_b,
     M, K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Log-odds of the rows at `hidden_ptrs`. Logits are subtracted by subtracting head rows."""
-    a = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
+    """Log-odds of the rows at `hidden_ptrs`, and `start`: logits differ by rows' differences."""
+    a = tl.zeros([BLOCK_S, BLOCK_M], tl.float32) + start[:, None]
     b = tl.zeros([BLOCK_S, BLOCK_M], tl.float32)
     # Unlike those of a launch, the stages of a loop also hold loads that feed no product.
     for m in tl.range(0, M, BLOCK_M, num_stages=4):
