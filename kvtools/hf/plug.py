@@ -8,7 +8,7 @@ to them, such as a forward of another thread, is handed to that unchanged.
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -234,12 +234,14 @@ def _attend(
         _touched("other tokens")
     options = _options(module, stock, layer, forward, attention_mask, query, kwargs)
     q, k, v = query, key, value
-    if torch.is_autocast_enabled(q.device.type):  # as products under autocast take them
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    place = q.device.type
+    autocast = place != "meta" and torch.is_autocast_enabled(place)
+    if autocast:  # as products under it would take them
+        q, k, v = (x.to(torch.get_autocast_dtype(place)) for x in (q, k, v))
     wide, d = max(k.shape[-1], v.shape[-1]), v.shape[-1]
     # Zeros change neither scores nor the part of the output that is returned.
     q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(place, enabled=False) if autocast else nullcontext():
         if forward.filling:
             if first:
                 length = forward.kv.announced

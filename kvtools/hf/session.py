@@ -259,19 +259,21 @@ def _probe(model: Any, door: Door) -> None:
     window = min(filter(None, door.cached), default=0)
     length = PROBE + (window if window <= FEW else 0)  # so that it is seen, where that is cheap
     ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
-    part = _first_layers(decoder, door)
-    try:
-        plain = _by_itself(part, model, door, ids)
-    except (IndexError, KeyError):  # it does not do with fewer layers
-        part = decoder
-        plain = _by_itself(part, model, door, ids)
+    part, plain = _first_layers(decoder, door), None
+    noisy = any(isinstance(x, torch.nn.Dropout) and x.training and x.p for x in part.modules())
+    if device.type != "meta" and not noisy:  # else there is nothing to compare
+        try:
+            plain = _by_itself(part, model, door, ids)
+        except (IndexError, KeyError):  # it does not do with fewer layers
+            part = decoder
+            plain = _by_itself(part, model, door, ids)
     wrong: int | Unsupported | None = None
     for counted in [False, True] if door.positions else [True]:
-        for loose in (False, True):
+        for loose in (False, True) if plain is not None else (False,):
             door.counted, door.loose = counted, loose
             wrong = _first_wrong(part, door, ids, plain)
             if wrong is None:
-                door.probed = not model.training  # dropout would differ
+                door.probed = plain is not None
                 return
             if not isinstance(wrong, Touched):
                 break
@@ -300,7 +302,9 @@ def _by_itself(part: Any, model: Any, door: Door, ids: Tensor) -> Tensor:
     return torch.cat([run(*step, **options) for step in steps])
 
 
-def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | Unsupported | None:
+def _first_wrong(
+    part: Any, door: Door, ids: Tensor, plain: Tensor | None
+) -> int | Unsupported | None:
     """First position at which two rows of a prompt, one ahead, are not as `plain` says."""
     run = Session.__new__(Session)._start(part, door, CacheConfig(), ids.device)
     try:
@@ -316,8 +320,8 @@ def _first_wrong(part: Any, door: Door, ids: Tensor, plain: Tensor) -> int | Uns
         failed = Unsupported(f"its forward fails ({type(error).__name__}: {error})")
         failed.__cause__ = error
         return failed
-    if plain.device.type == "meta" or part.training:  # nothing to compare
-        return 0 if door.loose else None
+    if plain is None:
+        return None
     where, ours = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
     want = plain[where.to(plain.device)].float()
     error = (ours.float() - want).square().mean(-1).sqrt() / want.square().mean(-1).sqrt()
