@@ -166,6 +166,7 @@ def test_preset():
         CacheConfig.preset("tiny")
 
 
+@pytest.mark.long
 def test_quick_bench_is_within_its_bounds(tmp_path, capsys):
     """SmolLM2 and the two small models, against bench/bounds.json."""
     try:
