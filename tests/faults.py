@@ -70,7 +70,7 @@ FAULTS = [
     Fault("values smaller than keys", "kvtools/hf/plug.py",
           "[..., :d], None", "[..., :wide], None", DOOR + "smaller"),
     Fault("autocast is not seen", "kvtools/hf/plug.py",
-          "    if torch.is_autocast_enabled(q.device.type):", "    if False:",
+          "    if autocast:", "    if False:",
           DOOR + "'autocast or mixed'"),
     Fault("masks are left out for all threads", "kvtools/hf/plug.py",
           "_here = threading.local()", "_here = type('Here', (), {})()",
