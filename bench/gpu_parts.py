@@ -224,6 +224,8 @@ def run_tests(bench, name: str, args: list[str]) -> dict:
         process = subprocess.Popen(
             [*command, *args, *(spread if bench.device == "cuda" else [])],
             cwd=ROOT, stdout=out, stderr=out, env=os.environ | {"COLUMNS": "300"},
+            # In the background of a shell it is ignored, and then pytest could not be stopped.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
         while process.poll() is None:
             try:
