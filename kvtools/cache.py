@@ -119,12 +119,12 @@ class KVCache:
     @property
     def prompt_lengths(self) -> np.ndarray:
         """[rows] tokens of each row that are its prompt's."""
-        return np.array([self._prompts[i].length for i in self._prompt], np.int64)
+        return np.array([prompt.length for prompt in self._prompts], np.int64)[self._prompt]
 
     @property
     def switched(self) -> np.ndarray:
         """[rows] what `add_prompt` was told of each row's prompt."""
-        return np.array([self._prompts[i].switched for i in self._prompt], bool)
+        return np.array([prompt.switched for prompt in self._prompts], bool)[self._prompt]
 
     def transaction(self) -> Transaction:
         """Open a transaction, which undoes what comes next: prompts added and filled, or one

@@ -41,7 +41,6 @@ class Door:
         kind: what messages call the model.
         configs: those that its attention and masks look at, whose names are switched.
         stock: name of its own attention function.
-        layers: how many it caches.
         positions: its forward takes `position_ids`.
         counted: it counts positions from the cache instead, so that a forward may hold rows of one
             length only. Found by the probe.
@@ -60,7 +59,6 @@ class Door:
     kind: str
     configs: list[Any]
     stock: str
-    layers: int
     positions: bool
     cached: list[int | None]
     ropes: list[Callable[[np.ndarray], np.ndarray]]
@@ -71,6 +69,11 @@ class Door:
     shared: bool = False
     probed: bool = False
     windows: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        """How many there are to cache."""
+        return len(self.cached)
 
     def groups(self, before: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
         """Rows that may share a forward, among those with a token to come."""
@@ -105,7 +108,8 @@ class Door:
 
     def mask_window(self, wanted: dict[str, Any]) -> int:
         """Window of a mask that is to be made; 0 for none, or where windows are known."""
-        if len(self.windows) == self.layers or "flash" in self.stock:
+        known = len(self.windows) == self.layers - self.cached.count(None)
+        if known or "flash" in self.stock:
             return 0
         zero = torch.zeros((), dtype=torch.int64)
 
@@ -143,7 +147,7 @@ class Door:
             window = window_of(forward, mask)
             if keyword and window and keyword != window:
                 raise Unsupported(f"layer {layer} is told a window of {keyword}, its mask {window}")
-        held = self.cached[layer] if layer < len(self.cached) else 0
+        held = self.cached[layer]
         if held and held != window:
             raise Unsupported(
                 f"layer {layer} keeps {held} tokens in its own cache and sees {window or 'all'}"
@@ -240,11 +244,13 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
                 limit = module.original_max_seq_len
                 ropes.append(lambda length, limit=limit: np.maximum(length, limit))
                 dynamic.append(module)
+    cached = [
+        getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers
+    ]
     return Door(
-        kind, list(found.values()), stock, len(layers) or config.num_hidden_layers,
+        kind, list(found.values()), stock,
         "position_ids" in inspect.signature(core.forward).parameters,
-        [getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers],
-        ropes, dynamic,
+        cached or [0] * config.num_hidden_layers, ropes, dynamic,
         _switch(model, sorted(limits - {None})),
     )  # fmt: skip
 
@@ -259,11 +265,8 @@ def _longrope_limit(config: Any, layer_type: str | None) -> int:
     rope = config.rope_parameters
     rope = rope if layer_type is None else rope[layer_type]
     limit = rope.get("original_max_position_embeddings")
-    return (
-        limit
-        or getattr(config, "original_max_position_embeddings", None)
-        or (config.max_position_embeddings)
-    )
+    limit = limit or getattr(config, "original_max_position_embeddings", None)
+    return limit or config.max_position_embeddings
 
 
 class _Past(CacheLayerMixin):

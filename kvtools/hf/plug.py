@@ -232,7 +232,7 @@ def _attend(
     # Layers that share, at the end of a prefill, may be run for its last token alone.
     if key.shape[2] != query.shape[2] and not (forward.filling and not first):
         _touched("other tokens")
-    options = _options(module, stock, layer, forward, attention_mask, query, kwargs)
+    options = _options(stock, layer, forward, attention_mask, query, kwargs)
     q, k, v = query, key, value
     place = q.device.type
     autocast = place != "meta" and torch.is_autocast_enabled(place)
@@ -256,7 +256,6 @@ def _attend(
 
 
 def _options(
-    module: torch.nn.Module,
     stock: str,
     layer: int,
     forward: Forward,

@@ -346,8 +346,8 @@ def _first_layers(decoder: Any, door: Door) -> Any:
     types = getattr(door.configs[0], "layer_types", None) or [None] * len(layers)
     kinds: dict[tuple, int] = {}
     for i, layer in enumerate(layers):
-        own = door.cached[i] if i < len(door.cached) else 0
-        kinds.setdefault((own, types[i], type(layer), *(type(x) for x in layer.children())), i)
+        parts = (type(x) for x in layer.children())
+        kinds.setdefault((door.cached[i], types[i], type(layer), *parts), i)
     part = copy.copy(decoder)
     part.__dict__ = dict(vars(decoder))
     part._modules = dict(decoder._modules)
