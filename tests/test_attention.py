@@ -1,6 +1,7 @@
 """Row `attention`: attention over a forest, merging states, importance."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -410,7 +411,7 @@ def test_plans_take_turns_in_reserved_tensors(impl):
     sizes = {name: len(getattr(large.plan, name)) + 3 for name in Plan.TENSORS}
     sizes["part_indptr"] = 1 + max(len(small.q), len(large.q))
     tokens = sizes["part_indptr"] - 1
-    held = small.plan.reserve(**sizes, pages=large.plan.pages)
+    held = small.plan.reserve(**sizes, pages=large.plan.pages[0])
     for case in (small, large, small):
         expected = attend(case, impl)
         blank = tokens - len(case.q)
@@ -422,7 +423,7 @@ def test_plans_take_turns_in_reserved_tensors(impl):
             torch.testing.assert_close(x[: len(y)], y)  # tiles may differ
             assert (x[len(y) :] == nothing).all()
     with pytest.raises(ValueError, match=r"reserve\(page"):
-        small.plan.reserve(pages=large.plan.pages).copy_(large.plan)
+        small.plan.reserve(pages=large.plan.pages[0]).copy_(large.plan)
     with pytest.raises(ValueError, match=r"reserve\(pages=...\) more"):
         small.plan.reserve(**sizes).copy_(large.plan)
     with pytest.raises(ValueError, match="no rows"):
@@ -550,6 +551,119 @@ def test_importance(group, most, impl):
         assert mass.sum() > 0 and low.any()
 
 
+class Several(Case):
+    """A case of which sinks and the newest tokens of each row lie in stores of their own: sinks in
+    one page for all rows, not quantised, a ring of 9 slots per row, and new tokens one by one."""
+
+    NEW, RING = 6, 9  # positions that a query reads in recent pages, slots of a ring
+
+    def __init__(self, seed, formats, *, H=2, G=3, D=16, dtype=torch.float64, most=3, **how):
+        k_format, v_format, recent = formats
+        super().__init__(
+            seed, k_format=k_format, v_format=v_format, H=H, G=G, D=D, dtype=dtype, most=most,
+            scatter=True, **how,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(seed)
+        rows, total = len(self.counts), len(self.q)
+
+        def filled(pages, page_size, format, **how):
+            new = KVPages.empty(
+                pages, H, page_size, D, k_format=format, v_format=format, dtype=dtype, **how
+            )
+            k, v = torch.randn(2, pages * page_size, H, D, generator=generator).to(dtype)
+            if how:
+                new.position.fill_(0)
+                new.recent = True
+            kvtools.append_kv(k, v, torch.arange(len(k)), new, torch.zeros(len(k)).int())
+            return new
+
+        def plan(table, lens, size):
+            return _host.plan_from_block_table(np.array(table), np.array(lens), size, self.counts)
+
+        sinks = filled(1, 3, "none")
+        ring, new = (filled(*size, recent, position=True) for size in ((rows, 9), (total, 1)))
+        last = torch.from_numpy(self.lengths.astype(np.int32))
+        back = torch.randint(-2, 20, ring.position.shape, generator=generator, dtype=torch.int32)
+        ring.position[:] = last[:, None, None] - back
+        new.position[:] = self.position[:, None, None]
+        start = np.cumsum(self.counts) - self.counts
+        own = start[:, None] + np.arange(max(self.counts))
+        self.all = [self.pages, sinks, ring, new]
+        self.arrays = [
+            self.forest.plan(self.counts, *(how.get(x, 0) for x in ("tile", "chunk"))),
+            plan([[0]] * rows, [3] * rows, 3), plan(np.arange(rows)[:, None], [9] * rows, 9),
+            plan(np.minimum(own, total - 1), self.counts, 1),
+        ]  # fmt: skip
+        self.before = self.position - self.NEW + 1
+        self.frame = torch.stack(
+            [torch.zeros(2, H, D), 2.0 ** torch.randint(-3, 4, (2, H, D), generator=generator)], 1
+        ).to(dtype)
+        self.frame_t = torch.arange(total, dtype=torch.int32) % 2
+
+    def attend(self, impl, stores=4, **how):
+        plan = Plan.from_host(self.arrays[:stores])
+        return kvtools.tree_attention(
+            self.q, self.position, self.all[:stores], plan, before_t=self.before,
+            frame=self.frame, frame_t=self.frame_t, impl=impl, **how,
+        )  # fmt: skip
+
+    def chained(self, stores=4, *, window=0, group="all", sink_h=None, **how):
+        """The same by one call of the reference for each store."""
+        gain = self.frame[self.frame_t.long(), 1]
+        q = self.q / gain.repeat_interleave(self.q.shape[1] // gain.shape[1], 1)
+        state = None
+        for i in (*range(1, stores), 0):
+            how |= dict(sliding=self.NEW) if i > 1 else dict(sliding=0)
+            if i == 0:
+                how |= dict(before_t=self.before, window=window, group=group, sink_h=sink_h)
+            pages = replace(self.all[i], recent=False)
+            state = kvtools.tree_attention(
+                q, self.position, pages, Plan.from_host(self.arrays[i]), state=state,
+                impl="reference", **how,
+            )  # fmt: skip
+        return state
+
+
+@pytest.mark.parametrize("most", [1, 3])
+@pytest.mark.parametrize("stores", [2, 3, 4])
+@pytest.mark.parametrize("formats", [
+    ("int4", "int4", "int8"), ("none", "int4", "none"), ("int8", "none", "fp8"),
+    ("int3", "fp8", "none"), ("none", "none", "none"),
+])  # fmt: skip
+def test_stores_in_one_call(formats, stores, most, impl):
+    """Equal to a chain of calls by `state`, importance and history included."""
+    sink_h = torch.linspace(-1, 1, 6, dtype=native(impl))
+    for seed, tracked in ((11, True), (12, False)):
+        case = Several(seed, formats, most=most, dtype=native(impl), tile=2, chunk=16)
+        for pages in case.all:
+            for x in (pages.k, pages.v):
+                x.nan_to_num_() if x.dtype.itemsize > 1 else None
+        how = dict(scale=0.3, sink_h=sink_h)
+        signals = []
+
+        def run(attend, case=case, how=how, tracked=tracked, signals=signals):
+            if tracked:
+                shape = case.pages.k.shape[:3]
+                case.pages.importance = torch.zeros(shape)
+                case.pages.history = torch.zeros(*shape, 1, dtype=torch.int32)
+                signals.append((case.pages.importance, case.pages.history))
+                how = how | dict(window=29, group="mean")
+            return attend(stores=stores, **how)
+
+        actual = run(partial(case.attend, impl))
+        eager = run(case.chained)
+        case.q, case.frame = case.q.double(), case.frame.double()
+        exact = run(case.chained, how=dict(scale=0.3, sink_h=sink_h.double()))
+        if impl == "reference":
+            for x, y in zip(actual, exact, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
+        else:
+            assert_all_within_budget(impl, case.pages, actual, exact, eager)
+        if tracked:
+            torch.testing.assert_close(signals[0][0], signals[2][0], rtol=1e-4, atol=1e-5)
+            assert torch.equal(signals[0][1], signals[2][1]) and signals[0][1].any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("G,D", [(3, 64), (20, 128), (2, 256)])
 def test_importance_of_16_bits(G, D, dtype, impl):
@@ -575,9 +689,9 @@ def test_importance_of_16_bits(G, D, dtype, impl):
 def tree_args(case):
     plan = case.plan
     return (
-        case.q, case.position, *case.pages.tensors(), plan.page_indptr, plan.page, plan.first,
-        plan.length, plan.base, plan.own, plan.token_indptr, plan.token, plan.item,
-        plan.part_indptr, plan.part, case.position, None, None,
+        case.q, case.position, *case.pages.tensors(), [], 0, plan.page_indptr, plan.page,
+        plan.first, plan.length, plan.base, plan.own, plan.store, plan.token_indptr, plan.token,
+        plan.item, plan.part_indptr, plan.part, case.position, None, None, None, None,
         None, 0.25, 0.0, 0, 0, "all",
     )  # fmt: skip
 
@@ -735,7 +849,7 @@ BROKEN = [
 def test_plans_are_checked_when_they_are_made(name, change, error, message):
     plan = Case(0).plan
     parts = {n: getattr(plan, n) for n in (*Plan.TENSORS, "page_size")}
-    assert Plan(**parts).pages == plan.pages == int(plan.page.max()) + 1
+    assert Plan(**parts).pages == plan.pages == (int(plan.page.max()) + 1,)
     parts[name] = change(parts[name])
     with pytest.raises(error, match=message):
         Plan(**parts)
@@ -899,7 +1013,7 @@ def test_plan_from_block_table_raises():
     # What lies past a row's end may be no int32.
     far = torch.cat([table, big], 1)
     plan = kvtools.plan_from_block_table(far, lens, 4)
-    assert plan.pages == 1 and plan.page_size == 4
+    assert plan.pages == (1,) and plan.page_size == 4
     # One page too few.
     pages = KVPages.empty(1, 1, 4, 8)
     q, position = torch.randn(2, 1, 8), lens - 1

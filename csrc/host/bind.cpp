@@ -1,6 +1,7 @@
 // The Python module kvtools._host; its contract is in kvtools/_host.pyi.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "forest.h"
 
@@ -40,19 +41,20 @@ py::array_t<int32_t> to_numpy(const Ints& values) {
   return py::array_t<int32_t>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
-int64_t plan_pages(const py::dict& plan, int32_t page_size) {
+std::vector<int64_t> plan_pages(const py::dict& plan, const Ints& page_sizes) {
   std::vector<Array> held;  // what the views borrow
   const auto get = [&](const char* name, int ndim = 1) {
     if (!plan.contains(name)) throw Invalid(text("a plan needs ", name));
     held.push_back(to_int32(plan[name], name, ndim));
     return View{held.back().data(), held.back().size()};
   };
-  const PlanView view{get("page_indptr"), get("page"),        get("first"),        get("length"),
-                      get("base"),        get("own"),         get("token_indptr"), get("token"),
-                      get("item", 2),     get("part_indptr"), get("part"),         get("leaf")};
-  if (held[8].shape(1) != 6)
-    throw Invalid(text("item must be [items, 6], it has ", held[8].shape(1), " columns"));
-  return check_plan(view, page_size);
+  PlanView view{get("page_indptr"), get("page"),    get("first"),       get("length"),
+                get("base"),        get("own"),     get("store"),       get("token_indptr"),
+                get("token"),       get("item", 2), get("part_indptr"), get("part"),
+                get("leaf")};
+  if (held[9].shape(1) != 6)
+    throw Invalid(text("item must be [items, 6], it has ", held[9].shape(1), " columns"));
+  return check_plan(view, page_sizes);
 }
 
 py::dict to_dict(const Plan& plan, int32_t page_size) {
@@ -63,6 +65,7 @@ py::dict to_dict(const Plan& plan, int32_t page_size) {
   out["length"] = to_numpy(plan.length);
   out["base"] = to_numpy(plan.base);
   out["own"] = to_numpy(plan.own);
+  out["store"] = to_numpy(Ints(plan.own.size()));
   out["token_indptr"] = to_numpy(plan.token_indptr);
   out["token"] = to_numpy(plan.token);
   out["item"] = to_numpy(plan.item).reshape({-1, 6});
@@ -169,7 +172,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("plan_from_block_table", &block_table_plan, py::arg("block_table"), py::arg("seq_lens"),
         py::arg("page_size"), py::arg("counts") = py::none(), py::arg("tile") = 0,
         py::arg("chunk") = 0, py::arg("items") = 0);
-  m.def("plan_pages", &plan_pages, py::arg("plan"), py::arg("page_size"));
+  m.def("plan_pages", &plan_pages, py::arg("plan"), py::arg("page_sizes"));
 }
 
 }  // namespace

@@ -48,13 +48,13 @@ struct Plan {
 
 // A plan that may come from anywhere: M nodes, I items, T query tokens.
 struct PlanView {
-  View page_indptr, page, first, length, base, own, token_indptr, token, item, part_indptr, part,
-      leaf;
+  View page_indptr, page, first, length, base, own, store, token_indptr, token, item, part_indptr,
+      part, leaf;
 };
 
-// Throws Invalid, or std::out_of_range for an id, unless kernels may follow the plan over pages of
-// `page_size` slots; returns how many pages they must have.
-int64_t check_plan(const PlanView& plan, int32_t page_size);
+// Throws Invalid, or std::out_of_range for an id, unless kernels may follow the plan over stores
+// whose pages have so many slots; returns how many pages each must have.
+std::vector<int64_t> check_plan(const PlanView& plan, const Ints& page_sizes);
 
 // Most query tokens and most slots of one work item; 0 is no limit. Without a `chunk`, work is cut
 // into about `items` of equal size.

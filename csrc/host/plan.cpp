@@ -164,8 +164,9 @@ void require_offsets(View x, int64_t size, const char* name, const char* of) {
 
 }  // namespace
 
-int64_t check_plan(const PlanView& plan, int32_t page_size) {
-  if (page_size <= 0) throw Invalid(text("page_size must be positive, not ", page_size));
+std::vector<int64_t> check_plan(const PlanView& plan, const Ints& page_sizes) {
+  for (int32_t size : page_sizes)
+    if (size <= 0) throw Invalid(text("page_size must be positive, not ", size));
   if (plan.page_indptr.size < 1) throw Invalid("page_indptr is empty; it begins with a 0");
   if (plan.part_indptr.size < 1) throw Invalid("part_indptr is empty; it begins with a 0");
   const int64_t nodes = plan.page_indptr.size - 1, tokens = plan.part_indptr.size - 1;
@@ -174,15 +175,21 @@ int64_t check_plan(const PlanView& plan, int32_t page_size) {
   require_size(plan.length, nodes, "length", of_nodes);
   require_size(plan.base, nodes, "base", of_nodes);
   require_size(plan.own, nodes, "own", of_nodes);
+  require_size(plan.store, nodes, "store", of_nodes);
   require_size(plan.token_indptr, nodes + 1, "token_indptr", of_nodes);
   require_offsets(plan.page_indptr, plan.page.size, "page_indptr", "page");
   require_offsets(plan.token_indptr, plan.token.size, "token_indptr", "token");
   require_offsets(plan.part_indptr, plan.part.size, "part_indptr", "part");
 
-  int64_t pages = 0;
-  for (int64_t i = 0; i < plan.page.size; ++i) {
+  const auto stores = static_cast<int64_t>(page_sizes.size());
+  std::vector<int64_t> pages(stores);
+  for (int64_t i = 0; i < plan.page.size; ++i)
     if (plan.page[i] < 0) throw std::out_of_range(text("page holds ", plan.page[i]));
-    pages = std::max<int64_t>(pages, plan.page[i] + int64_t{1});
+  for (int64_t i = 0; i < nodes; ++i) {
+    require_id(plan.store[i], stores, "store", "stores");
+    int64_t& most = pages[plan.store[i]];
+    for (int64_t j = plan.page_indptr[i]; j < plan.page_indptr[i + 1]; ++j)
+      most = std::max<int64_t>(most, plan.page[j] + int64_t{1});
   }
   for (int64_t i = 0; i < plan.token.size; ++i)
     require_id(plan.token[i], tokens, "token", "query tokens");
@@ -190,10 +197,10 @@ int64_t check_plan(const PlanView& plan, int32_t page_size) {
     if (plan.leaf[i] != -1) require_id(plan.leaf[i], nodes, "leaf", "nodes");
   auto capacity = [&](int64_t node) {
     const int64_t held = plan.page_indptr[node + 1] - plan.page_indptr[node];
-    return held ? held * page_size - plan.first[node] : 0;
+    return held ? held * page_sizes[plan.store[node]] - plan.first[node] : 0;
   };
   for (int64_t i = 0; i < nodes; ++i) {
-    require_id(plan.first[i], page_size, "first", "slots in a page");
+    require_id(plan.first[i], page_sizes[plan.store[i]], "first", "slots in a page");
     if (plan.length[i] < 0) throw Invalid(text("length holds ", plan.length[i]));
     if (plan.base[i] > kMaxInt32 - std::max<int64_t>(capacity(i), 0))
       throw Invalid(text("base holds ", plan.base[i], "; positions would pass 2**31 - 1"));

@@ -7,7 +7,7 @@ it, with the same schema and fake. The functions in `ops/<row>.py` check, choose
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NoReturn, get_args
 
@@ -74,7 +74,7 @@ class Op:
         """Run `impl` on `args`."""
         double = False
         device = args[0].device
-        for arg in args:
+        for arg in _tensors(args):
             if isinstance(arg, Tensor):
                 double = double or arg.dtype == torch.float64
                 if arg.device != device:
@@ -109,8 +109,12 @@ class Op:
         raise ValueError(f"{self.name}: {first} is on {device}, but {away}; use one device")
 
     def _named(self, args: tuple, which: Callable[[Tensor], bool]) -> dict[str, Tensor]:
-        named = zip(self._arguments, args, strict=True)
-        return {name: x for name, x in named if isinstance(x, Tensor) and which(x)}
+        found = {}
+        for name, arg in zip(self._arguments, args, strict=True):
+            for x in arg if isinstance(arg, list) else (arg,):
+                if isinstance(x, Tensor) and which(x):
+                    found[name] = x
+        return found
 
     def _lacks(self, impl: str) -> NoReturn:
         if impl not in get_args(Impl):
@@ -132,6 +136,15 @@ class Op:
             f"impl={impl!r} does not exist for {self.name}; available: auto, "
             f"{', '.join(self.impls)}{remedy}"
         )
+
+
+def _tensors(args: tuple) -> Iterator[Any]:
+    """The arguments; lists' members for lists."""
+    for arg in args:
+        if isinstance(arg, list):
+            yield from arg
+        else:
+            yield arg
 
 
 def _lazy(row: str, name: str) -> Callable:

@@ -1,6 +1,7 @@
 """Attention over a forest of nodes."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from types import ModuleType
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from . import Impl, Op, check
-from .quant import FLOATS, KVPages, check_pages
+from .quant import FLOATS, KVPages, check_frame, check_pages
 
+MOST_STORES = 4
 TILE_ROWS = 64  # query rows of a work item on a GPU
 
 
@@ -34,6 +36,7 @@ class Plan:
         base: [M] true position of a node's first slot; read only where the pages store no
             positions.
         own: [M] 1 where one row alone reads the node and may evict from it.
+        store: [M] which of the pages that a call is given hold the node: 0 where there is one.
         token_indptr: [M + 1] into `token`.
         token: query tokens that read each node, ascending.
         item: [I, 6] work items (node, token begin, token end, slot begin, slot end, part): a tile
@@ -42,8 +45,8 @@ class Plan:
         part_indptr: [T + 1] into `part`.
         part: the partial results of each token.
         leaf: [rows] node in which a row grows, -1 where there is none.
-        page_size: slots in a page.
-        pages: how many pages there must be: the greatest id and one, or what was reserved.
+        page_size: slots in a page; one for each store if there are several.
+        pages: how many pages each store must have: the greatest id and one, or what was reserved.
 
     Raises:
         IndexError: an id or an offset points nowhere.
@@ -51,8 +54,8 @@ class Plan:
     """
 
     TENSORS: ClassVar[tuple[str, ...]] = (
-        "page_indptr", "page", "first", "length", "base", "own", "token_indptr", "token", "item",
-        "part_indptr", "part", "leaf",
+        "page_indptr", "page", "first", "length", "base", "own", "store", "token_indptr", "token",
+        "item", "part_indptr", "part", "leaf",
     )  # fmt: skip
 
     page_indptr: Tensor
@@ -61,15 +64,16 @@ class Plan:
     length: Tensor
     base: Tensor
     own: Tensor
+    store: Tensor
     token_indptr: Tensor
     token: Tensor
     item: Tensor
     part_indptr: Tensor
     part: Tensor
     leaf: Tensor
-    page_size: int
-    # The number of pages, and for what it was found: all but `length`.
-    _checked: tuple[int, tuple] | None = field(default=None, repr=False, compare=False)
+    page_size: int | tuple[int, ...]
+    # The numbers of pages, and for what they were found: all but `length`.
+    _checked: tuple[tuple[int, ...], tuple] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         tensors = self.tensors()
@@ -90,19 +94,45 @@ class Plan:
             object.__setattr__(self, "_checked", checked)
 
     @property
-    def pages(self) -> int:
+    def pages(self) -> tuple[int, ...]:
         return self._checked[0]
 
+    @property
+    def page_sizes(self) -> tuple[int, ...]:
+        return _several(self.page_size)
+
     @classmethod
-    def from_host(cls, arrays: dict, device: torch.device | str = "cpu") -> "Plan":
-        """A plan on `device` from the arrays of `kvtools._host`, and their `page_size`."""
+    def from_host(
+        cls, arrays: dict | Sequence[dict], device: torch.device | str = "cpu"
+    ) -> "Plan":
+        """A plan on `device` from the arrays of `kvtools._host`, and their `page_size`.
+
+        Args:
+            arrays: of one plan; or of several for the same query tokens, each over pages of its
+                own: they become one plan over several stores, in that order. The rows grow in the
+                first.
+            device: where it is brought to, all at once.
+        """
+        arrays = arrays if isinstance(arrays, dict) else _joined(arrays)
         page_size = arrays.get("page_size")
         pages = _pages(arrays, page_size)
-        tensors = (torch.from_numpy(arrays[name]).to(device) for name in cls.TENSORS)
+        # At addresses that are multiples of 16 bytes, which kernels are compiled for.
+        flat = [np.ravel(arrays[name]) for name in cls.TENSORS]
+        start = np.cumsum([0, *(-(-x.size // 4) * 4 for x in flat)])
+        packed = np.zeros(max(start[-1], 1), np.int32)
+        for x, at in zip(flat, start, strict=False):
+            packed[at : at + x.size] = x
+        packed = torch.from_numpy(packed).to(device)
+        tensors = (
+            packed[at : at + x.size].view(arrays[name].shape)
+            for name, x, at in zip(cls.TENSORS, flat, start, strict=False)
+        )
         return cls._of(tuple(tensors), page_size, pages)
 
     @classmethod
-    def _of(cls, tensors: tuple[Tensor, ...], page_size: int, pages: int) -> "Plan":
+    def _of(
+        cls, tensors: tuple[Tensor, ...], page_size: int | tuple, pages: tuple[int, ...]
+    ) -> "Plan":
         return cls(*tensors, page_size, (pages, _but_length(tensors, page_size)))
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -119,9 +149,10 @@ class Plan:
         Args:
             **sizes: for the name of a tensor, its least length. The number of query tokens, the
                 length of `part_indptr` less one, is that of the captured call. `pages`: how many
-                pages others may need; a call is held to it.
+                pages of each store others may need; a call is held to it.
         """
-        pages = max(sizes.pop("pages", 0), self.pages)
+        least = sizes.pop("pages", 0)
+        pages = tuple(max(least, n) for n in self.pages)
         room = []
         for name, x in zip(self.TENSORS, self.tensors(), strict=True):
             # What is no work belongs to the first node, so there must be one.
@@ -144,7 +175,7 @@ class Plan:
             lambda: f"page_size is {other.page_size}, here it is {self.page_size}",
         )
         check(
-            other.pages <= self.pages,
+            all(map(operator.le, other.pages, self.pages)),
             lambda: f"{other.pages} pages are needed, not {self.pages}: reserve(pages=...) more",
         )
         pairs = list(zip(self.TENSORS, self.tensors(), other.tensors(), strict=True))
@@ -163,7 +194,35 @@ class Plan:
         return self
 
 
-def _but_length(tensors: tuple[Tensor, ...], page_size: int) -> tuple:
+def _several(x: int | tuple[int, ...]) -> tuple[int, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _joined(plans: Sequence[dict]) -> dict:
+    """The arrays of one plan over the stores of `plans`."""
+    starts = {
+        name: np.cumsum([0, *(len(plan[name]) for plan in plans)])
+        for name in ("first", "page", "token", "part")
+    }
+    shifted = [dict(plan) for plan in plans]
+    for i, plan in enumerate(shifted):
+        node, page, token, part = (int(starts[name][i]) for name in starts)
+        plan["store"] = np.full(len(plan["first"]), i)
+        plan["page_indptr"] = plan["page_indptr"][i > 0 :] + page
+        plan["token_indptr"] = plan["token_indptr"][i > 0 :] + token
+        plan["item"] = plan["item"] + [node, token, token, 0, 0, part]
+        plan["part"] = plan["part"] + part
+        plan["owner"] = np.repeat(
+            np.arange(len(plan["part_indptr"]) - 1), np.diff(plan["part_indptr"])
+        )
+    joined = {name: np.concatenate([p[name] for p in shifted]) for name in (*Plan.TENSORS, "owner")}
+    joined["part"] = joined["part"][np.argsort(joined["owner"], kind="stable")]
+    joined["part_indptr"] = sum(plan["part_indptr"] for plan in plans)
+    joined["leaf"] = plans[0]["leaf"]
+    return joined | {"page_size": tuple(plan["page_size"] for plan in plans)}
+
+
+def _but_length(tensors: tuple[Tensor, ...], page_size: int | tuple) -> tuple:
     at = Plan.TENSORS.index("length")
     return *tensors[:at], *tensors[at + 1 :], page_size
 
@@ -178,13 +237,13 @@ def _host() -> ModuleType:
     return _host
 
 
-def _pages(arrays: dict, page_size: int) -> int:
-    """How many pages a plan needs; raises unless it points nowhere else."""
+def _pages(arrays: dict, page_size: int | tuple[int, ...]) -> tuple[int, ...]:
+    """How many pages of each store a plan needs; raises unless it points nowhere else."""
     check(
-        isinstance(page_size, int) and 0 < page_size < 2**31,
-        lambda: f"page_size={page_size!r}: expected a positive int32",
+        all(isinstance(size, int) and 0 < size < 2**31 for size in _several(page_size)),
+        lambda: f"page_size={page_size!r}: expected a positive int32, or one for each store",
     )
-    return _host().plan_pages(arrays, page_size)
+    return tuple(_host().plan_pages(arrays, _several(page_size)))
 
 
 def limits(device: torch.device, heads: int, group: int) -> dict[str, int]:
@@ -267,10 +326,10 @@ def plan_from_block_table(
 
 _TREE_SCHEMA = (
     "(Tensor q_thd, Tensor position_t, Tensor k, Tensor v, Tensor? k_scale, Tensor? v_scale, "
-    "Tensor? position, Tensor(a!)? importance, Tensor(b!)? history, Tensor page_indptr, "
-    "Tensor page, Tensor first, Tensor length, Tensor base, Tensor own, Tensor token_indptr, "
-    "Tensor token, Tensor item, Tensor part_indptr, Tensor part, Tensor? before_t, "
-    "Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, float softcap, "
+    "Tensor? position, Tensor(a!)? importance, Tensor(b!)? history, Tensor[] more, int recent, "
+    "Tensor page_indptr, Tensor page, Tensor first, Tensor length, Tensor base, Tensor own, "
+    "Tensor store, Tensor token_indptr, Tensor token, Tensor item, Tensor part_indptr, "
+    "Tensor part, Tensor? before_t, Tensor? frame, Tensor? frame_t, Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, float softcap, "
     "int sliding, int window, str group) -> (Tensor, Tensor)"
 )
 
@@ -297,13 +356,15 @@ _merge_states = Op(
 def tree_attention(
     q_thd: Tensor,
     position_t: Tensor,
-    pages: KVPages,
+    pages: KVPages | Sequence[KVPages],
     plan: Plan,
     *,
     scale: float | None = None,
     softcap: float = 0.0,
     sliding: int = 0,
     before_t: Tensor | None = None,
+    frame: Tensor | None = None,
+    frame_t: Tensor | None = None,
     sink_h: Tensor | None = None,
     state: tuple[Tensor, Tensor] | None = None,
     window: int = 0,
@@ -313,23 +374,33 @@ def tree_attention(
     """Attention of query tokens over a forest of KV nodes, each read once for all its rows.
 
     Equivalent to, for each token t of row r, over the slots s of r's path with
-    position[s] <= position[t] (and > position[t] - sliding, and < before[t]):
+    position[s] <= position[t] (and > position[t] - sliding; and < before[t], or, in recent pages,
+    >= before[t]):
 
-        x = softcap(scale q[t] · k[s]);  lse = logsumexp_s(x, sink_h, state.lse)
+        x = softcap(scale (q[t] / gain[t]) · k[s]);  lse = logsumexp_s(x, sink_h, state.lse)
         out = Σ_s exp(x - lse) v[s] + exp(state.lse - lse) state.out
 
     Args:
         q_thd: queries after RoPE, the tokens of a row together, rows in the plan's order. fp64,
             fp32, fp16, bf16. Hq is a multiple of the pages' Hkv (GQA).
         position_t: true positions, int32, not below 0.
-        pages: keys and values in any format, read packed. `importance` and `history`, where
-            present, are changed in place for the nodes that one row owns: see *Importance*.
+        pages: keys and values in any format, read packed; or the stores, at most MOST_STORES, that
+            the plan's nodes lie in, each with formats and a page size of its own. `importance` and
+            `history` of the first, where present, are changed in place for the nodes that one row
+            owns: see *Importance*.
         plan: who reads what: made for as many query tokens, pages of this size and no more pages.
         scale: of the scores; default D ** -0.5.
         softcap: c in c · tanh(x / c), applied before masking (Gemma 2); 0 for none.
         sliding: how many positions a query sees, its own included; 0 for all.
         before_t: int32; a query sees only positions below this one, those from it on being kept
-            elsewhere (in `state`).
+            elsewhere: in pages that are `recent`, where it sees these alone, or in `state`.
+        frame: [frames, 2, Hkv, D]: keys are stored as (k - frame[., 0]) * frame[., 1], as
+            `append_kv` does with the same; queries are divided by the gain frame[., 1]. Softmax
+            does not see a center that is taken off all keys of a row; with a soft cap, `sink_h` or
+            a `state` of other keys it must be 0.
+        frame_t: [t] the frame of each token, int32; required with `frame`. One that does not exist
+            is an IndexError on a CPU, and undefined, but within memory, where raising would have to
+            wait.
         sink_h: [Hq] logits of a sink without a value (gpt-oss); they enter the final lse. fp32,
             fp16 or bf16 (fp64 for fp64).
         state: (out_thd, lse_th) over keys kept elsewhere, merged in before the final lse. Floating
@@ -347,8 +418,8 @@ def tree_attention(
 
     Importance: with p = exp(x - lse), `importance` gains the mean of p over the query heads of a KV
         head, and bit `position_t % window` of `history` becomes 1 where p is below the mean over
-        the visible slots of these pages, mean = exp(lse over these pages - lse) / their number.
-        Keys in `state` and the sink logit take their mass out of that mean.
+        the visible slots of the first pages, mean = exp(lse over them - lse) / their number. Keys
+        in other pages, in `state` and the sink logit take their mass out of that mean.
 
     Numerics: accumulates in fp32 (fp64 for fp64), lse and merge included. A NaN in a query, or in a
         key that it sees, makes its out and lse NaN, and so does a score of +inf; a score of -inf
@@ -371,21 +442,32 @@ def tree_attention(
             "point [tokens, heads, D]"
         )
     t, hq, d = q_thd.shape
-    check_pages(pages, d)
-    page_count, heads, page_size, _ = pages.k.shape
+    stores = (pages,) if isinstance(pages, KVPages) else tuple(pages)
+    if not 0 < len(stores) <= MOST_STORES:
+        raise ValueError(f"pages are {len(stores)} stores, expected 1 to {MOST_STORES}")
+    for each in stores:
+        check_pages(each, d)
+    pages, heads = stores[0], stores[0].k.shape[1]
+    if any(each.k.shape[1] != heads for each in stores):
+        raise ValueError(f"pages have {[each.k.shape[1] for each in stores]} KV heads, not the same")
     if hq == 0 or hq % heads:
         raise ValueError(f"q_thd has {hq} heads, not a multiple of the pages' {heads} KV heads")
     position_t = _per_token("position_t", position_t, t)
     if before_t is not None:
         before_t = _per_token("before_t", before_t, t)
+    check_frame(frame, frame_t, t, heads, d)
     if plan.part_indptr.shape[0] != t + 1:
         raise ValueError(
             f"q_thd has {t} query tokens, plan was made for {plan.part_indptr.shape[0] - 1}"
         )
-    if plan.page_size != page_size or plan.pages > page_count:
+    made_for = tuple(zip(plan.pages, plan.page_sizes, strict=True))
+    given = tuple((each.k.shape[0], each.page_size) for each in stores)
+    if len(given) != len(made_for) or any(
+        size != expected or count < least
+        for (count, size), (least, expected) in zip(given, made_for, strict=True)
+    ):
         raise ValueError(
-            f"pages has {page_count} pages of {page_size} slots, plan was made for {plan.pages} "
-            f"of {plan.page_size}"
+            f"pages has {_of_slots(given)}, plan was made for {_of_slots(made_for)}"
         )
     if group not in ("all", "mean"):
         raise ValueError(f"group={group!r}: expected 'all' or 'mean'")
@@ -421,12 +503,24 @@ def tree_attention(
                 f"state: lse is {state_lse.dtype} {tuple(state_lse.shape)}, expected {lse_dtype} "
                 f"{(t, hq)}"
             )
+    more = [x for each in stores[1:] for x in _flat(each)]
+    recent = sum(each.recent << i for i, each in enumerate(stores))
     return _tree_attention(
-        impl, q_thd, position_t, *pages.tensors(), plan.page_indptr, plan.page, plan.first,
-        plan.length, plan.base, plan.own, plan.token_indptr, plan.token, plan.item,
-        plan.part_indptr, plan.part, before_t, state_out, state_lse, sink_h,
-        scale, softcap, sliding, window, group,
+        impl, q_thd, position_t, *pages.tensors(), more, recent, plan.page_indptr, plan.page,
+        plan.first, plan.length, plan.base, plan.own, plan.store, plan.token_indptr, plan.token,
+        plan.item, plan.part_indptr, plan.part, before_t, frame, frame_t, state_out, state_lse,
+        sink_h, scale, softcap, sliding, window, group,
     )  # fmt: skip
+
+
+def _flat(pages: KVPages) -> list[Tensor]:
+    """k, v, k_scale, v_scale, position; an empty tensor for what is absent."""
+    nothing = pages.k.new_empty(0)
+    return [nothing if x is None else x for x in pages.tensors()[:5]]
+
+
+def _of_slots(stores: tuple[tuple[int, int], ...]) -> str:
+    return ", ".join(f"{pages} pages of {size} slots" for pages, size in stores)
 
 
 def _per_token(name: str, x_t: Tensor, t: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Rotate, quantise and store keys and values."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -12,6 +12,7 @@ from . import Impl, Op, check
 INTEGERS = (torch.int32, torch.int64)
 FORMATS = ("none", "fp8", "int8", "int6", "int4", "int3", "int2")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TENSORS = ("k", "v", "k_scale", "v_scale", "position", "importance", "history")
 EMPTY = 2**31 - 1  # position of a slot that holds no token: after every query, so never seen
 
 
@@ -34,6 +35,8 @@ class KVPages:
         history: [pages, Hkv, page_size, ceil(w / 32)] int32, a ring of w bits: bit `position % w`
             tells whether the query at that position gave the token less than the mean attention.
             None if not needed.
+        recent: these are the newest tokens of rows, where pages of another format hold the others:
+            see `before_t` of `tree_attention`.
     """
 
     k: Tensor
@@ -43,6 +46,7 @@ class KVPages:
     position: Tensor | None = None
     importance: Tensor | None = None
     history: Tensor | None = None
+    recent: bool = False
 
     @classmethod
     def empty(
@@ -87,7 +91,7 @@ class KVPages:
         return self.k.shape[2]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The seven tensors in the order of the fields."""
+        """In the order of TENSORS."""
         content = self.k, self.v, self.k_scale, self.v_scale
         return *content, self.position, self.importance, self.history
 
@@ -95,12 +99,12 @@ class KVPages:
         """Enlarge every tensor to `pages` pages, keeping the content; all of them or, where memory
         ends, none."""
         grown = {}
-        for field in fields(self):
-            old = getattr(self, field.name)
+        for name in TENSORS:
+            old = getattr(self, name)
             if old is not None and pages > old.shape[0]:
                 new = torch.empty(pages, *old.shape[1:], dtype=old.dtype, device=old.device)
                 new[: old.shape[0]] = old
-                grown[field.name] = new
+                grown[name] = new
         vars(self).update(grown)
 
 
@@ -141,7 +145,8 @@ _append_kv = Op(
     "append_kv",
     "(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor(a!) k, Tensor(b!) v, Tensor(c!)? k_scale, "
     "Tensor(d!)? v_scale, Tensor? position_t, Tensor(e!)? position, Tensor(f!)? importance, "
-    "Tensor(g!)? history) -> ()",
+    "Tensor(g!)? history, Tensor? also_th, Tensor(h!)? also_k, Tensor(i!)? also_v, "
+    "Tensor(j!)? also_k_scale, Tensor(k!)? also_v_scale, Tensor? frame, Tensor? frame_t) -> ()",
     lambda *args: None,
     reference=reference.append_kv,
 )
@@ -243,13 +248,18 @@ def append_kv(
     pages: KVPages,
     position_t: Tensor | None = None,
     *,
+    also: tuple[Tensor, KVPages] | None = None,
+    frame: Tensor | None = None,
+    frame_t: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
     """Write new tokens into pages, packed.
 
     Equivalent to:
 
-        for each token t and head h:  pages[slot[t, h]] = quantize_kv(k[t, h]), quantize_kv(v[t, h])
+        for each token t and head h:
+            k[t, h] = (k[t, h] - frame[frame_t[t], 0, h]) * frame[frame_t[t], 1, h]
+            pages[slot[t, h]] = quantize_kv(k[t, h]), quantize_kv(v[t, h])
 
     Args:
         k_thd: keys, after RoPE. fp64, fp32, fp16 or bf16.
@@ -259,11 +269,19 @@ def append_kv(
             and is skipped where raising would have to wait for the device.
         pages: where to; changed in place. `importance` and `history` of the slots become zero.
         position_t: true positions, int32 or int64; required where `pages.position` exists.
+        also: slots as `slot`, and pages of any format, where the tokens are written a second time.
+            Of these pages positions, importance and history stay as they are.
+        frame: [frames, 2, Hkv, D] centers and gains that keys are stored with; floating point. See
+            `tree_attention`, which needs the same.
+        frame_t: [t] the frame of each token, int32; required with `frame`. One that does not exist
+            is an IndexError on a CPU, and undefined, but within memory, where raising would have to
+            wait.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
             and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
 
     Numerics: as `quantize_kv`, which says what becomes of NaN and infinity; unquantised pages take
-        a cast.
+        a cast. Frames are applied in fp32 (fp64 for fp64), and the result is not rounded before it
+        is stored.
     """
     # Not `check`: no message is made here unless it is needed. The operator looks at devices.
     if k_thd.dim() != 3 or v_thd.shape != k_thd.shape:
@@ -272,38 +290,59 @@ def append_kv(
             "[tokens, heads, D]"
         )
     t, h, d = k_thd.shape
-    check_pages(pages, d)
-    if h != pages.k.shape[1]:
-        raise ValueError(f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
     if k_thd.dtype not in FLOATS or k_thd.dtype != v_thd.dtype:
         raise ValueError("k_thd and v_thd must share a floating point dtype")
-    if (slot.shape != (t,) and slot.shape != (t, h)) or slot.dtype not in INTEGERS:
-        raise ValueError(
-            f"slot must be int32 or int64 of shape [{t}] or [{t}, {h}], got {slot.dtype} "
-            f"{tuple(slot.shape)}"
-        )
+    slot_th = _slots("slot", slot, pages, t, h, d)
     if pages.position is not None and (
         position_t is None or position_t.shape != (t,) or position_t.dtype not in INTEGERS
     ):
         raise ValueError(
             f"position_t of shape [{t}], int32 or int64, is needed: these pages store positions"
         )
-    slot_th = slot[:, None].expand(t, h) if slot.dim() == 1 else slot
+    second = (None,) * 5
+    if also is not None:
+        slots, copy = also
+        second = _slots("also", slots, copy, t, h, d), *copy.tensors()[:4]
+    check_frame(frame, frame_t, t, h, d)
     k, v, k_scale, v_scale, position, importance, history = pages.tensors()
     _append_kv(
-        impl,
-        k_thd,
-        v_thd,
-        slot_th,
-        k,
-        v,
-        k_scale,
-        v_scale,
-        position_t,
-        position,
-        importance,
-        history,
-    )
+        impl, k_thd, v_thd, slot_th, k, v, k_scale, v_scale, position_t, position, importance,
+        history, *second, frame, frame_t,
+    )  # fmt: skip
+
+
+def _slots(name: str, slot: Tensor, pages: KVPages, t: int, h: int, d: int) -> Tensor:
+    check_pages(pages, d)
+    if h != pages.k.shape[1]:
+        raise ValueError(f"k_thd has {h} heads, the pages have {pages.k.shape[1]}")
+    if (slot.shape != (t,) and slot.shape != (t, h)) or slot.dtype not in INTEGERS:
+        raise ValueError(
+            f"{name} must be int32 or int64 of shape [{t}] or [{t}, {h}], got {slot.dtype} "
+            f"{tuple(slot.shape)}"
+        )
+    return slot[:, None].expand(t, h) if slot.dim() == 1 else slot
+
+
+def check_frame(
+    frame: Tensor | None, frame_t: Tensor | None, t: int, heads: int, d: int
+) -> None:
+    """Raise ValueError unless both are absent, or fit `t` tokens and heads of size `d`."""
+    if (frame is None) != (frame_t is None):
+        raise ValueError("frame and frame_t come together: give both or none")
+    if frame is None:
+        return
+    if frame.dtype not in FLOATS or frame.dim() != 4 or frame.shape[1:] != (2, heads, d):
+        raise ValueError(
+            f"frame is {frame.dtype} {tuple(frame.shape)}, expected floating point "
+            f"[frames, 2, {heads}, {d}]"
+        )
+    if t and not frame.shape[0]:
+        raise ValueError("frame holds no frames")
+    if frame_t.shape != (t,) or frame_t.dtype != torch.int32:
+        raise ValueError(
+            f"frame_t has shape {tuple(frame_t.shape)} and dtype {frame_t.dtype}, expected {(t,)}, "
+            "int32"
+        )
 
 
 def widths(codes: Tensor, d: int) -> list[int]:

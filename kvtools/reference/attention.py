@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .quant import decode, format_of, rotation
+from .quant import decode, format_of, frames_of, rotation
 
 
 def merge_states(
@@ -28,18 +28,23 @@ def tree_attention(
     position: Tensor | None,
     importance: Tensor | None,
     history: Tensor | None,
+    more: list[Tensor],
+    recent: int,
     page_indptr: Tensor,
     page: Tensor,
     first: Tensor,
     length: Tensor,
     base: Tensor,
     own: Tensor,
+    store: Tensor,
     token_indptr: Tensor,
     token: Tensor,
     item: Tensor,
     part_indptr: Tensor,
     part: Tensor,
     before_t: Tensor | None,
+    frame: Tensor | None,
+    frame_t: Tensor | None,
     state_out: Tensor | None,
     state_lse: Tensor | None,
     sink_h: Tensor | None,
@@ -50,20 +55,27 @@ def tree_attention(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     tokens, heads_q, d = q_thd.shape
-    heads, page_size = k.shape[1:3]
+    heads = k.shape[1]
     dtype = torch.promote_types(q_thd.dtype, torch.float32)
-    k_format, v_format = format_of(k, d), format_of(v, d)
-    q = q_thd.to(dtype)
-    if k_format != "none":
-        q = q @ rotation(d, dtype, q.device)
-    q_thgd = q.unflatten(1, (heads, heads_q // heads))
+    stores = [(k, v, k_scale, v_scale, position), *stores_of(more)]
+    group_size = heads_q // heads
+    plain = q_thd.to(dtype)
+    if frame is not None:
+        gain = frame[frames_of(frame, frame_t), 1].to(dtype)
+        plain = plain / gain.repeat_interleave(group_size, 1)
+    formats = {format_of(x, d) for pages in stores for x in pages[:2]}
+    turn = rotation(d, dtype, q_thd.device) if formats != {"none"} else None
+    rotated = plain if turn is None else plain @ turn
+    plain, rotated = (x.unflatten(1, (heads, group_size)) for x in (plain, rotated))
 
-    # Items of similar size are padded to one batch; what is dead or not visible is masked.
+    # Items of a store and of similar size are padded to one batch; what is dead or not visible is
+    # masked.
     item = item.long()
     slot_end = torch.minimum(item[:, 4], length.long()[item[:, 0]]).maximum(item[:, 3])
     sizes = torch.stack([item[:, 2] - item[:, 1], slot_end - item[:, 3]])
     kind = torch.frexp(sizes.to(torch.float32)).exponent
-    kinds, which = (kind[0] * 64 + kind[1]).unique(return_inverse=True)
+    kind = (store.long()[item[:, 0]] * 64 + kind[0]) * 64 + kind[1]
+    kinds, which = kind.unique(return_inverse=True)
 
     batches = []
     for i in range(len(kinds)):
@@ -72,10 +84,14 @@ def tree_attention(
         if not n_tokens or not n_slots:
             continue
         node = item[chosen, 0]
-        c = item[chosen, 1:2] + torch.arange(n_tokens, device=q.device)
+        number = int(kinds[i]) // 64**2
+        k, v, k_scale, v_scale, position = stores[number]
+        k_format, v_format, page_size = format_of(k, d), format_of(v, d), k.shape[2]
+        q_thgd = plain if k_format == "none" else rotated
+        c = item[chosen, 1:2] + torch.arange(n_tokens, device=q_thd.device)
         real_nc = c < item[chosen, 2:3]
         token_nc = token.long()[c.clamp(max=token.shape[0] - 1)] * real_nc
-        slot_ns = item[chosen, 3:4] + torch.arange(n_slots, device=q.device)
+        slot_ns = item[chosen, 3:4] + torch.arange(n_slots, device=q_thd.device)
         live_ns = slot_ns < slot_end[chosen, None]
         offset_ns = (first.long()[node][:, None] + slot_ns) * live_ns
         page_ns = page.long()[page_indptr.long()[node][:, None] + offset_ns // page_size]
@@ -97,7 +113,8 @@ def tree_attention(
             key_nhs = position[where].transpose(1, 2)
         age = position_t[token_nc].long()[:, None, :, None] - key_nhs[:, :, None]  # [n, h, c, s]
         if before_t is not None:
-            age = age.masked_fill(key_nhs[:, :, None] >= before_t[token_nc][:, None, :, None], -1)
+            newer = key_nhs[:, :, None] >= before_t[token_nc][:, None, :, None]
+            age = age.masked_fill(~newer if recent >> number & 1 else newer, -1)
         past = (age >= 0) & (real_nc[:, None, :, None] & live_ns[:, None, None])
         visible = (past & (age < sliding) if sliding else past).expand(-1, heads, -1, -1)
         logits = logits.masked_fill(~visible[:, :, None], -torch.inf)
@@ -105,28 +122,30 @@ def tree_attention(
         lse = lse.masked_fill(lse == torch.inf, torch.nan)
         p = (logits - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
         out = torch.einsum("nhgcs,nshd->nchgd", p, v_nshd)
-        batches.append((token_nc, real_nc, out, lse.permute(0, 3, 1, 2), visible, past, logits,
-                        own[node] > 0, page_ns, offset_ns, live_ns))  # fmt: skip
+        if v_format != "none":
+            out = out @ turn.T
+        batches.append((number, token_nc, real_nc, out, lse.permute(0, 3, 1, 2), visible, past,
+                        logits, own[node] > 0, page_ns, offset_ns, live_ns))  # fmt: skip
 
     # Merge the partial results of each token.
-    peak = q.new_full((tokens, *q_thgd.shape[1:3]), -torch.inf)
-    for token_nc, real_nc, _, lse, *_ in batches:
+    peak = plain.new_full((tokens, *plain.shape[1:3]), -torch.inf)
+    for _, token_nc, real_nc, _, lse, *_ in batches:
         index = token_nc[real_nc][:, None, None].expand(-1, *peak.shape[1:])
         peak.scatter_reduce_(0, index, lse[real_nc], "amax")
     peak.masked_fill_(peak == -torch.inf, 0)
-    mass = torch.zeros_like(peak)
-    out_thgd = torch.zeros_like(q_thgd)
+    mass, mass_here = torch.zeros_like(peak), torch.zeros_like(peak)
+    out_thgd = torch.zeros_like(plain)
     seen_th = mass.new_zeros(tokens, heads)
-    for token_nc, real_nc, out, lse, visible, *_ in batches:
+    for number, token_nc, real_nc, out, lse, visible, *_ in batches:
         index = token_nc[real_nc]
         weight = (lse[real_nc] - peak[index]).exp()
         mass.index_add_(0, index, weight)
         out_thgd.index_add_(0, index, weight[..., None] * out[real_nc])
-        seen_th.index_add_(0, index, visible.sum(-1).transpose(1, 2)[real_nc].to(dtype))
+        if number == 0:
+            mass_here.index_add_(0, index, weight)
+            seen_th.index_add_(0, index, visible.sum(-1).transpose(1, 2)[real_nc].to(dtype))
     out_thd = (out_thgd / mass[..., None].masked_fill(mass[..., None] == 0, 1)).flatten(1, 2)
-    lse_th = kv_lse_th = (peak + mass.log()).flatten(1, 2)
-    if v_format != "none":
-        out_thd = out_thd @ rotation(d, dtype, q.device).T
+    lse_th = (peak + mass.log()).flatten(1, 2)
     if state_out is not None:
         out_thd, lse_th = merge_states(out_thd, lse_th, state_out, state_lse)
     if sink_h is not None:
@@ -134,15 +153,27 @@ def tree_attention(
         out_thd, lse_th = merge_states(out_thd, lse_th, torch.zeros_like(out_thd), sink_th)
 
     if importance is not None or history is not None:
-        # What a token of these pages gets on average: their share of the final mass over their
+        # What a token of the first store gets on average: their share of the final mass over their
         # number.
-        mean_th = (kv_lse_th - lse_th).exp() / seen_th.repeat_interleave(heads_q // heads, 1)
-        for token_nc, real_nc, _, _, _, past, logits, own_n, *where in batches:
-            track(
-                importance, history, window, group, position_t, lse_th, mean_th, token_nc, real_nc,
-                past, logits, own_n, *where,
-            )  # fmt: skip
+        here_th = (peak + mass_here.log()).flatten(1, 2)
+        mean_th = (here_th - lse_th).exp() / seen_th.repeat_interleave(group_size, 1)
+        for number, token_nc, real_nc, _, _, _, past, logits, own_n, *where in batches:
+            if number == 0:
+                track(
+                    importance, history, window, group, position_t, lse_th, mean_th, token_nc,
+                    real_nc, past, logits, own_n, *where,
+                )  # fmt: skip
     return out_thd.to(q_thd.dtype), lse_th
+
+
+def stores_of(more: list[Tensor]) -> list[tuple[Tensor | None, ...]]:
+    """The (k, v, k_scale, v_scale, position) of each store behind the first; what it lacks is
+    empty in `more`."""
+    present = [x if x.numel() else None for x in more]
+    return [
+        (k, v, *rest)
+        for k, v, *rest in zip(more[::5], more[1::5], *(present[i::5] for i in (2, 3, 4)))
+    ]
 
 
 def track(

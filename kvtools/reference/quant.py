@@ -161,20 +161,43 @@ def append_kv(
     position: Tensor | None,
     importance: Tensor | None,
     history: Tensor | None,
+    also_th: Tensor | None,
+    also_k: Tensor | None,
+    also_v: Tensor | None,
+    also_k_scale: Tensor | None,
+    also_v_scale: Tensor | None,
+    frame: Tensor | None,
+    frame_t: Tensor | None,
 ) -> None:
-    token, head = in_pages("slot", slot_th, k).nonzero(as_tuple=True)
-    slot, page_size = slot_th[token, head].long(), k.shape[2]
-    where = slot // page_size, head, slot % page_size
-    for x_thd, pages, scale in ((k_thd, k, k_scale), (v_thd, v, v_scale)):
-        format = format_of(pages, x_thd.shape[-1])
-        if format == "none":
-            pages[where] = x_thd[token, head].to(pages.dtype)
-        else:
-            codes, scale[where] = quantize_kv(x_thd[token, head], format)
-            as_bytes(pages)[where] = as_bytes(codes)
-    if position is not None:
-        position[where] = position_t[token].to(torch.int32)
-    if importance is not None:
-        importance[where] = 0
-    if history is not None:
-        history[where] = 0
+    places = [("slot", slot_th, (k, k_scale), (v, v_scale))]
+    if also_th is not None:
+        places.append(("also", also_th, (also_k, also_k_scale), (also_v, also_v_scale)))
+    inside = [in_pages(name, slot, pages) for name, slot, (pages, _), _ in places]
+    if frame is not None:
+        dtype = torch.promote_types(k_thd.dtype, torch.float32)
+        center, gain = frame[frames_of(frame, frame_t)].to(dtype).unbind(1)
+        k_thd = (k_thd.to(dtype) - center) * gain
+    for (_, slot, *contents), which in zip(places, inside, strict=True):
+        token, head = which.nonzero(as_tuple=True)
+        page_size = contents[0][0].shape[2]
+        where = slot[token, head].long() // page_size, head, slot[token, head].long() % page_size
+        for x_thd, (pages, scale) in zip((k_thd, v_thd), contents, strict=True):
+            format = format_of(pages, x_thd.shape[-1])
+            if format == "none":
+                pages[where] = x_thd[token, head].to(pages.dtype)
+            else:
+                codes, scale[where] = quantize_kv(x_thd[token, head], format)
+                as_bytes(pages)[where] = as_bytes(codes)
+        if pages is v:
+            if position is not None:
+                position[where] = position_t[token].to(torch.int32)
+            for signal in (importance, history):
+                if signal is not None:
+                    signal[where] = 0
+
+
+def frames_of(frame: Tensor, frame_t: Tensor) -> Tensor:
+    """The index of each token's frame. On a CPU, one that does not exist is an error."""
+    if frame_t.device.type == "cpu" and ((frame_t < 0) | (frame_t >= frame.shape[0])).any():
+        raise IndexError(f"frame_t holds an id that is not among the {frame.shape[0]} frames")
+    return frame_t.long().clamp(0, frame.shape[0] - 1)
