@@ -250,30 +250,48 @@ Tensor dequantize_kv(Tensor codes, Tensor scale, int64_t d, ScalarType dtype) {
   return out;
 }
 
-template <Impl impl>
-void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, Optional k_scale,
-               Optional v_scale, Optional position_t, Optional position, Optional importance,
-               Optional history) {
-  if (!k_thd.numel()) return;
-  k_thd = with_unit_stride(k_thd);
-  v_thd = with_unit_stride(v_thd);
-  AppendKv p{floats<3>(k_thd),
-             floats<3>(v_thd),
-             integers<2>(slot_th),
-             {},
-             pages_of(k, v, k_scale, v_scale, position, importance, history, k_thd.size(2)),
-             k_thd.size(0)};
-  if (position) p.position = integers<1>(*position_t);
-  check_head_size(impl, p.pages.d, 1);
-  if (impl == Impl::cpu)
-    check_slots("slot", p.slot, p.t, p.pages.heads, p.pages.pages * p.pages.page_size);
-  KVTOOLS_RUN_ON(impl, append_kv, k_thd, p);
-}
-
 const int32_t* int32(const Tensor& x) {
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Int && x.is_contiguous(),
                   "positions and plans must be int32 and contiguous");
   return static_cast<const int32_t*>(x.data_ptr());
+}
+
+Frames frames(Impl impl, const Optional& frame, const Optional& frame_t) {
+  if (!frame) return {};
+  Frames y{floats<4>(*frame), int32(*frame_t), frame->size(0)};
+  for (int64_t t = 0; impl == Impl::cpu && t < frame_t->size(0); ++t)
+    STD_TORCH_CHECK(y.of[t] >= 0 && y.of[t] < y.count, "frame_t holds ", y.of[t],
+                    ", which is not among the ", y.count, " frames");
+  return y;
+}
+
+template <Impl impl>
+void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, Optional k_scale,
+               Optional v_scale, Optional position_t, Optional position, Optional importance,
+               Optional history, Optional also_th, Optional also_k, Optional also_v,
+               Optional also_k_scale, Optional also_v_scale, Optional frame, Optional frame_t) {
+  if (!k_thd.numel()) return;
+  k_thd = with_unit_stride(k_thd);
+  v_thd = with_unit_stride(v_thd);
+  if (frame) frame = with_unit_stride(*frame);
+  const int64_t d = k_thd.size(2);
+  AppendKv p{};
+  p.k = floats<3>(k_thd), p.v = floats<3>(v_thd), p.t = k_thd.size(0);
+  p.slot = integers<2>(slot_th);
+  p.pages = pages_of(k, v, k_scale, v_scale, position, importance, history, d);
+  if (also_th) {
+    p.also_slot = integers<2>(*also_th);
+    p.also = pages_of(*also_k, *also_v, also_k_scale, also_v_scale, {}, {}, {}, d);
+  }
+  if (position) p.position = integers<1>(*position_t);
+  p.frames = frames(impl, frame, frame_t);
+  check_head_size(impl, d, 1);
+  if (impl == Impl::cpu) {
+    const auto slots = [](const Pages& x) { return x.pages * x.page_size; };
+    check_slots("slot", p.slot, p.t, p.pages.heads, slots(p.pages));
+    if (also_th) check_slots("also", p.also_slot, p.t, p.also.heads, slots(p.also));
+  }
+  KVTOOLS_RUN_ON(impl, append_kv, k_thd, p);
 }
 
 Strided<2> log_sums(const Tensor& lse) {
@@ -282,25 +300,34 @@ Strided<2> log_sums(const Tensor& lse) {
 }
 
 template <Impl impl>
-std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k, Tensor v,
-                                          Optional k_scale, Optional v_scale, Optional position,
-                                          Optional importance, Optional history, Tensor page_indptr,
-                                          Tensor page, Tensor first, Tensor length, Tensor base,
-                                          Tensor own, Tensor token_indptr, Tensor token,
-                                          Tensor item, Tensor part_indptr, Tensor part,
-                                          Optional before_t, Optional state_out, Optional state_lse,
-                                          Optional sink_h, double scale, double softcap,
-                                          int64_t sliding, int64_t window, std::string group) {
+std::tuple<Tensor, Tensor> tree_attention(
+    Tensor q, Tensor position_t, Tensor k, Tensor v, Optional k_scale, Optional v_scale,
+    Optional position, Optional importance, Optional history, std::vector<Tensor> more,
+    int64_t recent, Tensor page_indptr, Tensor page, Tensor first, Tensor length, Tensor base,
+    Tensor own, Tensor store, Tensor token_indptr, Tensor token, Tensor item, Tensor part_indptr,
+    Tensor part, Optional before_t, Optional frame, Optional frame_t, Optional state_out,
+    Optional state_lse, Optional sink_h, double scale, double softcap, int64_t sliding,
+    int64_t window, std::string group) {
   q = with_unit_stride(q);
   if (state_out) state_out = with_unit_stride(*state_out);
   Tensor out = torch::stable::new_empty(q, q.sizes());
   Tensor lse = torch::stable::new_empty(q, q.sizes().slice(0, 2), ScalarType::Float);
   TreeAttention p{};
   p.q = floats<3>(q), p.out = strided<3>(out), p.lse = strided<2>(lse);
-  p.pages = pages_of(k, v, k_scale, v_scale, position, importance, history, q.size(2));
+  const int64_t d = q.size(2);
+  p.stores[0] = pages_of(k, v, k_scale, v_scale, position, importance, history, d);
+  p.store_count = 1 + static_cast<int32_t>(more.size() / 5), p.recent = recent;
+  STD_TORCH_CHECK(p.store_count <= kMostStores, "kernels in C++ take ", kMostStores, " stores");
+  for (int i = 1; i < p.store_count; ++i) {
+    const Tensor* x = &more[5 * (i - 1)];
+    const auto present = [](const Tensor& y) { return y.numel() ? Optional(y) : Optional(); };
+    p.stores[i] = pages_of(x[0], x[1], present(x[2]), present(x[3]), present(x[4]), {}, {}, d);
+  }
+  if (frame) frame = with_unit_stride(*frame);
+  p.frames = frames(impl, frame, frame_t);
   p.position = int32(position_t), p.before = before_t ? int32(*before_t) : nullptr;
   p.page_indptr = int32(page_indptr), p.page = int32(page), p.first = int32(first);
-  p.length = int32(length), p.base = int32(base), p.own = int32(own);
+  p.length = int32(length), p.base = int32(base), p.own = int32(own), p.store = int32(store);
   p.token = int32(token), p.item = int32(item);
   p.items = item.size(0), p.tokens = q.size(0), p.heads_q = q.size(1);
   if (state_out) p.state_out = floats<3>(*state_out), p.state_lse = log_sums(*state_lse);
@@ -310,7 +337,7 @@ std::tuple<Tensor, Tensor> tree_attention(Tensor q, Tensor position_t, Tensor k,
 #if KVTOOLS_CUDA
   Optional scratch;
   if (impl == Impl::cuda && q.numel()) {
-    check_head_size(impl, p.pages.d, 8);
+    check_head_size(impl, d, 8);
     p.token_indptr = int32(token_indptr), p.part_indptr = int32(part_indptr);
     p.part = int32(part), p.parts = part.size(0);
     scratch = torch::stable::new_empty(q, {cuda::tree_attention_scratch(p)}, ScalarType::Byte);

@@ -112,11 +112,21 @@ struct DequantizeKv {
   int64_t rows, d;
 };
 
+// Keys are stored as (k - center) * gain, with those of the token's frame; `of` is null where they
+// are stored as they are.
+struct Frames {
+  Strided<4> x;  // [frames, 2, h, d]: centers and gains
+  const int32_t* of = nullptr;
+  int64_t count = 0;
+};
+
 struct AppendKv {
   Strided<3> k, v;  // [t, h, d]
-  Strided<2> slot;
+  Strided<2> slot, also_slot;
   Strided<1> position;
-  Pages pages;
+  Pages pages,
+      also;  // the second, where the tokens are written again, only if `also_slot` is there
+  Frames frames;
   int64_t t;
 };
 
@@ -126,13 +136,18 @@ struct MergeStates {
   int64_t b_size, h, d;
 };
 
+inline constexpr int kMostStores = 4;
+
 // See tree_attention and Plan in kvtools/ops/attention.py; I items of six numbers.
 struct TreeAttention {
   Strided<3> q, out;  // [t, hq, d]
   Strided<2> lse;
-  Pages pages;
+  Pages stores[kMostStores];  // importance and history are in the first
+  int32_t store_count;
+  uint32_t recent;  // a bit for each store
+  Frames frames;
   const int32_t *position, *before;  // [t]; `before` may be null
-  const int32_t *page_indptr, *page, *first, *length, *base, *own, *token, *item;
+  const int32_t *page_indptr, *page, *first, *length, *base, *own, *store, *token, *item;
   int64_t items, tokens, heads_q;
   Strided<3> state_out;
   Strided<2> state_lse;
