@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config import CacheConfig
-from .ops.attention import limits, tree_attention
+from .ops.attention import limits, on_device, tree_attention
 from .ops.evict import key_scores, select_victims
 from .ops.quant import KVPages, append_kv
 from .policy import Candidates, policy_of
@@ -85,19 +85,22 @@ class KVCache:
         self.config, self.layers, self.device = config, layers, torch.device(device)
         factors = config.factors(layers)
         self._journal = Journal()
-        stores = {factor: Store(config, factor, pages, self._journal) for factor in set(factors)}
+        stores = {
+            factor: Store(config, factor, pages, self._journal, self.device)
+            for factor in set(factors)
+        }
         self.stores = list(stores.values())
         self._store = [stores[factor] for factor in factors]
         self._sinks = None
         if config.sinks and not config.exact:
             plain = CacheConfig(page_size=config.sinks, impl=config.impl)
-            self._sinks = Store(plain, 1.0, pages, self._journal)
+            self._sinks = Store(plain, 1.0, pages, self._journal, self.device)
         self._prompts: list[_Prompt] = []
         self._prompt = np.zeros(0, np.int64)  # by row
         self._recent = None
         if config.recent_formats is not None:
             self._recent = Recent(config.recent, *config.recent_formats, self.device, self._journal)
-        self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_frame_of`
+        self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_add_frame`
         self._seen = np.zeros(0, np.int32)
         self._passes: dict[Store, list[Pass]] = {}
         self._filling: dict[Store, tuple[int, np.ndarray]] = {}
@@ -137,7 +140,7 @@ class KVCache:
         """
         states = [state_of(self)]
         for store in filter(None, [*self.stores, self._sinks]):
-            states.append(state_of(store, _plan=None, _plan_key=None, table=None))
+            states.append(state_of(store, _plan=None, _plan_key=None, _pages=None, table=None))
         if self._recent:
             states.append(state_of(self._recent))
         return Transaction(self._journal, states)
@@ -198,21 +201,18 @@ class KVCache:
             raise ValueError(
                 f"k_hld has {length} tokens, the prompt was announced with {prompt.length}"
             )
-        pages = store.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
         for each in filter(None, (store, self._sinks)):
             each.limits = limits(self.device, heads, q_hld.shape[0] // heads)
-        k_raw = k_hld
+            each.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
         if config.k_format != "none":
-            center, gain = self._frame_of(layer, q_hld, k_hld, softcap, sink_h)
-            k_hld = (k_hld - center) * gain
+            self._add_frame(layer, q_hld, k_hld, softcap, sink_h)
         if self._sinks:
-            sink_pages = self._sinks.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
-            self._write(self._sinks, sink_pages, k_hld, v_hld, slice(prompt.sinks))
+            self._write(layer, self._sinks, k_hld, v_hld, slice(prompt.sinks))
         if self._recent:
-            self._recent.fill(layer, k_hld, v_hld, config.impl)
+            self._recent.fill(layer, k_hld, v_hld, partial(self._append, layer))
         kept = self._filling[store][0]
         if kept == length - prompt.sinks:
-            self._write(store, pages, k_hld, v_hld, slice(prompt.sinks, length))
+            self._write(layer, store, k_hld, v_hld, slice(prompt.sinks, length))
             return
         policy = policy_of(config.policy)
         mass = k_hld.new_zeros(1, heads, length, dtype=torch.float32)
@@ -222,7 +222,7 @@ class KVCache:
                 policy.observe
             ]
             mass, low = key_scores(
-                q_hld[None, :, -queries:], k_raw[None], sink_h=sink_h, sinks=prompt.sinks,
+                q_hld[None, :, -queries:], k_hld[None], sink_h=sink_h, sinks=prompt.sinks,
                 scale=scale, softcap=softcap, sliding=sliding, group=config.group, impl=config.impl,
             )  # fmt: skip
         position = torch.arange(length, device=k_hld.device, dtype=torch.int32)
@@ -238,7 +238,7 @@ class KVCache:
         )  # fmt: skip
         keep = torch.ones_like(candidates, dtype=torch.bool).scatter_(2, victims.long(), False)
         index = keep[0].nonzero()[:, 1].view(heads, kept) + prompt.sinks
-        self._write(store, pages, k_hld, v_hld, index)
+        self._write(layer, store, k_hld, v_hld, index)
 
     @_change
     def extend(self, counts: Index) -> Tensor:
@@ -266,14 +266,29 @@ class KVCache:
         ahead = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
-        self._position = torch.from_numpy(position.astype(np.int32)).to(self.device)
-        self._passes = {store: store.passes(counts, self._position) for store in self.stores}
-        self._sink_plan = self._sinks.plan(counts, self.device) if self._sinks else None
-        if self._recent:
-            self._recent_step = self._recent.step(counts, position, self._position)
-        row_t = np.repeat(self._prompt, counts)
-        self._prompt_t = torch.from_numpy(row_t).to(self.device)
-        return self._position
+        several = self._recent and (counts > 1).any()
+        version = counts.tobytes() if several else b"", self._sinks and self._sinks.forest.version
+        self._passes = {
+            store: store.passes(counts, partial(self._beside, store, counts), version)
+            for store in self.stores
+        }
+        step = self._recent.step(counts, position) if self._recent else None
+        tokens = _Tokens(position, np.repeat(self._prompt, counts))
+        passes = [x for each in self._passes.values() for x in each]
+        on_device(self.device, tokens, *filter(None, [step]), *passes)
+        named = dict(position_t=tokens.position_t, frame_t=tokens.frame_t)
+        if step:
+            self._recent.begin(step, tokens.position_t)
+            named |= dict(before_t=step.before_t, also_t=step.also_t)
+        for each in self._passes.values():
+            for x in each:
+                x.begin(len(each) > 1, **named)
+        return tokens.position_t
+
+    def _beside(self, store: Store, counts: np.ndarray, active: np.ndarray) -> list[dict]:
+        """Plans of what rows read besides the pages of `store`, for `active` of the new tokens."""
+        plans = [self._sinks.forest.plan(active, **store.limits)] if self._sinks else []
+        return plans + (self._recent.plans(counts, active, **store.limits) if self._recent else [])
 
     @_storing()
     def attend(
@@ -300,48 +315,38 @@ class KVCache:
         """
         config, store = self.config, self._store[layer]
         pages = store.layers[layer]
-        options = dict(scale=scale, softcap=softcap, sliding=sliding, impl=config.impl)
-        if layer in self._frame:
-            center, gain = self._frame[layer][self._prompt_t].unbind(1)
-            k_thd = (k_thd - center) * gain
-            q_thd = q_thd / gain.repeat_interleave(q_thd.shape[1] // k_thd.shape[1], 1)
-        state = before_t = None
-        if self._sinks:
-            state = tree_attention(
-                q_thd, self._position, self._sinks.layers[layer], self._sink_plan, **options
-            )
-        if self._recent:
-            before_t = self._recent_step.before_t
-            state = self._recent.attend(
-                layer, self._recent_step, q_thd, k_thd, v_thd, state=state, **options
-            )
+        stores = [pages, *([self._sinks.layers[layer]] if self._sinks else [])]
+        stores += self._recent.stores(layer, k_thd) if self._recent else []
+        options = dict(
+            scale=scale, softcap=softcap, sliding=sliding, sink_h=sink_h, group=config.group,
+            window=config.window if pages.history is not None else 0, impl=config.impl,
+        )  # fmt: skip
         last_only = pages.importance is not None and policy_of(config.policy).mass == "step"
-        options |= dict(sink_h=sink_h, group=config.group)
-        options |= dict(window=config.window if pages.history is not None else 0)
         passes = self._passes[store]
         self._journal.note(pages, SIGNALS)
         out_thd = torch.empty_like(q_thd) if len(passes) > 1 else None
         for step in passes:
-            every = step.token is None
-            q, k, v = (x if every else x[step.token] for x in (q_thd, k_thd, v_thd))
-            slot = step.slot_t
+            q, k, v = (step.of(x) for x in (q_thd, k_thd, v_thd))
+            slot, also, before_t = step.slot_t, None, step.tokens.get("before_t")
             if step.evict is not None:
-                slot = slot.long()[:, None].repeat(1, k.shape[1])
-                slot[step.evict] = store.victims_of(layer, step)
+                slot = slot[:, None].repeat(1, k.shape[1])
+                slot[step.evict] = store.victims_of(layer, step).to(slot.dtype)
             if last_only:  # only of the rows in this pass: others have not stepped
-                pages.importance[step.plan.page.long()] = 0
-            append_kv(k, v, slot, pages, step.position_t, impl=config.impl)
-            part, before = state, before_t
-            if not every:
-                part = None if state is None else tuple(x[step.token] for x in state)
-                before = None if before_t is None else before_t[step.token]
+                pages.importance[step.pages.long()] = 0
+            if self._recent:
+                also = step.tokens["also_t"], stores[-1]
+            position_t, frames = step.tokens["position_t"], {}
+            if layer in self._frame:
+                frames = dict(frame=self._frame[layer], frame_t=step.tokens["frame_t"])
+            append_kv(k, v, slot, pages, position_t, also=also, impl=config.impl, **frames)
             out, _ = tree_attention(
-                q, step.position_t, pages, step.plan, state=part, before_t=before, **options
+                q, position_t, stores, step.plan, before_t=before_t, **frames, **options
             )
-            if out_thd is None:
-                return out
-            out_thd[step.token] = out
-        return out_thd
+            if out_thd is not None:
+                out_thd[step.token] = out
+        if self._recent:
+            self._recent.keep(layer, stores[-1])
+        return out if out_thd is None else out_thd
 
     def attend_again(self, layer: int, q_thd: Tensor, **options: Any) -> Tensor:
         """Attend once more to what `attend` has stored in this step, for layers that share it.
@@ -357,7 +362,7 @@ class KVCache:
         store = self._store[layer]
         (step,), pages = self._passes[store], store.layers[layer]
         options = dict(options, impl=self.config.impl)
-        return tree_attention(q_thd, step.position_t, pages, step.plan, **options)[0]
+        return tree_attention(q_thd, step.tokens["position_t"], pages, step.plan, **options)[0]
 
     @_change
     def gather(self, index: Index) -> None:
@@ -446,7 +451,7 @@ class KVCache:
         if self._recent:
             for pages in self._recent.layers.values():
                 suffix += sum(map(_nbytes, (pages.k, pages.v, pages.k_scale, pages.v_scale)))
-            metadata += _nbytes(self._recent.held)
+            metadata += sum(map(_nbytes, self._recent.tensors()))
         metadata += sum(map(_nbytes, self._frame.values()))
         total = prefix + suffix + metadata
         return {"prefix": prefix, "suffix": suffix, "metadata": metadata, "total": total}
@@ -470,10 +475,10 @@ class KVCache:
         seen = int(self._seen[row])
         return [sinks + sorted(p for p in head if p < seen) for head in position.T.tolist()]
 
-    def _frame_of(
+    def _add_frame(
         self, layer: int, q_hld: Tensor, k_hld: Tensor, softcap: float, sink_h: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """How keys over the last prompt are stored, as (k - center) * gain: [heads, 1, D] each.
+    ) -> None:
+        """Choose how keys over the last prompt are stored, as (k - center) * gain.
 
         The center is the prompt's mean key, which softmax does not see once it is taken off all
         keys; zero where scores are compared with something else than each other: a soft cap, a sink
@@ -483,26 +488,37 @@ class KVCache:
         """
         sinks = self._prompts[-1].sinks
         rest = k_hld[:, sinks:]
-        center = rest.mean(1, keepdim=True)
+        center = rest.mean(1)
         if softcap or sink_h is not None or not rest.shape[1]:
-            center = torch.zeros_like(k_hld[:, :1])
+            center = torch.zeros_like(k_hld[:, 0])
         dtype = torch.promote_types(k_hld.dtype, torch.float32)
         q2 = q_hld.to(dtype).square().mean(1).unflatten(0, (len(k_hld), -1)).mean(1)
-        k2 = (rest - center).to(dtype).square().sum(1) / max(rest.shape[1], 1)
+        k2 = (rest - center[:, None]).to(dtype).square().sum(1) / max(rest.shape[1], 1)
         octaves = torch.log2(q2 / k2) / 4
         octaves = torch.where((q2 > 0) & (k2 > 0), octaves, 0).round().clamp(-6, 6)
-        frame = torch.stack([center[:, 0], torch.exp2(octaves).to(center.dtype)])[None]
+        frame = torch.stack([center, torch.exp2(octaves).to(center.dtype)])[None]
         held = self._frame.get(layer, frame[:0])
         # A filling that failed may have left this layer a prompt behind or ahead.
         held = held[: len(self._prompts) - 1]
         missing = frame.new_ones(len(self._prompts) - 1 - len(held), *frame.shape[1:])
         self._frame[layer] = torch.cat([held, missing, frame])
-        return center, frame[0, 1][:, None]
+
+    def _append(
+        self, layer: int, k_hld: Tensor, v_hld: Tensor, slot: Tensor, pages: KVPages, *position: Any
+    ) -> None:
+        """Write tokens of the last prompt."""
+        frames = {}
+        if layer in self._frame:
+            last = torch.full_like(slot, len(self._prompts) - 1, dtype=torch.int32)
+            frames = dict(frame=self._frame[layer], frame_t=last)
+        k_thd, v_thd = k_hld.transpose(0, 1), v_hld.transpose(0, 1)
+        append_kv(k_thd, v_thd, slot, pages, *position, impl=self.config.impl, **frames)
 
     def _write(
-        self, store: Store, pages: KVPages, k_hld: Tensor, v_hld: Tensor, index: slice | Tensor
+        self, layer: int, store: Store, k_hld: Tensor, v_hld: Tensor, index: slice | Tensor
     ) -> None:
         """Write the last prompt's tokens `index`, [heads, kept] or a slice for all heads."""
+        pages = store.layers[layer]
         slots = torch.from_numpy(self._filling[store][1]).to(k_hld.device)
         if isinstance(index, slice):
             k, v = k_hld[:, index], v_hld[:, index]
@@ -511,13 +527,18 @@ class KVCache:
         else:
             wide = index[..., None].expand(-1, -1, k_hld.shape[-1])
             k, v, position = k_hld.gather(1, wide), v_hld.gather(1, wide), index.to(torch.int32)
-        append_kv(
-            k.transpose(0, 1), v.transpose(0, 1), slots, pages,
-            position[0] if pages.position is not None else None, impl=self.config.impl,
-        )  # fmt: skip
+        self._append(layer, k, v, slots, pages, None if pages.position is None else position[0])
         if pages.position is not None:  # heads keep different tokens
             slots = slots.long()
             pages.position[slots // pages.page_size, :, slots % pages.page_size] = position.T
+
+
+@dataclass
+class _Tokens:
+    """Of the new tokens of a step: arrays, which `on_device` brings there."""
+
+    position_t: Any
+    frame_t: Any
 
 
 def _to_numpy(x: Index, name: str, length: int | None = None) -> np.ndarray:

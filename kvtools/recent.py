@@ -1,36 +1,27 @@
 """The newest tokens of every row, held more finely than the pages hold them."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .ops.attention import Plan, tree_attention
-from .ops.quant import EMPTY, KVPages, append_kv
+from ._host import plan_from_block_table
+from .ops.quant import EMPTY, KVPages
+from .reference.quant import as_bytes
 from .transaction import CONTENT, Journal
-
-
-@dataclass
-class Step:
-    """New tokens of the rows: the host's part, the same for all layers."""
-
-    position_t: Tensor
-    before_t: Tensor  # what each token reads here begins at this position
-    held: Tensor  # positions [rows, size] that are here when the layers attend
-    plan: Plan  # of the pages here
-    among: Plan | None  # of the new tokens themselves; None where no row gets more than one
-    token: Tensor | None  # new tokens that stay; None for all
-    slot: Tensor  # and where
 
 
 class Recent:
     """One page of `size` + 1 slots per row: the token at position p is in slot p % (size + 1).
 
     A query at position p reads here the tokens from p - size + 1 on, its own included, and from the
-    row's first that is here; `Step.before_t` says which of the two. Older ones it reads elsewhere.
-    What it reads does not depend on how many tokens come at a time. The slot more is what a single
-    new token goes to, so that undoing it has nothing to put back.
+    row's first that is here. Older ones it reads elsewhere. What it reads does not depend on how
+    many tokens come at a time: where a row gets several, they lie in pages of one slot until all
+    layers have attended. The slot more is what a single new token goes to, so that undoing it has
+    nothing to put back.
     """
 
     def __init__(
@@ -41,6 +32,7 @@ class Recent:
         self.layers: dict[int, KVPages] = {}
         self.held = torch.zeros(0, self.slots, dtype=torch.int32, device=device)
         self.start = np.zeros(0, np.int32)  # first position that is here, by row
+        self._step: Step | None = None
 
     def add(self, length: int, first: int, copies: int) -> None:
         """Add `copies` rows over a prompt of `length` tokens, of which the `first` stay elsewhere;
@@ -53,18 +45,12 @@ class Recent:
         self.start = np.concatenate([self.start, np.full(copies, start, np.int32)])
         self._prompt = copies, start, length
 
-    def fill(self, layer: int, k_hld: Tensor, v_hld: Tensor, impl: str) -> None:
+    def fill(self, layer: int, k_hld: Tensor, v_hld: Tensor, append: Callable) -> None:
         """Store the last tokens of the prompt that was added, for each of its rows."""
-        (heads, _, d), (copies, start, length) = k_hld.shape, self._prompt
-        page = KVPages.empty(
-            1, heads, self.slots, d, **self.formats, dtype=k_hld.dtype, device=k_hld.device
-        )
-        for x in page.tensors()[:4]:
-            if x is not None:
-                x.zero_()  # masked slots count nothing times what they hold
-        k, v = (x[:, start:].transpose(0, 1) for x in (k_hld, v_hld))
-        slot = torch.arange(start, length, device=k.device) % self.slots
-        append_kv(k, v, slot, page, impl=impl)
+        copies, start, length = self._prompt
+        page = self._empty(1, self.slots, k_hld)
+        slot = torch.arange(start, length, device=k_hld.device) % self.slots
+        append(k_hld[:, start:], v_hld[:, start:], slot, page)
         pages = self.layers.get(layer)
         new = [None if x is None else x.expand(copies, *x.shape[1:]) for x in page.tensors()]
         if pages is not None:
@@ -73,74 +59,79 @@ class Recent:
                 None if x is None else torch.cat([old[:rows], x])
                 for old, x in zip(pages.tensors(), new, strict=True)
             ]
-        self.layers[layer] = KVPages(*(None if x is None else x.contiguous() for x in new))
+        new = [None if x is None else x.contiguous() for x in new]
+        self.layers[layer] = KVPages(*new, recent=True)
 
-    def step(self, counts: np.ndarray, position: np.ndarray, position_t: Tensor) -> Step:
-        """Make room for `counts` tokens per row at `position`, on the device `position_t`; `attend`
-        must follow for every layer."""
-        device, rows, total = position_t.device, len(counts), int(counts.sum())
-        row_t = np.repeat(np.arange(rows), counts)
-        end = np.cumsum(counts)
-        before = np.maximum(position - self.size + 1, self.start[row_t])
-        stays = np.arange(total) >= end[row_t] - self.size
-        slot = row_t * self.slots + position % self.slots
-        np.maximum.at(self.start, row_t, before)
-
-        def to_device(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(x)).to(device)
-
-        slot_t = to_device(slot[stays])
-        token = None if stays.all() else to_device(np.flatnonzero(stays))
-        held = self.held
-        self.held = held.clone()
-        self.held.view(-1)[slot_t] = position_t if token is None else position_t[token]
-        several = bool((counts > 1).any())
-        alone = np.arange(rows + 1)
-        nodes = to_plan(alone, alone[:-1], np.full(rows, self.slots), counts, self.slots, device)
-        among = None
-        if several:
-            among = to_plan(np.append(0, end), np.arange(total), counts, counts, 1, device)
-        return Step(
-            position_t, to_device(before.astype(np.int32)), held if several else self.held, nodes,
-            among, token, slot_t,
-        )  # fmt: skip
-
-    def attend(
-        self,
-        layer: int,
-        step: Step,
-        q_thd: Tensor,
-        k_thd: Tensor,
-        v_thd: Tensor,
-        *,
-        state: tuple[Tensor, Tensor] | None,
-        sliding: int,
-        impl: str,
-        **options: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of one layer, and attend to what is here: the new state."""
-        pages, heads = self.layers[layer], k_thd.shape[1]
-        options |= dict(sliding=min(self.size, sliding or self.size), impl=impl)
-        k, v, slot = k_thd, v_thd, step.slot
-        if step.token is not None:
-            k, v = k[step.token], v[step.token]
-        pages.position = step.held[:, None].expand(-1, heads, -1)
-        if step.among is None:
-            _write(k, v, slot, pages, impl)
-            return tree_attention(q_thd, step.position_t, pages, step.plan, state=state, **options)
-        # Later tokens overwrite what earlier ones still read: first read, then write.
-        state = tree_attention(q_thd, step.position_t, pages, step.plan, state=state, **options)
-        total, _, d = k_thd.shape
+    def _empty(self, pages: int, slots: int, like_hld: Tensor) -> KVPages:
+        """Zeros: masked slots count nothing times what they hold."""
+        heads, _, d = like_hld.shape
         new = KVPages.empty(
-            total, heads, 1, d, **self.formats, dtype=k_thd.dtype, device=k_thd.device
+            pages, heads, slots, d, **self.formats, dtype=like_hld.dtype, device=like_hld.device
         )
-        append_kv(k_thd, v_thd, torch.arange(total, device=k_thd.device), new, impl=impl)
-        new.position = step.position_t[:, None, None].expand(-1, heads, -1)
-        state = tree_attention(q_thd, step.position_t, new, step.among, state=state, **options)
-        where = slot // self.slots, slice(None), slot % self.slots
+        for x in new.tensors():
+            if x is not None:
+                x.zero_()
+        return replace(new, recent=True)
+
+    def step(self, counts: np.ndarray, position: np.ndarray) -> "Step":
+        """Make room for `counts` tokens per row at `position`; `begin` must follow."""
+        row = np.repeat(np.arange(len(counts)), counts)
+        before = np.maximum(position - self.size + 1, self.start[row])
+        np.maximum.at(self.start, row, before)
+        slot, token = row * self.slots + position % self.slots, np.arange(len(row))
+        if (counts <= 1).all():
+            return Step(before, slot, slot)
+        stays = token >= np.cumsum(counts)[row] - self.size
+        return Step(before, token, slot[stays], token[stays])
+
+    def begin(self, step: "Step", position_t: Tensor) -> None:
+        """Let the layers attend in `step`, which is on the device now."""
+        self._step, self._position_t, self._read = step, position_t, self.held
+        where = step.slot // self.slots, step.slot % self.slots
+        if step.token is None:
+            self.journal.note(self, ("held",), where)
+        else:  # what is here now is read before it is overwritten
+            self.held, position_t = self.held.clone(), position_t[step.token]
+        self.held[where] = position_t
+
+    def plans(self, counts: np.ndarray, active: np.ndarray, **limits: int) -> list[dict]:
+        """Plans of `stores` for the `active` of the `counts` tokens per row."""
+        rows = len(counts)
+        ring = plan_from_block_table(
+            np.arange(rows)[:, None], np.full(rows, self.slots), self.slots, active, **limits
+        )
+        if counts.max(initial=0) <= 1:
+            return [ring]
+        own = (np.cumsum(counts) - counts)[:, None] + np.arange(counts.max())
+        return [ring, plan_from_block_table(own, counts, 1, active, **limits)]
+
+    def stores(self, layer: int, k_thd: Tensor) -> list[KVPages]:
+        """What a layer reads here; new tokens go to the last."""
+        pages, heads = self.layers[layer], k_thd.shape[1]
+        pages.position = self._read[:, None].expand(-1, heads, -1)
+        if self._step.token is None:
+            return [pages]
+        new = self._empty(len(k_thd), 1, k_thd.transpose(0, 1))
+        new.position = self._position_t[:, None, None].expand(-1, heads, -1)
+        return [pages, new]
+
+    def keep(self, layer: int, new: KVPages) -> None:
+        """Move to the ring what stays of `new`, where rows got several tokens."""
+        pages, step = self.layers[layer], self._step
+        if new is pages:
+            return
+        where = step.slot // self.slots, slice(None), step.slot % self.slots
         self.journal.note(pages, CONTENT[:4], where)
-        _write(k, v, slot, pages, impl)
-        return state
+        for name in CONTENT[:4]:
+            x = getattr(pages, name)
+            if x is not None:
+                as_bytes(x)[where] = as_bytes(getattr(new, name))[step.token, :, 0]
+
+    def tensors(self) -> list[Tensor]:
+        """What is kept on the device besides pages."""
+        if self._step is None:
+            return [self.held]
+        return [self.held, self._step.slot, *([] if self._read is self.held else [self._read])]
 
     def gather(self, index: np.ndarray) -> None:
         """Make the rows rows[index]; each has its own page."""
@@ -148,7 +139,8 @@ class Recent:
         self.held, self.start = self.held[where], self.start[index]
         for layer, pages in self.layers.items():
             content = (getattr(pages, name) for name in CONTENT[:4])
-            self.layers[layer] = KVPages(*(None if x is None else x[where] for x in content))
+            content = (None if x is None else x[where] for x in content)
+            self.layers[layer] = KVPages(*content, recent=True)
 
     def crop(self, lengths: np.ndarray) -> None:
         """Forget what lies behind `lengths`, and what the slot more holds: its token is read
@@ -159,30 +151,11 @@ class Recent:
         self.held = torch.where((self.held < start) | (self.held >= end), EMPTY, self.held)
 
 
-def _write(k: Tensor, v: Tensor, slot: Tensor, pages: KVPages, impl: str) -> None:
-    content = KVPages(pages.k, pages.v, pages.k_scale, pages.v_scale)
-    append_kv(k, v, slot, content, impl=impl)
+@dataclass
+class Step:
+    """Where new tokens go, the same for all layers: arrays, which `on_device` brings there."""
 
-
-def to_plan(
-    page_indptr: np.ndarray,
-    page: np.ndarray,
-    length: np.ndarray,
-    counts: np.ndarray,
-    page_size: int,
-    device: torch.device,
-) -> Plan:
-    """A plan in which row i alone reads node i."""
-    rows, end = len(counts), np.cumsum(counts)
-    live = np.flatnonzero(counts)
-    begin = (end - counts)[live]
-    item = np.stack([live, begin, end[live], 0 * live, length[live], begin], 1)
-    token = np.arange(counts.sum())
-    none = np.zeros(rows)
-    arrays = dict(
-        page_indptr=page_indptr, page=page, first=none, length=length, base=none, own=none,
-        token_indptr=np.append(0, end), token=token, item=item,
-        part_indptr=np.append(token, len(token)), part=token, leaf=np.full(rows, -1),
-    )  # fmt: skip
-    arrays = {name: x.astype(np.int32) for name, x in arrays.items()}
-    return Plan.from_host({**arrays, "page_size": page_size}, device)
+    before_t: Any  # what each token reads here begins at this position
+    also_t: Any  # slots of the store that `stores` gives last
+    slot: Any  # slots of the ring, of the tokens that stay
+    token: Any = None  # which ones stay, where rows get several

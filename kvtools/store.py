@@ -1,6 +1,8 @@
 """A forest of nodes and the pages of the layers that follow it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +19,51 @@ from .transaction import CONTENT, SIGNALS, Journal
 
 @dataclass
 class Pass:
-    """One write and read of a store: the host's part, the same for all its layers."""
+    """One write and read of a store, the same for all its layers: arrays, which `on_device` brings
+    there."""
 
-    token: Tensor | None  # query tokens of the step that take part; None for all
-    position_t: Tensor
-    row_t: Tensor
-    slot_t: Tensor  # where the forest appended; overridden for tokens that evict
+    token: Any  # query tokens of the step that take part; None for all
+    row_t: Any
+    slot_t: Any  # where the forest appended; overridden for tokens that evict
+    grow: Any  # slots by row
     plan: Plan
-    evict: Tensor | None = None  # tokens that overwrite a victim
-    cursor: Tensor | None = None  # which victim of their row
-    select: Tensor | None = None  # rows that need new victims first
+    pages: Tensor  # those of the store in the plan
+    again: bool  # the plan was there before: only lengths advance
+    evict: Any = None  # tokens that overwrite a victim
+    cursor: Any = None  # which victim of their row
+    select: Any = None  # rows that need new victims first
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # what else there is of each token
+
+    def begin(self, snapshot: bool, **tokens: Tensor) -> None:
+        """Once it is on the device: advance lengths; take what there is of its tokens."""
+        if self.again:
+            self.plan.length.index_add_(0, self.plan.leaf.clamp(min=0).long(), self.grow)
+        if snapshot:  # the next pass advances the lengths before this one has run on all layers
+            self.plan = replace(self.plan, length=self.plan.length.clone())
+        self.tokens = {name: self.of(x) for name, x in tokens.items()}
+
+    def of(self, x: Tensor) -> Tensor:
+        """The entries of the tokens that take part."""
+        return x if self.token is None else x[self.token]
 
 
 class Store:
     """A forest and the pages of all layers that follow it: those with the same budgets."""
 
     def __init__(
-        self, config: CacheConfig, factor: float, pages: int | None, journal: Journal
+        self,
+        config: CacheConfig,
+        factor: float,
+        pages: int | None,
+        journal: Journal,
+        device: torch.device,
     ) -> None:
         def scaled(budget: int | None) -> int | None:
             floor = config.sinks + config.recent + 1
             return None if budget is None else max(floor, round(budget * factor))
 
         self.config, self.factor, self.fixed = config, factor, pages is not None
+        self.device = device
         self.budget = scaled(config.budget)
         self.drop = None
         if self.budget is not None:
@@ -54,6 +78,7 @@ class Store:
         self.limits: dict[str, int] = {}  # how plans cut work
         self._plan: Plan | None = None
         self._plan_key: tuple | None = None
+        self._pages: Tensor | None = None
 
     def kept(self, length: int) -> int:
         """How many tokens of a prompt of `length` tokens are kept."""
@@ -105,67 +130,61 @@ class Store:
             )  # fmt: skip
         return self.layers[layer]
 
-    def plan(self, counts: np.ndarray, device: torch.device) -> Plan:
-        """The plan for `counts` query tokens per row. Lengths are up to date when it is new."""
-        key = (self.forest.version, counts.tobytes())
-        if key != self._plan_key:
-            plan = self.forest.plan(counts, **self.limits)
-            self._plan, self._plan_key = Plan.from_host(plan, device), key
-        return self._plan
+    def passes(
+        self, counts: np.ndarray, beside: Callable[[np.ndarray], list[dict]], version: tuple
+    ) -> list[Pass]:
+        """Take slots for `counts` tokens per row; one by one where a row exceeds its budget or the
+        policy looks at the last token alone.
 
-    def passes(self, counts: np.ndarray, position_t: Tensor) -> list[Pass]:
-        """Take slots for `counts` tokens per row, at `position_t`; one by one where a row exceeds
-        its budget or the policy looks at the last token alone."""
-        device = position_t.device
-
-        def to_device(x: np.ndarray) -> Tensor:
-            return torch.from_numpy(x).to(device)
-
+        `beside` gives the plans of what rows read besides, for some tokens per row; it depends on
+        `version`.
+        """
         last_only = policy_of(self.config.policy).mass == "step"  # so each must be the last once
         if self.budget is None or not (
             (self.forest.own_lengths() + counts > self.budget).any()
             or (last_only and (counts > 1).any())
         ):
-            row_t = to_device(np.repeat(np.arange(len(counts)), counts))
-            slot_t, plan = self._append(counts, counts, device)
-            return [Pass(None, position_t, row_t, to_device(slot_t), plan)]
+            row_t = np.repeat(np.arange(len(counts)), counts)
+            return [self._pass(None, row_t, counts, counts, beside, version)]
         passes = []
         start = np.cumsum(counts) - counts
         for i in range(counts.max()):
-            active = (counts > i).astype(np.int32)
+            active = counts > i
             row_t = np.flatnonzero(active)
-            full = (self.forest.own_lengths() >= self.budget) & (active > 0)
-            slots, plan = self._append(active * ~full, active, device)
-            slot_t = np.full(len(row_t), -1, np.int32)
-            slot_t[~full[row_t]] = slots
-            # A snapshot: the next pass advances the lengths before this one has run on all layers.
-            plan = replace(plan, length=plan.length.clone())
-            token = to_device(start[row_t] + i)
-            step = Pass(token, position_t[token], to_device(row_t), to_device(slot_t), plan)
+            full = (self.forest.own_lengths() >= self.budget) & active
+            each = self._pass(start[row_t] + i, row_t, active & ~full, active, beside, version)
             if full.any():
+                slot_t = np.full(len(row_t), -1)
+                slot_t[~full[row_t]] = each.slot_t
                 empty = full & (self.left == 0)
                 self.left[empty] = self.drop
                 self.scrambled |= full
-                evict = np.flatnonzero(full[row_t])
-                step.evict = to_device(evict)
-                step.cursor = to_device((self.drop - self.left[row_t[evict]]).astype(np.int64))
-                step.select = to_device(np.flatnonzero(empty)) if empty.any() else None
+                each.slot_t, each.evict = slot_t, np.flatnonzero(full[row_t])
+                each.cursor = self.drop - self.left[row_t[each.evict]]
+                each.select = np.flatnonzero(empty) if empty.any() else None
                 self.left[full] -= 1
-            passes.append(step)
+            passes.append(each)
         return passes
 
-    def _append(
-        self, grow: np.ndarray, counts: np.ndarray, device: torch.device
-    ) -> tuple[np.ndarray, Plan]:
-        grow = grow.astype(np.int32)
-        before = self._plan_key
-        slots = self.forest.append(grow)
-        plan = self.plan(counts.astype(np.int32), device)
-        if self._plan_key == before:  # the same pages: only lengths advance
-            leaf = torch.from_numpy(np.flatnonzero(grow)).to(device)
-            added = torch.from_numpy(grow[grow > 0]).to(device)
-            plan.length.index_add_(0, plan.leaf[leaf].long(), added)
-        return slots, plan
+    def _pass(
+        self,
+        token: np.ndarray | None,
+        row_t: np.ndarray,
+        grow: np.ndarray,
+        counts: np.ndarray,
+        beside: Callable[[np.ndarray], list[dict]],
+        version: tuple,
+    ) -> Pass:
+        grow, counts = grow.astype(np.int32), counts.astype(np.int32)
+        slot_t = self.forest.append(grow)
+        key = (self.forest.version, *version, counts.tobytes())
+        again = key == self._plan_key
+        if not again:
+            plan = self.forest.plan(counts, **self.limits)
+            others = beside(counts)
+            self._plan = Plan.from_host([plan, *others] if others else plan, self.device)
+            self._plan_key, self._pages = key, self._plan.page[: len(plan["page"])]
+        return Pass(token, row_t, slot_t, grow, self._plan, self._pages, again)
 
     def own_slots(self, device: torch.device) -> Tensor:
         """Flat slots [rows, budget] of every full row's own tokens; zeros for other rows."""
@@ -234,7 +253,7 @@ class Store:
             self.victims[layer] = torch.zeros(shape, dtype=torch.int32, device=table.device)
         victims = self.victims[layer]
         if step.select is not None:
-            victims = victims.index_copy(0, step.select, self._select(layer, step))
+            victims = victims.index_copy(0, step.select.long(), self._select(layer, step))
             self.victims[layer] = victims
         row = step.row_t[step.evict]
         slot = table[row].gather(1, victims[row, :, step.cursor].long())
@@ -248,8 +267,8 @@ class Store:
         config, pages = self.config, self.layers[layer]
         where = self._where(pages, step.select)
         position = pages.position[where].transpose(1, 2)  # [n, h, s]
-        now = step.position_t.new_zeros(self.forest.num_rows)
-        now[step.row_t] = step.position_t
+        now = step.row_t.new_zeros(self.forest.num_rows)
+        now[step.row_t] = step.tokens["position_t"]
         now = now[step.select]
         zeros = torch.zeros_like(position)
         mass, low, idle = zeros.float(), zeros, zeros
@@ -274,5 +293,6 @@ class Store:
 
     def tensors(self) -> list[Tensor]:
         """What the store keeps on the device besides pages and victims."""
-        plan = () if self._plan is None else self._plan.tensors()
+        # A plan's tensors are parts of one.
+        plan = [] if self._plan is None else [self._plan.item]
         return [*plan, *([] if self.table is None else [self.table])]

@@ -15,7 +15,7 @@ import select
 import signal
 import sys
 import traceback
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 import kvtools
 from kvtools import KVPages, Plan, _host
-from kvtools.ops.quant import FLOATS, FORMATS
+from kvtools.ops.quant import FLOATS, FORMATS, TENSORS
 from kvtools.ops.sampling import sample
 from kvtools.ops.scoring import LINKS, REDUCES, step_scores, token_logprobs
 from kvtools.reference import quant
@@ -31,7 +31,7 @@ from kvtools.reference import quant
 GUARD = 64  # bytes of poison on each side
 PATIENCE = 300  # seconds that a case may take
 RAISED = (ValueError, TypeError, IndexError, RuntimeError)
-PAGES = tuple(f.name for f in fields(KVPages))
+PAGES = TENSORS
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from types import ModuleType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -102,9 +102,7 @@ class Plan:
         return _several(self.page_size)
 
     @classmethod
-    def from_host(
-        cls, arrays: dict | Sequence[dict], device: torch.device | str = "cpu"
-    ) -> "Plan":
+    def from_host(cls, arrays: dict | Sequence[dict], device: torch.device | str = "cpu") -> "Plan":
         """A plan on `device` from the arrays of `kvtools._host`, and their `page_size`.
 
         Args:
@@ -116,17 +114,7 @@ class Plan:
         arrays = arrays if isinstance(arrays, dict) else _joined(arrays)
         page_size = arrays.get("page_size")
         pages = _pages(arrays, page_size)
-        # At addresses that are multiples of 16 bytes, which kernels are compiled for.
-        flat = [np.ravel(arrays[name]) for name in cls.TENSORS]
-        start = np.cumsum([0, *(-(-x.size // 4) * 4 for x in flat)])
-        packed = np.zeros(max(start[-1], 1), np.int32)
-        for x, at in zip(flat, start, strict=False):
-            packed[at : at + x.size] = x
-        packed = torch.from_numpy(packed).to(device)
-        tensors = (
-            packed[at : at + x.size].view(arrays[name].shape)
-            for name, x, at in zip(cls.TENSORS, flat, start, strict=False)
-        )
+        tensors = _at_once([arrays[name] for name in cls.TENSORS], torch.device(device))
         return cls._of(tuple(tensors), page_size, pages)
 
     @classmethod
@@ -192,6 +180,36 @@ class Plan:
             # The last offset goes on: tokens without partial results, items without tokens.
             here[len(there) :] = there[-1] if name.endswith("indptr") else 0
         return self
+
+
+def _at_once(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Bring arrays to a device in one copy, as int32: parts of one tensor, at addresses that are
+    multiples of 16 bytes, for which kernels are compiled."""
+    start = np.cumsum([0, *(-(-x.size // 4) * 4 for x in arrays)]).tolist()
+    packed = np.zeros(start[-1], np.int32)
+    for x, at in zip(arrays, start, strict=False):
+        packed[at : at + x.size] = x.reshape(-1)
+    all_of_them = torch.from_numpy(packed)
+    if device.type == "cuda":
+        all_of_them = all_of_them.pin_memory()
+    all_of_them = all_of_them.to(device, non_blocking=True)
+    return [
+        all_of_them[at : at + x.size].view(x.shape) for x, at in zip(arrays, start, strict=False)
+    ]
+
+
+def on_device(device: torch.device, *records: Any) -> None:
+    """Replace the NumPy arrays among the attributes of `records` by int32 tensors on `device`, all
+    in one copy."""
+    found = [
+        (vars(record), name, x)
+        for record in records
+        for name, x in vars(record).items()
+        if isinstance(x, np.ndarray)
+    ]
+    tensors = _at_once([x for *_, x in found], device)
+    for (attributes, name, _), x in zip(found, tensors, strict=True):
+        attributes[name] = x
 
 
 def _several(x: int | tuple[int, ...]) -> tuple[int, ...]:
@@ -329,7 +347,8 @@ _TREE_SCHEMA = (
     "Tensor? position, Tensor(a!)? importance, Tensor(b!)? history, Tensor[] more, int recent, "
     "Tensor page_indptr, Tensor page, Tensor first, Tensor length, Tensor base, Tensor own, "
     "Tensor store, Tensor token_indptr, Tensor token, Tensor item, Tensor part_indptr, "
-    "Tensor part, Tensor? before_t, Tensor? frame, Tensor? frame_t, Tensor? state_out, Tensor? state_lse, Tensor? sink_h, float scale, float softcap, "
+    "Tensor part, Tensor? before_t, Tensor? frame, Tensor? frame_t, Tensor? state_out, "
+    "Tensor? state_lse, Tensor? sink_h, float scale, float softcap, "
     "int sliding, int window, str group) -> (Tensor, Tensor)"
 )
 
@@ -449,7 +468,9 @@ def tree_attention(
         check_pages(each, d)
     pages, heads = stores[0], stores[0].k.shape[1]
     if any(each.k.shape[1] != heads for each in stores):
-        raise ValueError(f"pages have {[each.k.shape[1] for each in stores]} KV heads, not the same")
+        raise ValueError(
+            f"pages have {[each.k.shape[1] for each in stores]} KV heads, not the same"
+        )
     if hq == 0 or hq % heads:
         raise ValueError(f"q_thd has {hq} heads, not a multiple of the pages' {heads} KV heads")
     position_t = _per_token("position_t", position_t, t)
@@ -466,9 +487,7 @@ def tree_attention(
         size != expected or count < least
         for (count, size), (least, expected) in zip(given, made_for, strict=True)
     ):
-        raise ValueError(
-            f"pages has {_of_slots(given)}, plan was made for {_of_slots(made_for)}"
-        )
+        raise ValueError(f"pages has {_of_slots(given)}, plan was made for {_of_slots(made_for)}")
     if group not in ("all", "mean"):
         raise ValueError(f"group={group!r}: expected 'all' or 'mean'")
     scale = d**-0.5 if scale is None else scale

@@ -1,6 +1,5 @@
 """Importance from a window of queries, who goes, and closing the gaps."""
 
-from dataclasses import fields
 from math import inf
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 
 from ..reference import evict as reference
 from . import Impl, Op, check
-from .quant import EMPTY, FLOATS, INTEGERS, KVPages
+from .quant import EMPTY, FLOATS, INTEGERS, TENSORS, KVPages
 
 REAL = (*FLOATS, *INTEGERS, torch.int16, torch.int8, torch.uint8, torch.bool)
 
@@ -225,8 +224,8 @@ def compact_kv(
         lambda: f"source_nh is {source_nh.dtype}, target_nh {target_nh.dtype}: not int32 or int64",
     )
     shape = pages.k.shape
-    for field, x in zip(fields(pages), pages.tensors(), strict=True):
-        size = 4 if field.name in ("k", "v", "history") else 3
+    for name, x in zip(TENSORS, pages.tensors(), strict=True):
+        size = 4 if name in ("k", "v", "history") else 3
         check(
             x is None
             or (
@@ -235,7 +234,7 @@ def compact_kv(
                 and 0 not in x.shape[1:]
                 and (size == 3 or x.stride(-1) == 1 or x.shape[-1] == 1)
             ),
-            lambda name=field.name, x=x: (
+            lambda name=name, x=x: (
                 f"pages.{name} has shape {tuple(x.shape)} and strides {x.stride()}; expected "
                 f"{(*shape[:3], '...')}, not empty, contiguous in axes behind the third"
             ),

@@ -323,9 +323,7 @@ def _slots(name: str, slot: Tensor, pages: KVPages, t: int, h: int, d: int) -> T
     return slot[:, None].expand(t, h) if slot.dim() == 1 else slot
 
 
-def check_frame(
-    frame: Tensor | None, frame_t: Tensor | None, t: int, heads: int, d: int
-) -> None:
+def check_frame(frame: Tensor | None, frame_t: Tensor | None, t: int, heads: int, d: int) -> None:
     """Raise ValueError unless both are absent, or fit `t` tokens and heads of size `d`."""
     if (frame is None) != (frame_t is None):
         raise ValueError("frame and frame_t come together: give both or none")

@@ -169,10 +169,9 @@ def tree_attention(
 def stores_of(more: list[Tensor]) -> list[tuple[Tensor | None, ...]]:
     """The (k, v, k_scale, v_scale, position) of each store behind the first; what it lacks is
     empty in `more`."""
-    present = [x if x.numel() else None for x in more]
     return [
-        (k, v, *rest)
-        for k, v, *rest in zip(more[::5], more[1::5], *(present[i::5] for i in (2, 3, 4)))
+        (*more[i : i + 2], *(x if x.numel() else None for x in more[i + 2 : i + 5]))
+        for i in range(0, len(more), 5)
     ]
 
 
