@@ -256,8 +256,10 @@ const int32_t* int32(const Tensor& x) {
   return static_cast<const int32_t*>(x.data_ptr());
 }
 
-Frames frames(Impl impl, const Optional& frame, const Optional& frame_t) {
+Frames frames(Impl impl, Optional& frame, Optional& frame_t) {
   if (!frame) return {};
+  frame = with_unit_stride(*frame);
+  if (!frame_t->is_contiguous()) frame_t = torch::stable::contiguous(*frame_t);
   Frames y{floats<4>(*frame), int32(*frame_t), frame->size(0)};
   for (int64_t t = 0; impl == Impl::cpu && t < frame_t->size(0); ++t)
     STD_TORCH_CHECK(y.of[t] >= 0 && y.of[t] < y.count, "frame_t holds ", y.of[t],
@@ -273,7 +275,6 @@ void append_kv(Tensor k_thd, Tensor v_thd, Tensor slot_th, Tensor k, Tensor v, O
   if (!k_thd.numel()) return;
   k_thd = with_unit_stride(k_thd);
   v_thd = with_unit_stride(v_thd);
-  if (frame) frame = with_unit_stride(*frame);
   const int64_t d = k_thd.size(2);
   AppendKv p{};
   p.k = floats<3>(k_thd), p.v = floats<3>(v_thd), p.t = k_thd.size(0);
@@ -323,7 +324,6 @@ std::tuple<Tensor, Tensor> tree_attention(
     const auto present = [](const Tensor& y) { return y.numel() ? Optional(y) : Optional(); };
     p.stores[i] = pages_of(x[0], x[1], present(x[2]), present(x[3]), present(x[4]), {}, {}, d);
   }
-  if (frame) frame = with_unit_stride(*frame);
   p.frames = frames(impl, frame, frame_t);
   p.position = int32(position_t), p.before = before_t ? int32(*before_t) : nullptr;
   p.page_indptr = int32(page_indptr), p.page = int32(page), p.first = int32(first);

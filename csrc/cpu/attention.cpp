@@ -52,7 +52,9 @@ namespace {
 
 class Attention {
  public:
-  Attention(const TreeAttention& p, const Pool& pool) : o_{p}, p_(p), pool_(pool) {}
+  Attention(const TreeAttention& p, const Pool& pool) : o_{p}, p_(p), pool_(pool) {
+    for (int i = 1; i < p.store_count; ++i) mixed_ |= is_rotated(i) != is_rotated(0);
+  }
 
   void run() {
     cut();
@@ -60,7 +62,7 @@ class Attention {
     pool_.run(threads, [this](int64_t task) {
       for (int64_t i = cuts_[task]; i < cuts_[task + 1]; ++i)
         Tile(o_, pieces_[i], partial_, [this](int64_t item, int64_t head) {
-          return o_.tracked(item) ? scores_ + logits_[item * p_.pages.heads + head] : nullptr;
+          return o_.tracked(item) ? scores_ + logits_[item * o_.heads + head] : nullptr;
         });
     });
     link();
@@ -69,8 +71,7 @@ class Attention {
         for (int64_t h = 0; h < p_.heads_q; ++h) merge(t, h);
     });
     if (o_.tracks)
-      pool_.run(p_.items * p_.pages.heads,
-                [this](int64_t i) { track(i / p_.pages.heads, i % p_.pages.heads); });
+      pool_.run(p_.items * o_.heads, [this](int64_t i) { track(i / o_.heads, i % o_.heads); });
   }
 
  private:
@@ -79,9 +80,12 @@ class Attention {
   void merge(int64_t t, int64_t h);
   void track(int64_t i, int64_t head);
 
+  bool is_rotated(int store) const { return p_.stores[store].v.format != Format::none; }
+
   const Problem o_;
   const TreeAttention& p_;
   const Pool& pool_;
+  bool mixed_ = false;  // values of some stores are rotated, of others not
   std::vector<Piece> pieces_;
   std::vector<int64_t> cuts_;    // pieces of thread i: cuts_[i] to cuts_[i + 1]
   std::vector<int64_t> logits_;  // where those of (item, head) start, if it is tracked
@@ -92,16 +96,24 @@ class Attention {
 
 // Divide the work: pieces in order, and where each thread starts.
 void Attention::cut() {
-  const int64_t heads = p_.pages.heads;
-  auto cost = [&](int64_t rows) -> int64_t {  // of a slot, roughly in cycles
+  const int64_t heads = o_.heads;
+  auto cost = [&](const Pages& pages, int64_t rows) -> int64_t {  // of a slot, roughly in cycles
+    constexpr int kDecode[] = {1, 4, 1, 8, 4, 5, 4};              // a vector, by format
     if (rows == 0) return 0;
-    if (rows <= kFewRows) return (2 * rows + 4) * o_.width / kLanes + 4 * rows;
-    return whole_vectors(rows) / kLanes * (o_.d + 8) + o_.d / 4;
+    const int64_t vectors = o_.width / kLanes;
+    const int64_t decode =
+        (kDecode[static_cast<int>(pages.k.format)] + kDecode[static_cast<int>(pages.v.format)]) *
+        vectors;
+    if (rows <= kFewRows) return (rows + 3) / 4 * decode + rows * (2 * vectors + 4);
+    const int64_t each = kDotsPairs && o_.in_pairs(pages) ? o_.d : 2 * o_.d;
+    return whole_vectors(rows) / kLanes * each + decode + o_.d / 2;
   };
   int64_t total = 0, scores = 0;
   for (int64_t i = 0; i < p_.items; ++i) {
     const int64_t n = o_.slots(i), rows = o_.rows(i);
-    total += heads * n * (rows / kTileRows * cost(kTileRows) + cost(rows % kTileRows));
+    total +=
+        heads * n *
+        (rows / kTileRows * cost(o_.pages(i), kTileRows) + cost(o_.pages(i), rows % kTileRows));
     for (int64_t h = 0; o_.tracks && h < heads; ++h) {
       logits_.push_back(scores);
       if (o_.tracked(i)) scores += rows * n;
@@ -111,7 +123,7 @@ void Attention::cut() {
   const int64_t threads = std::clamp<int64_t>(total / kWorthAThread, 1, pool_.threads);
   int64_t spent = 0, results = 0;
   auto add = [&](int64_t i, int64_t head, int64_t count, int64_t row, int64_t rows) {
-    const int64_t n = o_.slots(i), start = o_.item(i)[3], each = count * cost(rows);
+    const int64_t n = o_.slots(i), start = o_.item(i)[3], each = count * cost(o_.pages(i), rows);
     for (int64_t begin = 0, end; begin < n; begin = end) {
       end = n;
       if (const int64_t task = cuts_.size(); task < threads) {
@@ -143,9 +155,10 @@ void Attention::cut() {
   partial_.mass = partial_.peak + results;
   mean_ = partial_.mass + results;
   scores_ = mean_ + queries;
-  first_ = scratch<int32_t, 3>(queries + 2 * results);
+  first_ = scratch<int32_t, 3>(queries + 3 * results);
   partial_.next = first_ + queries;
   partial_.seen = partial_.next + results;
+  partial_.store = partial_.seen + results;
 }
 
 // Chain the partial results of each query head of each token.
@@ -164,28 +177,34 @@ void Attention::link() {
 
 // The result of one query head of one token.
 void Attention::merge(int64_t t, int64_t h) {
-  const int64_t d = p_.pages.d;
+  const int64_t d = o_.d;
   const int32_t first = first_[t * p_.heads_q + h];
-  float peak = -kInfinity, mass = 0;
+  float peak = -kInfinity, mass = 0, first_mass = 0;  // over all stores, and the first
   int64_t seen = 0;
   for (int32_t r = first; r >= 0; r = partial_.next[r]) peak = std::max(peak, partial_.peak[r]);
-  float* out = scratch<float, 4>(o_.width);
-  std::fill_n(out, o_.width, 0.0f);
+  // Quantised values, and so their sums, are rotated; others are not.
+  const int64_t sums = mixed_ ? 2 * o_.width : o_.width;
+  float *out = scratch<float, 4>(sums), *rotated = out + sums - o_.width;
+  std::fill_n(out, sums, 0.0f);
   for (int32_t r = first; r >= 0; r = partial_.next[r]) {
     seen += partial_.seen[r];
     if (partial_.mass[r] == 0) continue;  // where nothing is seen; a NaN, once seen, stays
     const float weight = std::exp((partial_.peak[r] - peak) * o_.unit);
     mass += weight * partial_.mass[r];
+    if (partial_.store[r] == 0) first_mass += weight * partial_.mass[r];
+    float* sum = is_rotated(partial_.store[r]) ? rotated : out;
     for (int64_t e = 0; e < o_.width; e += kLanes)
-      store(out + e, load(out + e) + load(partial_.sum + r * o_.width + e) * weight);
+      store(sum + e, load(sum + e) + load(partial_.sum + r * o_.width + e) * weight);
   }
   if (mass != 0)
-    for (int64_t e = 0; e < o_.width; e += kLanes) store(out + e, load(out + e) / mass);
-  if (p_.pages.v.format != Format::none) rotate_back(out, d);
+    for (int64_t e = 0; e < sums; e += kLanes) store(out + e, load(out + e) / mass);
+  if (mixed_ || is_rotated(0)) rotate_back(rotated, d);
+  for (int64_t e = 0; mixed_ && e < o_.width; e += kLanes)
+    store(out + e, load(out + e) + load(rotated + e));
 
   // What is kept elsewhere: another state, and the sink, which has no value.
-  const float here = mass != 0 ? peak * o_.unit + std::log(mass) : -kInfinity;
-  float lse = here;
+  auto log_sum = [&](float x) { return x != 0 ? peak * o_.unit + std::log(x) : -kInfinity; };
+  float lse = log_sum(mass);
   auto join = [&](float other, auto value) {
     if (lse == -kInfinity && other == -kInfinity) return;
     const float top = std::max(lse, other);
@@ -214,7 +233,7 @@ void Attention::merge(int64_t t, int64_t h) {
            [](int64_t, float) { return f32{}; });
     });
 
-  mean_[t * p_.heads_q + h] = std::exp(here - lse) / seen;
+  if (o_.tracks) mean_[t * p_.heads_q + h] = std::exp(log_sum(first_mass) - lse) / seen;
   reinterpret_cast<float*>(p_.lse.data)[t * p_.lse.stride[0] + h * p_.lse.stride[1]] = lse;
   with_type(p_.out.type, [&](auto* kind) {
     using T = std::remove_pointer_t<decltype(kind)>;
@@ -231,8 +250,9 @@ void Attention::merge(int64_t t, int64_t h) {
 void Attention::track(int64_t i, int64_t head) {
   const int64_t all = o_.slots(i), tokens = o_.item(i)[2] - o_.item(i)[1];
   if (!o_.tracked(i) || all == 0) return;
-  const float* logits = scores_ + logits_[i * p_.pages.heads + head];
-  const bool notes = p_.pages.history.data;
+  const Pages& pages = p_.stores[0];
+  const float* logits = scores_ + logits_[i * o_.heads + head];
+  const bool notes = pages.history.data;
   float* gained = scratch<float, 5>(whole_vectors(all));
   int32_t* low = scratch<int32_t, 6>(whole_vectors(all));
   std::fill_n(gained, whole_vectors(all), 0.0f);
@@ -265,22 +285,20 @@ void Attention::track(int64_t i, int64_t head) {
       std::memcpy(low + s, &below, sizeof below);
     }
     if (!notes) continue;
-    const int32_t past = o_.last_seen(t);
+    const int32_t past = o_.last_seen(t, 0), hidden = o_.last_hidden(t, 0);
     const int64_t bit = floor_mod(p_.position[t], p_.window);
     each_slot([&](int64_t page, int64_t offset, int64_t s) {
-      const int64_t key =
-          p_.pages.position.data
-              ? *reinterpret_cast<int32_t*>(p_.pages.position.at(page, head, offset))
-              : p_.base[o_.item(i)[0]] + o_.item(i)[3] + s;
-      uint32_t& word =
-          reinterpret_cast<uint32_t*>(p_.pages.history.at(page, head, offset))[bit / 32];
-      const uint32_t noted = low[s] && key <= past;
+      const int64_t key = pages.position.data
+                              ? *reinterpret_cast<int32_t*>(pages.position.at(page, head, offset))
+                              : p_.base[o_.item(i)[0]] + o_.item(i)[3] + s;
+      uint32_t& word = reinterpret_cast<uint32_t*>(pages.history.at(page, head, offset))[bit / 32];
+      const uint32_t noted = low[s] && key <= past && key > hidden;
       word = (word & ~(1u << bit % 32)) | noted << bit % 32;
     });
   }
-  if (p_.pages.importance.data)
+  if (pages.importance.data)
     each_slot([&](int64_t page, int64_t offset, int64_t s) {
-      *reinterpret_cast<float*>(p_.pages.importance.at(page, head, offset)) += gained[s];
+      *reinterpret_cast<float*>(pages.importance.at(page, head, offset)) += gained[s];
     });
 }
 

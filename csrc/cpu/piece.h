@@ -18,9 +18,11 @@ class Tile {
   Tile(const Problem& problem, const Piece& piece, const Partial& partial, const Logits& logits)
       : o_(problem),
         piece_(piece),
+        pages_(problem.pages(piece.item)),
+        store_(problem.store(piece.item)),
         partial_(partial),
         few_(piece.rows <= kFewRows),
-        pairs_(kDotsPairs && !few_ && problem.in_pairs()) {
+        pairs_(kDotsPairs && !few_ && problem.in_pairs(pages_)) {
     const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
     q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows);
     k_tile_ = q_ + q_size, v_tile_ = k_tile_ + kChunk * o_.width;
@@ -31,6 +33,7 @@ class Tile {
     std::fill_n(partial.peak + piece.at, piece.results(), -kInfinity);
     std::fill_n(partial.mass + piece.at, piece.results(), 0.0f);
     std::fill_n(partial.seen + piece.at, piece.results(), 0);
+    std::fill_n(partial.store + piece.at, piece.results(), store_);
 
     // Chunk by chunk, and in each head by head, as pages lie in memory; while one is worked on
     // the next is fetched.
@@ -63,6 +66,7 @@ class Tile {
   };
 
   void load_queries();
+  void take_gain(float* q, int64_t t, int64_t head) const;
   void load_bounds();
   void read(int64_t step, Slots& slots) const;
   void attend(Slots& now, const Slots& next);
@@ -74,6 +78,8 @@ class Tile {
 
   const Problem& o_;
   const Piece& piece_;
+  const Pages& pages_;
+  const int store_;
   const Partial& partial_;
   const bool few_, pairs_;        // many rows in bf16 go two elements, or slots, at a time
   float *q_, *k_tile_, *v_tile_;  // queries [heads][rows][width], or [d][kTileRows] for many rows
@@ -105,7 +111,8 @@ inline void Tile::load_queries() {
         if (few_) one = q_ + (h * piece_.rows + r) * o_.width;
         decode_row(ReadPlain<T>(o_.d), reinterpret_cast<const char*>(x), o_.d, p.scale / o_.unit,
                    one);
-        if (p.pages.k.format != Format::none) rotate(one, o_.d);
+        if (p.frames.of) take_gain(one, o_.token(piece_.item, row), piece_.head + h);
+        if (pages_.k.format != Format::none) rotate(one, o_.d);
         if (!few_)
           for (int64_t e = 0; e < o_.d; ++e) q_[e * kTileRows + r] = one[e];
       }
@@ -115,20 +122,33 @@ inline void Tile::load_queries() {
       std::fill(q_ + e * kTileRows + piece_.rows, q_ + e * kTileRows + piece_.padded(), 0.0f);
 }
 
+// Keys of the frame are stored times its gain, so queries are divided by it.
+inline void Tile::take_gain(float* q, int64_t t, int64_t head) const {
+  const Frames& frames = o_.p.frames;
+  with_type(frames.x.type, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    const T* gain = reinterpret_cast<const T*>(frames.x.at(frames.of[t], 1, head));
+    int64_t e = 0;
+    for (; e + kLanes <= o_.d; e += kLanes) store(q + e, load(q + e) / load(gain + e));
+    const int left = o_.d - e;
+    if (left) store_part(q + e, load_part(q + e, left) / load_part(gain + e, left), left);
+  });
+}
+
 inline void Tile::load_bounds() {
   upper_least_ = lower_least_ = INT_MAX, upper_most_ = lower_most_ = INT_MIN;
   for (int64_t r = 0; r < piece_.padded(); ++r) {
     const int64_t t = o_.token(piece_.item, piece_.row + std::min(r, piece_.rows - 1));
-    const int32_t upper = upper_[r] = o_.last_seen(t);
-    const int32_t lower = lower_[r] =
-        o_.p.sliding ? std::max<int64_t>(o_.p.position[t] - o_.p.sliding, INT_MIN) : INT_MIN;
+    const int32_t upper = upper_[r] = o_.last_seen(t, store_);
+    const int64_t slid = o_.p.sliding ? o_.p.position[t] - o_.p.sliding : INT_MIN;
+    const int32_t lower = lower_[r] = std::max<int64_t>(slid, o_.last_hidden(t, store_));
     upper_least_ = std::min(upper_least_, upper), upper_most_ = std::max(upper_most_, upper);
     lower_least_ = std::min(lower_least_, lower), lower_most_ = std::max(lower_most_, lower);
   }
 }
 
 inline void Tile::read(int64_t step, Slots& slots) const {
-  const Pages& pages = o_.p.pages;
+  const Pages& pages = pages_;
   const int64_t head = piece_.head + step % piece_.heads, node = o_.item(piece_.item)[0];
   const int64_t begin = slots.begin = piece_.begin + step / piece_.heads * kChunk;
   slots.n = std::min<int64_t>(kChunk, piece_.end - begin);
@@ -162,7 +182,7 @@ inline void Tile::read(int64_t step, Slots& slots) const {
 }
 
 inline void Tile::attend(Slots& now, const Slots& next) {
-  const Pages& pages = o_.p.pages;
+  const Pages& pages = pages_;
   const int64_t d = o_.d, width = o_.width;
   const int n = now.n, rows = piece_.rows, vectors = piece_.padded() / kLanes;
   const auto [least, most] = std::minmax_element(now.key, now.key + n);
@@ -219,7 +239,7 @@ inline void Tile::attend(Slots& now, const Slots& next) {
     few_weights(now, clear, k_scaled, v_scaled || !v_direct);
   else
     many_weights(now, clear);
-  if (o_.tracks)
+  if (o_.tracks && store_ == 0)
     for (int r = 0; r < rows; ++r)
       for (int s = 0; s < n; ++s)
         partial_.seen[at_ + r] += (now.key[s] <= upper_[r]) & (now.key[s] > lower_[r]);

@@ -28,11 +28,12 @@ T* scratch(size_t count) {
 // The arguments of `tree_attention`, and what follows from them.
 struct Problem {
   const TreeAttention& p;
-  const int64_t group = p.heads_q / p.pages.heads, d = p.pages.d, width = whole_vectors(d);
+  const int64_t heads = p.stores[0].heads, group = p.heads_q / heads, d = p.stores[0].d;
+  const int64_t width = whole_vectors(d);
   // Scores are kept before scaling, so that queries are not rounded once more; unit makes them
   // natural logarithms.
   const float unit = p.softcap == 0 && p.scale > 0 ? p.scale : 1;
-  const bool tracks = p.pages.importance.data || p.pages.history.data;
+  const bool tracks = p.stores[0].importance.data || p.stores[0].history.data;
 
   const int32_t* item(int64_t i) const { return p.item + 6 * i; }
   int64_t slots(int64_t i) const {
@@ -40,25 +41,29 @@ struct Problem {
   }
   int64_t rows(int64_t i) const { return (item(i)[2] - item(i)[1]) * group; }
   int64_t token(int64_t i, int64_t row) const { return p.token[item(i)[1] + row / group]; }
-  bool tracked(int64_t i) const { return tracks && p.own[item(i)[0]]; }
+  int store(int64_t i) const { return p.store[item(i)[0]]; }
+  const Pages& pages(int64_t i) const { return p.stores[store(i)]; }
+  bool tracked(int64_t i) const { return tracks && store(i) == 0 && p.own[item(i)[0]]; }
   // Everything is in bf16, and queries are not scaled.
-  bool in_pairs() const {
+  bool in_pairs(const Pages& pages) const {
     auto is_bf16 = [](const Content& x) {
       return x.format == Format::none && x.type == Type::bf16;
     };
-    return p.q.type == Type::bf16 && is_bf16(p.pages.k) && is_bf16(p.pages.v) &&
-           d % (4 * kLanes) == 0 && unit == p.scale;
+    return p.q.type == Type::bf16 && is_bf16(pages.k) && is_bf16(pages.v) &&
+           d % (4 * kLanes) == 0 && unit == p.scale && !p.frames.of;
   }
-  // The last position that a token sees.
-  int32_t last_seen(int64_t t) const {
-    return p.before && p.before[t] <= p.position[t] ? std::max(p.before[t], INT32_MIN + 1) - 1
-                                                    : p.position[t];
+  // The last position that a token sees in a store, and the last one that is too old for it there.
+  int32_t last_seen(int64_t t, int store) const {
+    return p.before && !recent(store) ? std::min(newest_old(t), p.position[t]) : p.position[t];
+  }
+  int32_t last_hidden(int64_t t, int store) const {
+    return p.before && recent(store) ? newest_old(t) : INT32_MIN;
   }
 
   // Call f(page, offset, count, slot) for the runs of slots [begin, end) that lie in one page.
   template <class F>
   void walk(int64_t i, int64_t begin, int64_t end, F f) const {
-    const int64_t node = item(i)[0], size = p.pages.page_size;
+    const int64_t node = item(i)[0], size = pages(i).page_size;
     const int32_t* page = p.page + p.page_indptr[node];
     for (int64_t slot = begin; slot < end;) {
       const int64_t at = p.first[node] + slot, offset = at % size;
@@ -67,6 +72,10 @@ struct Problem {
       slot += count;
     }
   }
+
+ private:
+  bool recent(int store) const { return p.recent >> store & 1; }
+  int32_t newest_old(int64_t t) const { return std::max(p.before[t], INT32_MIN + 1) - 1; }
 };
 
 // Slots [begin, end) of a work item against rows [row, row + rows) of each of `heads` KV heads;
@@ -82,6 +91,7 @@ struct Piece {
 struct Partial {
   float *sum, *peak, *mass;
   int32_t *seen, *next;  // slots that a row sees; another partial result of the same query head
+  int32_t* store;        // what it is over
 };
 
 }  // namespace kvtools::KVTOOLS_ISA

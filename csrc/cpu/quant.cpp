@@ -15,9 +15,9 @@ constexpr int kMostTries = Levels<2>::kTries;
 // What one thread needs for a head. Its vectors are whole: zero behind d.
 struct Scratch {
   explicit Scratch(int64_t d)
-      : x(whole_vectors(d)), levels(kMostTries * x.size()), codes(x.size()) {}
+      : x(whole_vectors(d)), framed(x.size()), levels(kMostTries * x.size()), codes(x.size()) {}
 
-  std::vector<float> x, levels;  // levels for each range tried
+  std::vector<float> x, framed, levels;  // levels for each range tried
   std::vector<uint8_t> codes;
 };
 
@@ -136,26 +136,63 @@ f32 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   return scale;
 }
 
-// Store the head x in slot s of page p.
-void put(const char* x, Type type, int64_t d, const Content& to, int64_t p, int64_t h, int64_t s,
-         Scratch& scratch) {
-  char* codes = to.codes.at(p, h, s);
-  if (to.format == Format::none) return convert(x, type, codes, to.type, d);
-  float* y = scratch.x.data();
-  convert(x, type, reinterpret_cast<char*>(y), Type::f32, d);
-  rotate(y, d);
-  // Codes cannot tell, so the scale does.
-  const bool finite = is_finite(y, d);
-  if (!finite) std::fill_n(y, scratch.x.size(), 0.0f);
-  auto* packed = reinterpret_cast<uint8_t*>(codes);
-  f32 scale;
-  if (to.format == Format::fp8)
-    scale = encode_fp8(y, d, scratch, packed);
-  else
-    with_bits(to.format,
-              [&](auto bits) { scale = encode<decltype(bits)::value>(y, d, scratch, packed); });
-  store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), finite ? scale[0] : NAN);
-}
+// A head to be stored, in as many places as wanted; it is rotated once, for the first quantised
+// one.
+class Head {
+ public:
+  Head(const char* x, Type type, int64_t d, Scratch& scratch)
+      : x_(x), type_(type), d_(d), scratch_(scratch) {}
+
+  // x = (x - center) * gain, in fp32; before it is stored.
+  void frame(const char* center, const char* gain, Type type) {
+    float* y = scratch_.framed.data();
+    convert(x_, type_, reinterpret_cast<char*>(y), Type::f32, d_);
+    with_type(type, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      const T *c = reinterpret_cast<const T*>(center), *g = reinterpret_cast<const T*>(gain);
+      int64_t i = 0;
+      for (; i + kLanes <= d_; i += kLanes) store(y + i, (load(y + i) - load(c + i)) * load(g + i));
+      const int left = d_ - i;
+      if (left)
+        store_part(y + i, (load(y + i) - load_part(c + i, left)) * load_part(g + i, left), left);
+    });
+    x_ = reinterpret_cast<const char*>(y), type_ = Type::f32;
+  }
+
+  // Into slot s of page p.
+  void put(const Content& to, int64_t p, int64_t h, int64_t s) {
+    char* codes = to.codes.at(p, h, s);
+    if (to.format == Format::none) return convert(x_, type_, codes, to.type, d_);
+    const float* y = rotated();
+    auto* packed = reinterpret_cast<uint8_t*>(codes);
+    f32 scale;
+    if (to.format == Format::fp8)
+      scale = encode_fp8(y, d_, scratch_, packed);
+    else
+      with_bits(to.format,
+                [&](auto bits) { scale = encode<decltype(bits)::value>(y, d_, scratch_, packed); });
+    store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), finite_ ? scale[0] : NAN);
+  }
+
+ private:
+  const float* rotated() {
+    float* y = scratch_.x.data();
+    if (is_rotated_) return y;
+    convert(x_, type_, reinterpret_cast<char*>(y), Type::f32, d_);
+    rotate(y, d_);
+    // Codes cannot tell, so the scale does.
+    finite_ = is_finite(y, d_);
+    if (!finite_) std::fill_n(y, scratch_.x.size(), 0.0f);
+    is_rotated_ = true;
+    return y;
+  }
+
+  const char* x_;
+  Type type_;
+  const int64_t d_;
+  Scratch& scratch_;
+  bool is_rotated_ = false, finite_ = true;
+};
 
 // Elements that are work enough for a thread, some 10 us.
 int64_t share_of(Format format) {
@@ -177,7 +214,7 @@ void quantize_kv(const QuantizeKv& p, const Pool& pool) {
   split(p.rows, p.d, share_of(p.to.format), pool,
         [&](int64_t begin, int64_t end, Scratch& scratch) {
           for (int64_t i = begin; i < end; ++i)
-            put(p.x.at(i), p.x.type, p.d, p.to, 0, 0, i, scratch);
+            Head(p.x.at(i), p.x.type, p.d, scratch).put(p.to, 0, 0, i);
         });
 }
 
@@ -197,16 +234,26 @@ void dequantize_kv(const DequantizeKv& p, const Pool& pool) {
 }
 
 void append_kv(const AppendKv& p, const Pool& pool) {
-  const Pages& to = p.pages;
-  const int64_t share = std::min(share_of(to.k.format), share_of(to.v.format));
+  const Pages &to = p.pages, &also = p.also;
+  int64_t share = std::min(share_of(to.k.format), share_of(to.v.format));
+  if (p.also_slot.data) share = std::min({share, share_of(also.k.format), share_of(also.v.format)});
   split(p.t * to.heads, to.d, share, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t t = row / to.heads, h = row % to.heads;
       const int64_t slot = integer_at(p.slot, t, h);
-      if (slot < 0) continue;
+      const int64_t second = p.also_slot.data ? integer_at(p.also_slot, t, h) : -1;
+      if (slot < 0 && second < 0) continue;
       const int64_t page = slot / to.page_size, s = slot % to.page_size;
-      put(p.k.at(t, h), p.k.type, to.d, to.k, page, h, s, scratch);
-      put(p.v.at(t, h), p.v.type, to.d, to.v, page, h, s, scratch);
+      auto put = [&](Head head, Content Pages::* x) {
+        if (slot >= 0) head.put(to.*x, page, h, s);
+        if (second >= 0) head.put(also.*x, second / also.page_size, h, second % also.page_size);
+      };
+      Head k(p.k.at(t, h), p.k.type, to.d, scratch);
+      if (const Frames& f = p.frames; f.of)
+        k.frame(f.x.at(f.of[t], 0, h), f.x.at(f.of[t], 1, h), f.x.type);
+      put(k, &Pages::k);
+      put(Head(p.v.at(t, h), p.v.type, to.d, scratch), &Pages::v);
+      if (slot < 0) continue;
       if (to.position.data) {
         const auto position = static_cast<int32_t>(integer_at(p.position, t));
         std::memcpy(to.position.at(page, h, s), &position, sizeof position);
