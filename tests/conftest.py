@@ -163,6 +163,8 @@ def on_gpu(call):
         moved = {}
 
         def to_gpu(x):
+            if isinstance(x, list):
+                return [to_gpu(each) for each in x]
             if not isinstance(x, Tensor) or x.is_cuda:
                 return x
             storage = x.untyped_storage()
@@ -189,6 +191,7 @@ def opcheck(impl):
             pytest.skip(f"{name} has no {impl}")
         if impl in ("triton", "cuda") and GPU:
             args = [x.cuda() if isinstance(x, Tensor) else x for x in args]
+            args = [[y.cuda() for y in x] if isinstance(x, list) else x for x in args]
         overload = getattr(packet, "default" if impl == "reference" else impl)
         torch.library.opcheck(overload, tuple(args), **options)
 

@@ -31,12 +31,13 @@ from kvtools.reference import quant
 GUARD = 64  # bytes of poison on each side
 PATIENCE = 300  # seconds that a case may take
 RAISED = (ValueError, TypeError, IndexError, RuntimeError)
-PAGES = TENSORS
+STORES = ("pages", "pages1", "pages2", "pages3")
 
 
 @dataclass
 class Case:
-    """A call: `args` by name, those of pages and plans as `pages.k` or `plan.page`."""
+    """A call: `args` by name, those of pages and plans as `pages.k` or `plan.page`; `pages1.k` is
+    of a second store."""
 
     function: object
     args: dict
@@ -46,10 +47,17 @@ class Case:
 
     def call(self, impl: str, args: dict):
         args = dict(args)
-        for name, kind in (("pages", KVPages), ("plan", Plan)):
-            parts = [key for key in args if key.startswith(name + ".")]
-            if parts:
-                args[name] = kind(**{key.partition(".")[2]: args.pop(key) for key in parts})
+        parts = {}
+        for key in [key for key in args if "." in key]:
+            name, _, part = key.partition(".")
+            parts.setdefault(name, {})[part] = args.pop(key)
+        for name, attributes in parts.items():
+            args[name] = (Plan if name == "plan" else KVPages)(**attributes)
+        stores = [args.pop(name) for name in STORES if name in args]
+        if stores:
+            args["pages"] = stores if len(stores) > 1 else stores[0]
+        if "also" in args:
+            args["also"] = args.pop("also_slot"), args["also"]
         if "state_out" in args:
             args["state"] = args.pop("state_out"), args.pop("state_lse")
         return self.function(**args, **({} if impl is None else {"impl": impl}))
@@ -105,14 +113,27 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(dtype)
 
 
-def make_pages(rng, put, pages, heads, page_size, d, **options) -> dict:
+def make_pages(rng, put, pages, heads, page_size, d, name="pages", **options) -> dict:
     made = KVPages.empty(pages, heads, page_size, d, **options)
     for x in made.tensors():
         if x is not None:
             x.view(torch.uint8).zero_()
     if made.importance is not None:
         made.importance.uniform_()
-    return {f"pages.{n}": x if x is None else put(x) for n, x in vars(made).items()}
+    tensors = zip(TENSORS, made.tensors(), strict=True)
+    return {f"{name}.{n}": x if x is None else put(x) for n, x in tensors}
+
+
+def pages_of(args: dict, name: str) -> KVPages:
+    return KVPages(*(args[f"{name}.{n}"] for n in TENSORS))
+
+
+def some_frames(rng, put, t: int, heads: int, d: int, dtype: torch.dtype) -> dict:
+    count = rng.randint(1, 3)
+    frame = torch.randn(count, 2, heads, d)
+    frame[:, 1] = 2.0 ** torch.randint(-2, 3, (count, heads, d))
+    frame_t = torch.randint(0, count, (t,), dtype=torch.int32)
+    return dict(frame=put(frame.to(dtype)), frame_t=put(frame_t))
 
 
 def some_format(rng: random.Random, d: int) -> str:
@@ -133,17 +154,36 @@ def tree_attention(rng, put) -> Case:
         v_format=some_format(rng, d), dtype=rng.choice((dtype, torch.float32)),
         position=rng.random() < 0.3, importance=rng.random() < 0.3, window=window,
     )  # fmt: skip
-    pages = KVPages(*(args[f"pages.{n}"] for n in PAGES))
+    pages = pages_of(args, "pages")
     used = np.unique(np.concatenate([forest.row_slots(r) for r in range(forest.num_rows)]))
     k = randn(2, len(used), heads, d, dtype=dtype)
     place = torch.arange(len(used))
     kvtools.append_kv(*k, torch.from_numpy(used), pages, place, impl="reference")
-    plan = forest.plan(counts, rng.randint(0, 3), rng.choice((0, 0, page_size)))
-    for name in Plan.TENSORS:
-        args[f"plan.{name}"] = put(torch.from_numpy(plan[name]), plain=True)
-    args["plan.page_size"] = page_size
-    t = int(counts.sum())
-    ends = np.repeat(forest.lengths() - counts, counts) + 1
+    t, lengths = int(counts.sum()), forest.lengths()
+    plans = [forest.plan(counts, rng.randint(0, 3), rng.choice((0, 0, page_size)))]
+    for name in STORES[1 : rng.choice((1, 1, 2, 3, 4))]:
+        count, size, blocks = rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 3)
+        args |= make_pages(
+            rng, put, count, heads, size, d, name, k_format=some_format(rng, d),
+            v_format=some_format(rng, d), dtype=rng.choice((dtype, torch.float32)),
+            position=rng.random() < 0.5,
+        )  # fmt: skip
+        store, place = pages_of(args, name), torch.arange(count * size)
+        k = randn(2, len(place), heads, d, dtype=dtype)
+        kvtools.append_kv(*k, place, store, place, impl="reference")
+        args[f"{name}.recent"] = rng.random() < 0.5
+        shape = len(counts), max(blocks, -(-int(counts.max(initial=0)) // size))
+        table = np.array([[rng.randrange(count) for _ in range(shape[1])] for _ in counts])
+        lens = np.array([rng.randint(int(n), shape[1] * size) for n in counts])
+        table, lens = (x.astype(np.int32) for x in (table.reshape(shape), lens))
+        plans.append(_host.plan_from_block_table(table, lens, size, counts))
+    plan = Plan.from_host(plans if len(plans) > 1 else plans[0])
+    for name, x in zip(Plan.TENSORS, plan.tensors(), strict=True):
+        args[f"plan.{name}"] = put(x, plain=True)
+    args["plan.page_size"] = plan.page_size
+    if rng.random() < 0.3:
+        args |= some_frames(rng, put, t, heads, d, rng.choice((dtype, torch.float32)))
+    ends = np.repeat(lengths - counts, counts) + 1
     args["q_thd"] = put(randn(t, heads * group, d, dtype=dtype))
     args["position_t"] = put(torch.from_numpy(ends.astype(np.int32)))
     if rng.random() < 0.3:
@@ -157,7 +197,9 @@ def tree_attention(rng, put) -> Case:
         scale=rng.choice((None, 0.3)), softcap=rng.choice((0.0, 2.0)), window=window,
         sliding=rng.choice((0, 0, 4)), group=rng.choice(("all", "mean")),
     )  # fmt: skip
-    return Case(kvtools.tree_attention, args, ("pages.importance", "pages.history"), ("state",))
+    return Case(
+        kvtools.tree_attention, args, ("pages.importance", "pages.history"), ("state", "more")
+    )
 
 
 def merge_states(rng, put) -> Case:
@@ -192,18 +234,31 @@ def append_kv(rng, put) -> Case:
         v_format=some_format(rng, d), dtype=some_float(rng), importance=rng.random() < 0.5,
         window=rng.choice((0, 9)),
     )  # fmt: skip
-    writes = tuple(args)
     t = rng.randint(0, min(5, count * page_size))
-    slots = torch.randperm(count * page_size)[:t].to(rng.choice((torch.int32, torch.int64)))
-    slots[torch.rand(t) < 0.2] = -1
-    if rng.random() < 0.5:
-        slots = slots[:, None].expand(t, heads).contiguous()
-    dtype = some_float(rng)
-    args |= dict(k_thd=put(randn(t, heads, d, dtype=dtype)),
-                 v_thd=put(randn(t, heads, d, dtype=dtype)), slot=put(slots))  # fmt: skip
+
+    def some_slots(size: int) -> Tensor:
+        slots = torch.randperm(count * size)[:t].to(rng.choice((torch.int32, torch.int64)))
+        slots[torch.rand(t) < 0.2] = -1
+        return put(slots[:, None].expand(t, heads).contiguous() if rng.random() < 0.5 else slots)
+
+    second = rng.random() < 0.4
+    if second:
+        size = rng.randint(page_size, 6)
+        args |= make_pages(
+            rng, put, count, heads, size, d, "also", k_format=some_format(rng, d),
+            v_format=some_format(rng, d), dtype=some_float(rng), position=rng.random() < 0.5,
+            importance=rng.random() < 0.5,
+        )  # fmt: skip
+    writes, dtype = tuple(args), some_float(rng)
+    if second:
+        args["also_slot"] = some_slots(size)
+    args["slot"] = some_slots(page_size)
+    args |= {name: put(randn(t, heads, d, dtype=dtype)) for name in ("k_thd", "v_thd")}
     if position:
         args["position_t"] = put(torch.arange(t, dtype=torch.int32))
-    return Case(kvtools.append_kv, args, writes)
+    if rng.random() < 0.4:
+        args |= some_frames(rng, put, t, heads, d, some_float(rng))
+    return Case(kvtools.append_kv, args, writes, ("also",))
 
 
 def compact_kv(rng, put) -> Case:
@@ -354,6 +409,9 @@ def spoil(rng: random.Random, case: Case, put) -> None:
     if isinstance(x, torch.dtype):
         case.args[name] = rng.choice(KINDS)
         return
+    if isinstance(x, bool):
+        case.args[name] = not x
+        return
     if not isinstance(x, Tensor):
         case.args[name] = rng.choice(NUMBERS)
         return
@@ -446,23 +504,23 @@ def compare(case: Case, actual: object, args: dict) -> None:
         if name == "select_victims":
             assert torch.equal(actual, eager), "other victims"
             return
-        slots = args["slot" if name == "append_kv" else "target_nh"]
-        slots = slots if slots.dim() == 2 else slots[:, None]
-        for column in slots.T.tolist():
-            column = [slot for slot in column if slot >= 0]
-            if len(set(column)) < len(column):
-                return
+        for slots in (args[n] for n in ("slot", "also_slot", "target_nh") if n in args):
+            slots = slots if slots.dim() == 2 else slots[:, None]
+            for column in slots.T.tolist():
+                column = [slot for slot in column if slot >= 0]
+                if len(set(column)) < len(column):
+                    return
         for key in case.writes:
             x, y = case.args[key], args[key]
             if x is None:
                 continue
-            if name == "append_kv" and key[-7:] in ("pages.k", "pages.v", "k_scale", "v_scale"):
+            if name == "append_kv" and key.endswith((".k", ".v", ".k_scale", ".v_scale")):
                 continue
             x, y = (each.contiguous().view(torch.uint8) for each in (x, y))
             assert torch.equal(x, y), f"other {key}"
         if name == "append_kv":
             d = args["k_thd"].shape[-1]
-            for key in ("pages.k", "pages.v"):
+            for key in (key for key in case.writes if key.endswith((".k", ".v"))):
                 x, y = (decoded(each[key], each[f"{key}_scale"], d) for each in (case.args, args))
                 close(x, y, key, share_of(args[key], d))
         return

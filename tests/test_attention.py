@@ -696,11 +696,25 @@ def tree_args(case):
     )  # fmt: skip
 
 
+def several_args(case):
+    plan = Plan.from_host(case.arrays)
+    nothing = torch.empty(0)
+    more = [nothing if x is None else x for pages in case.all[1:] for x in pages.tensors()[:5]]
+    return (
+        case.q, case.position, *case.pages.tensors(), more, 0b1100,
+        *(x for n, x in zip(Plan.TENSORS, plan.tensors(), strict=True) if n != "leaf"),
+        case.before, case.frame, case.frame_t, None, None, None, 0.25, 0.0, 0, 0, "all",
+    )  # fmt: skip
+
+
 def test_attention_contract(opcheck):
     case = Case(1, dtype=torch.float32)
-    for pages in (case.pages.k, case.pages.v):
-        pages.nan_to_num_()
+    several = Several(11, ("int4", "none", "int8"), dtype=torch.float32)
+    for pages in (case.pages, *several.all):
+        for x in (pages.k, pages.v):
+            x.nan_to_num_() if x.dtype.is_floating_point else None
     opcheck("tree_attention", tree_args(case))
+    opcheck("tree_attention", several_args(several))
     args = make_states(3, 2, 8, torch.float32, "cpu")
     opcheck("merge_states", [x.nan_to_num(0, neginf=-9) for x in args])
 
@@ -765,7 +779,22 @@ BAD = [
     (lambda a: dict(pages=replace(a.pages, position=a.pages.k[..., 0])), "pages.position is"),
     (lambda a: dict(pages=replace(a.pages, importance=torch.zeros(5, 2, 16))), "pages.importance"),
     (lambda a: dict(pages=replace(a.pages, history=int32(5, 2, 16, 1)), window=9), "pages.history"),
+    # Stores.
+    (lambda a: dict(pages=[]), "pages are 0 stores, expected 1 to 4"),
+    (lambda a: dict(pages=[a.pages] * 5), "pages are 5 stores"),
+    (lambda a: dict(pages=[a.pages] * 2), "of 16 slots, plan was made for 13 pages"),
+    (lambda a: dict(pages=[a.pages, few_heads(a.pages)]), r"pages have \[2, 1\] KV heads"),
+    (lambda a: dict(pages=[a.pages, replace(a.pages, v=a.pages.v[:5])]), "pages.v has shape"),
+    # Frames.
+    (lambda a: dict(frame=torch.ones(1, 2, 2, 16)), "give both or none"),
+    (lambda a: dict(frame_t=int32(10)), "give both or none"),
+    (lambda a: dict(frame=torch.ones(1, 2, 2, 8), frame_t=int32(10)), "frame is torch.float32"),
+    (lambda a: dict(frame=torch.ones(0, 2, 2, 16), frame_t=int32(10)), "frame holds no frames"),
+    (lambda a: dict(frame=torch.ones(1, 2, 2, 16), frame_t=int32(9)), "frame_t has shape"),
+    (lambda a: dict(frame=torch.ones(1, 2, 2, 16), frame_t=int32(10).long()), "frame_t .*int64"),
     # Devices.
+    (lambda a: dict(pages=a.pages, frame=meta(torch.ones(1, 2, 2, 16)), frame_t=int32(10)),
+     "frame on meta"),
     (lambda a: dict(position_t=meta(a.position_t)), "position_t on meta"),
     (lambda a: dict(plan=a.plan.to("meta")), "page_indptr on meta"),
     (lambda a: dict(pages=replace(a.pages, v=meta(a.pages.v))), "but v on meta"),
@@ -777,6 +806,10 @@ BAD = [
 
 def int32(*shape):
     return torch.zeros(shape, dtype=torch.int32)
+
+
+def few_heads(pages):
+    return KVPages(*(None if x is None else x[:, :1] for x in pages.tensors()))
 
 
 def cut(pages, which, slots=None):
@@ -982,6 +1015,19 @@ def test_tree_attention_of_large_heads_in_cuda_raises():
         args = [x.to(device) if isinstance(x, torch.Tensor) else x for x in tree_args(case)]
         with pytest.raises(RuntimeError, match=f"heads of size {D}.*impl='triton'"):
             torch.ops.kvtools.tree_attention.cuda(*args)
+
+
+@pytest.mark.only(when=lambda impl: impl in ("reference", "cpu"))
+def test_frames_that_do_not_exist_are_named(impl):
+    case = Case(0, dtype=torch.float32)
+    for wrong in (3, -1):
+        frame_t = int32(len(case.q))
+        frame_t[-1] = wrong
+        with pytest.raises((RuntimeError, IndexError), match="frame_t holds .* 3 frames"):
+            kvtools.tree_attention(
+                case.q, case.position, case.pages, case.plan, impl=impl,
+                frame=torch.ones(3, 2, 2, 16), frame_t=frame_t,
+            )  # fmt: skip
 
 
 def test_plan_from_block_table_raises():

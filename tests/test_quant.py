@@ -303,6 +303,77 @@ def test_append_kv_into_foreign_layouts(device, impl):
         assert torch.equal(sglang[:, s], torch.stack([k[t], v[t]]))
 
 
+PLACES = [  # formats of K and V in two places, dtypes of tokens, of the places, and of frames
+    (("int4", "int8"), ("int8", "none"), torch.bfloat16, torch.float16, torch.float32),
+    (("none", "fp8"), ("int3", "int3"), torch.float32, torch.bfloat16, torch.bfloat16),
+    (("none", "none"), ("none", "none"), torch.float16, torch.float32, torch.float16),
+    (("int2", "none"), ("int2", "int6"), torch.float16, torch.float16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("D", [24, 20])
+@pytest.mark.parametrize("framed", [False, True])
+@pytest.mark.parametrize("first,second,dtype,paged,frames", PLACES)
+def test_append_kv_to_two_places(first, second, dtype, paged, frames, framed, D, device, impl):
+    """As two calls would, and keys as if framed before in fp32; what is skipped in one place is
+    written to the other all the same."""
+    T, H = 6, 2
+    if D % 8:  # only unquantised
+        first = second = ("none", "none")
+    k, v = torch.randn(2, T, H, D, device=device).to(dtype)
+    slot = torch.tensor([7, -1, 0, -1, 11, 3], device=device)
+    also = torch.tensor([[5, 1], [2, -4], [0, 3], [-1, -1], [9, 9], [-2, 6]], device=device)
+    position = torch.arange(20, 20 + T, dtype=torch.int32, device=device)
+    frame_t = torch.tensor([2, 0, 1, 2, 1, 0], dtype=torch.int32, device=device)
+    frame = torch.randn(3, 2, H, D, device=device).to(frames)
+    gain = 1.5 + frame[:, 1].tanh()
+    frame[:, 1] = gain
+
+    def places():
+        one = make_pages(H, D, *first, device, paged, position=True, importance=True, window=3)
+        two = KVPages.empty(
+            2, H, 5, D, k_format=second[0], v_format=second[1], dtype=paged, device=device,
+            position=True, importance=True, window=3,
+        )  # fmt: skip
+        for x in (*one.tensors(), *two.tensors()):
+            if x is not None:
+                x.view(torch.uint8).fill_(0x55)
+        return one, two
+
+    actual, expected = places(), places()
+    how = dict(frame=frame, frame_t=frame_t) if framed else {}
+    kvtools.append_kv(k, v, slot, actual[0], position, also=(also, actual[1]), impl=impl, **how)
+    if framed:
+        center, gain = frame[frame_t.long()].float().unbind(1)
+        k, v = (k.float() - center) * gain, v.float()
+    kvtools.append_kv(k, v, slot, expected[0], position, impl=impl)
+    content = KVPages(*expected[1].tensors()[:4])
+    kvtools.append_kv(k, v, also, content, impl=impl)
+    for got, wanted in zip(actual, expected, strict=True):
+        for x, y in zip(got.tensors(), wanted.tensors(), strict=True):
+            assert x is None or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+@pytest.mark.only(when=lambda impl: impl in ("reference", "cpu"))
+def test_append_kv_names_ids_out_of_range(impl):
+    k = torch.randn(2, 1, 8)
+    one, two = (KVPages.empty(pages, 1, 3, 8) for pages in (4, 2))
+    for x in (*one.tensors()[:2], *two.tensors()[:2]):
+        x.zero_()
+    slot, frame = torch.arange(2), torch.ones(3, 2, 1, 8)
+    bad = {
+        "also holds slot 6": dict(also=(slot + 5, two)),
+        "frame_t holds": dict(frame=frame, frame_t=torch.tensor([0, 3], dtype=torch.int32)),
+        "frame_t holds .*3 frames": dict(
+            frame=frame, frame_t=torch.tensor([-1, 2], dtype=torch.int32)
+        ),
+    }
+    for message, how in bad.items():
+        with pytest.raises((RuntimeError, IndexError), match=message):
+            kvtools.append_kv(k, k, slot, one, impl=impl, **how)
+    assert not one.k.any() and not two.k.any()  # nothing is written in part
+
+
 @pytest.mark.parametrize("format", ["none", "fp8", "int6"])
 def test_append_kv_into_spread_out_pages(format, device, impl):
     """Any strides of page, head and slot, in all seven tensors."""
@@ -474,6 +545,24 @@ def test_append_kv_raises():
     for message, args in cases.items():
         with pytest.raises(ValueError, match=message):
             kvtools.append_kv(*args)
+    frame, frame_t = torch.ones(2, 2, 2, 8), torch.zeros(3, dtype=torch.int32)
+    other = KVPages.empty(2, 1, 3, 8)
+    for message, how in {
+        "also must be int32": dict(also=(slot.float(), pages)),
+        "also must be .*got torch.int64": dict(also=(slot[:2], pages)),
+        "k_thd has 2 heads, the pages have 1": dict(also=(slot, other)),
+        "k_scale of shape": dict(also=(slot, KVPages(pages.k, pages.v))),
+        "also_th on meta": dict(also=(slot.to("meta"), pages)),
+        "give both or none": dict(frame=frame),
+        "frame and frame_t": dict(frame_t=frame_t),
+        "frame is torch.int32": dict(frame=frame.int(), frame_t=frame_t),
+        r"expected floating point \[frames, 2, 2, 8\]": dict(frame=frame[:, :1], frame_t=frame_t),
+        "frame holds no frames": dict(frame=frame[:0], frame_t=frame_t),
+        "frame_t has shape .*int64": dict(frame=frame, frame_t=frame_t.long()),
+        "frame_t has shape": dict(frame=frame, frame_t=frame_t[:2]),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            kvtools.append_kv(k, k, slot, pages, position, **how)
 
 
 @pytest.mark.long_if(when=lambda again: again)
@@ -491,7 +580,10 @@ def test_quant_contract(format, device, opcheck):
     position = torch.arange(3, dtype=torch.int32, device=device)
     k, v, k_scale, v_scale, *rest = pages.tensors()
     args = (x, x, slot, k, v, k_scale, v_scale, position, *rest)
-    opcheck("append_kv", args, **checks)
+    opcheck("append_kv", (*args, *[None] * 7), **checks)
+    copy = [x.clone() for x in (k, v, k_scale, v_scale)]
+    frame, frame_t = torch.ones(2, 2, 2, 8, device=device), position % 2
+    opcheck("append_kv", (*args, slot, *copy, frame, frame_t), **checks)
     codes, scale = kvtools.quantize_kv(x, format)
     opcheck("dequantize_kv", (codes, scale, 8, torch.float32), **checks)
 
