@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import triton
 from rich import box
@@ -36,7 +37,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from kvtools import KVPages, ops, results
+from kvtools import KVPages, Plan, _host, ops, results
 from kvtools.ops.attention import merge_states, tree_attention
 from kvtools.ops.evict import compact_kv, key_scores, select_victims
 from kvtools.ops.quant import append_kv, dequantize_kv, quantize_kv
@@ -59,8 +60,8 @@ SPILLED = {"3.6.0": 64}  # of torch 2.11
 # Whatever a kernel's integers are, it must compile: for this architecture, in these cases, which
 # launch every kernel, and with these numbers for all of its integers.
 EDGES = {
-    "quant": {"none D=128 bf16", "int6 D=128 bf16"},
-    "attention": {"int4 importance, all", "none all options", "D=64 fp32"},
+    "quant": {"none D=128 bf16", "int6 D=128 bf16", "int4, also int8, frames"},
+    "attention": {"int4 importance, all", "none all options", "D=64 fp32", "stores"},
     "evict": {"all options", "S=640", "int4"},
     "sampling": {"V=49152 fp32"},
     "scoring": {"k=3 sigmoid prod fp32", "all options bf16"},
@@ -181,6 +182,13 @@ def quant() -> Iterator[Case]:
         if format != "none":
             yield what, partial(quantize_kv, k_thd, format)
             yield what, partial(dequantize_kv, *quantize_kv(k_thd, format), d, dtype=dtype)
+    k_thd, *rest = bench_quant.inputs(bench_quant.Shape(32, 2, 128), "int4", DTYPES["bf16"], "cpu")
+    ring = KVPages.empty(32, 2, 1, 128, k_format="int8", v_format="int8")
+    frames = dict(frame=torch.ones(2, 2, 2, 128), frame_t=torch.zeros(32, dtype=torch.int32))
+    yield (
+        "int4, also int8, frames",
+        partial(append_kv, k_thd, *rest, also=(torch.arange(32), ring), **frames),
+    )
 
 
 def attention() -> Iterator[Case]:
@@ -217,9 +225,37 @@ def attention() -> Iterator[Case]:
             "state": (torch.zeros(64, 8, 128, dtype=torch.bfloat16), torch.zeros(64, 8)),
         }  # fmt: skip
         yield f"{format} all options", case(64, 128, format, **options)
+    for d in SIZES:
+        yield "stores" if d == 128 else f"stores D={d}", stores(64, d)
+    yield "stores, 2 rows", stores(2, 128)
+    yield "stores importance", stores(64, 128, window=32)
     for d, name in product(SIZES, DTYPES):
         state = torch.zeros(64, 8, d, dtype=DTYPES[name]), torch.zeros(64, 8)
         yield f"D={d} {name}", partial(merge_states, *state, *state)
+
+
+def stores(rows: int, d: int, format: str = "int4", window: int = 0) -> Callable:
+    """A decode step over pages in a format, a ring of 8 bits for each row, and sinks in bf16."""
+    step = bench_attention.inputs(
+        bench_attention.Shape(rows, 64, 40, 2, 4, d), DTYPES["bf16"], "cpu"
+    )
+    position, pages, _ = step.pages(format)
+    if window:
+        slots = pages.k.shape[:3]
+        history = torch.zeros(*slots, 1, dtype=torch.int32)
+        pages = replace(pages, importance=torch.zeros(slots), history=history)
+    ring = KVPages.empty(rows, 2, 128, d, k_format="int8", v_format="int8", position=True)
+    sinks = KVPages.empty(1, 2, 4, d, dtype=DTYPES["bf16"])
+    plan = Plan.from_host([
+        step.forest[0].plan(np.ones(rows, np.int32), tile=16),
+        *(_host.plan_from_block_table(table, np.full(rows, size), size, tile=16)
+          for table, size in ((np.arange(rows)[:, None], 128), (np.zeros((rows, 1), int), 4))),
+    ])  # fmt: skip
+    return partial(
+        tree_attention, step.q.squeeze(2), position, [pages, replace(ring, recent=True), sinks],
+        plan, before_t=position - 100, frame=torch.ones(1, 2, 2, d, dtype=DTYPES["bf16"]),
+        frame_t=torch.zeros_like(position), window=window,
+    )  # fmt: skip
 
 
 def evict() -> Iterator[Case]:

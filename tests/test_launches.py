@@ -2,11 +2,14 @@
 
 import re
 import sys
+from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
 from bench import bench_attention, bench_evict, bench_sampling, bench_scoring
+from bench.resources import stores
 from kvtools import KVPages
 from kvtools.ops.attention import merge_states, tree_attention
 from kvtools.ops.evict import compact_kv, select_victims
@@ -19,7 +22,7 @@ pytestmark = pytest.mark.skipif(launches is None, reason="for make launches")
 BF16 = torch.bfloat16
 
 
-def attention(rows, format="none", tracks=False):
+def attention(rows, format="none", tracks=False, impl="triton"):
     step = bench_attention.inputs(bench_attention.Shape(rows, 20, 9, 2, 1, 64), BF16, "cpu")
     position, pages, plan = step.pages(format)
     options = {}
@@ -27,15 +30,22 @@ def attention(rows, format="none", tracks=False):
         pages.importance = torch.zeros(pages.k.shape[:3])
         pages.history = torch.zeros(*pages.k.shape[:3], 1, dtype=torch.int32)
         options["window"] = 32
-    return tree_attention(step.q.squeeze(2), position, pages, plan, impl="triton", **options)
+    return tree_attention(step.q.squeeze(2), position, pages, plan, impl=impl, **options)
 
 
-def append(rows, format):
+def of_stores(rows, format):
+    stores(-(-rows // 4), 64, format)(impl="triton")  # more than one small tile has others
+
+
+def append(rows, format, also=False, impl="triton"):
     k_thd, v_thd = torch.zeros(2, rows, 2, 64, dtype=BF16)
     pages = KVPages.empty(2, 2, 16, 64, k_format=format, v_format=format, dtype=BF16,
                           position=True, importance=True, window=32)  # fmt: skip
-    slot_t = torch.arange(rows)
-    append_kv(k_thd, v_thd, slot_t, pages, slot_t.int(), impl="triton")
+    slot_t, options = torch.arange(rows), {}
+    if also:
+        ring = KVPages.empty(rows, 2, 1, 64, k_format="int8", v_format="int8")
+        options = dict(also=(slot_t, ring), frame=torch.ones(rows, 2, 2, 64), frame_t=slot_t.int())
+    append_kv(k_thd, v_thd, slot_t, pages, slot_t.int(), impl=impl, **options)
 
 
 def quantize(rows, format):
@@ -73,6 +83,7 @@ def score(rows, op):
 
 @pytest.mark.parametrize("call,args", [
     (attention, ()), (attention, ("int4", True)), (append, ("none",)), (append, ("int6",)),
+    (of_stores, ("int4",)), (append, ("int4", True)),
     (quantize, ("int4",)), (quantize, ("fp8",)), (merge, ()), (evict, ("select_victims",)),
     (evict, ("compact_kv",)), (draw, ()), (score, ("steps",)),
     (score, ("logprobs",)),
@@ -83,6 +94,21 @@ def test_rows_that_leave_compile_nothing(call, args, launched):
         call(rows, *args)
         found.append({(name, key) for name, kernels in launched.items() for key in kernels})
     assert found[0] and found[1] - found[0] == found[2] - found[0] == set()
+
+
+@pytest.mark.parametrize("tracks", [False, True])
+@pytest.mark.parametrize("format", ["none", "int4"])
+def test_a_call_is_few_launches(format, tracks):
+    """What a step's host time is made of. All of frames, stores and places are in these."""
+    kernels = ["_attend_kernel", "_merge_parts_kernel", *["_track_kernel"] * tracks]
+    for call, expected in (
+        (partial(attention, 3, format, tracks), kernels),
+        (stores(3, 64, format, window=32 * tracks), kernels),
+        (partial(append, 3, format, also=True), ["_append_kv_kernel"]),
+    ):
+        before = Counter(launches.count)
+        call(impl="triton")
+        assert launches.count - before == Counter(expected)
 
 
 @pytest.fixture

@@ -1,10 +1,13 @@
 """Attention over a forest of nodes.
 
 A program takes a work item and a KV head: its query rows are (token, query head) pairs, so that
-grouped heads share every load of keys. Partial results go to scratch, one per item and token, and a
-second kernel merges each token's.
+grouped heads share every load of keys. It divides them by their gains and rotates them where the
+item's keys are. Partial results go to scratch, one per item and token, and a second kernel merges
+each token's. A launch costs a host more than most kernels of a step run: there are these two, and
+one that tracks importance, and what they are launched with is found once.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +33,7 @@ from .format import (
     rotate_back,
     slot_start,
     tanh,
-    triton_dtype,
+    to_columns,
 )
 
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
@@ -51,15 +54,14 @@ class Sums(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The tensors of a plan: see Plan."""
+    """Tensors of a plan: see Plan. `store` is None where there is one."""
 
     page_indptr: Any
     page: Any
     first: Any
     length: Any
     base: Any
-    own: Any
-    token_indptr: Any
+    store: Any
     token: Any
     item: Any
 
@@ -72,115 +74,180 @@ class Mask(NamedTuple):
     sliding: int
 
 
+class Frame(NamedTuple):
+    """Centers and gains of keys [frames, 2, heads, d], and the frame of each token."""
+
+    ptr: Any
+    of: Any
+
+
+class Store(NamedTuple):
+    """What constants a kernel needs of a store."""
+
+    k_format: int
+    v_format: int
+    page_size: int
+    recent: bool
+
+
+class Constants(NamedTuple):
+    """What launches for some shapes and dtypes are given."""
+
+    kind: str  # of TUNED
+    sizes: dict[str, int]
+    k_dtype: torch.dtype  # operands of products with keys of the first store
+    attend: dict[str, Any]
+    merge: dict[str, Any]
+    track: dict[str, Any]
+
+
 def tree_attention(
     q_thd: Tensor, position_t: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, position: Tensor | None, importance: Tensor | None,
-    history: Tensor | None, page_indptr: Tensor, page: Tensor, first: Tensor, length: Tensor,
-    base: Tensor, own: Tensor, token_indptr: Tensor, token: Tensor, item: Tensor,
-    part_indptr: Tensor, part: Tensor, before_t: Tensor | None, state_out: Tensor | None,
+    history: Tensor | None, more: list[Tensor], recent: int, page_indptr: Tensor, page: Tensor,
+    first: Tensor, length: Tensor, base: Tensor, own: Tensor, store: Tensor, token_indptr: Tensor,
+    token: Tensor, item: Tensor, part_indptr: Tensor, part: Tensor, before_t: Tensor | None,
+    frame: Tensor | None, frame_t: Tensor | None, state_out: Tensor | None,
     state_lse: Tensor | None, sink_h: Tensor | None, scale: float, softcap: float, sliding: int,
     window: int, group: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     t, hq, d = q_thd.shape
-    heads, page_size = k.shape[1:3]
+    heads = k.shape[1]
     out_thd = torch.empty_like(q_thd)
-    lse_th = torch.empty(t, hq, dtype=torch.float32, device=q_thd.device)
+    lse_th = q_thd.new_empty((t, hq), dtype=torch.float32)
     if q_thd.numel() == 0:
         return out_thd, lse_th
     tracks = importance is not None or history is not None
-    k_format, v_format = format_of(k, d), format_of(v, d)
-    k_dtype, v_dtype = _dot_dtype(q_thd, k, k_format), _dot_dtype(q_thd, v, v_format)
-    planes = max(PLANES.get(x, 1) for x in (k_format, v_format))
-    shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
+    contents = [(k, v, k_scale, v_scale, position)]
+    for i in range(0, len(more), 5):
+        contents.append(
+            (*more[i : i + 2], *(x if x.numel() else None for x in more[i + 2 : i + 5]))
+        )
+    of = _constants(
+        q_thd.get_device(), q_thd.dtype, hq, heads, d, t * hq <= 16 * heads, tracks, group,
+        recent, *((x[0].dtype, x[0].shape[2:], x[1].dtype, x[1].shape[3]) for x in contents),
+    )  # fmt: skip
+    sizes = of.sizes
+    if of.kind in TUNED:
+        sizes = TUNED[of.kind] | {"BLOCK_M": 16} if sizes["BLOCK_M"] == 16 else TUNED[of.kind]
 
-    def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=q_thd.device)
-
-    if k_format != FLOAT:
-        rotated = scratch(t, hq, d, dtype=k_dtype)
-        _rotate_kernel[(triton.cdiv(t * hq, 16),)](
-            Rows(q_thd, *q_thd.stride()), rotated, t * hq, hq, D=d, BLOCK_D=block_d(d), BLOCK_T=16,
-            enable_fp_fusion=True,
-        )  # fmt: skip
-        q_thd = rotated
     q = Rows(q_thd, *q_thd.stride())
-    work = Work(page_indptr, page, first, length, base, own, token_indptr, token, item)
+    several = len(contents) > 1
+    work = Work(page_indptr, page, first, length, base, store if several else None, token, item)
     mask = Mask(position_t, before_t, sliding or 2**31 - 1)
     softcap = softcap or None
-    reads = dict(shape, K_FORMAT=k_format, K_DTYPE=triton_dtype(k_dtype), PAGE_SIZE=page_size)
-    # Flat tuples only: Triton 3.6 mistakes tuples in tuples inside loops.
-    keys = (*content(k, k_scale), paged(position))
-
-    out_phd, lse_ph = scratch(len(part), hq, d), scratch(len(part), hq)
-    seen_ph = scratch(len(part), heads, dtype=torch.int32) if tracks else None
-    if len(item):
-        _attend_kernel[(len(item), heads)](
-            q, mask, work, *keys, *content(v, v_scale), out_phd, lse_ph, seen_ph, scale, softcap,
-            **reads, V_FORMAT=v_format, V_DTYPE=triton_dtype(v_dtype),
-            **_blocks(t * hq // heads, d, torch.float32 in (k_dtype, v_dtype), planes),
-            enable_fp_fusion=True,
+    turns = Frame(None, None) if frame is None else Frame(frame.contiguous(), frame_t.contiguous())
+    frames = 0 if frame is None else frame.shape[0]
+    stores = tuple(
+        (*content(k, k_scale), paged(position), *content(v, v_scale))
+        for k, v, k_scale, v_scale, position in contents
+    )
+    # Of each part: outputs, log-sum-exps and, where they are tracked, how many slots were visible.
+    n_parts = part.shape[0]
+    scratch = q_thd.new_empty(n_parts * (hq * (d + 1) + heads * tracks), dtype=torch.float32)
+    items = item.shape[0]
+    if items:
+        _attend_kernel[(items, heads)](
+            q, mask, turns, frames, work, stores, scratch, n_parts, scale, softcap, **of.attend,
+            **sizes, enable_fp_fusion=True,
         )  # fmt: skip
-    mean_th = scratch(t, hq) if tracks else None
-    state = state_sum = None
+    turned = mean_th = state = state_sum = None
+    if tracks:
+        turned = q_thd.new_empty((t, hq, block_d(d)), dtype=of.k_dtype)
+        mean_th = torch.empty_like(lse_th)
     if state_out is not None:
         state = Rows(state_out, *state_out.stride())
         state_sum = Sums(state_lse, *state_lse.stride())
     _merge_parts_kernel[(t, heads)](
-        out_phd, lse_ph, seen_ph, part_indptr, part, state, state_sum,
-        None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()),
-        lse_th, mean_th, **shape, V_FORMAT=v_format,
-        BLOCK_P=max(1, 8192 // (triton.next_power_of_2(hq // heads) * block_d(d))),
-        enable_fp_fusion=True,
+        scratch, n_parts, part_indptr, part, state, state_sum,
+        None if sink_h is None else sink_h.contiguous(), Rows(out_thd, *out_thd.stride()), lse_th,
+        q if tracks else None, turns, frames, turned, mean_th, **of.merge, enable_fp_fusion=True,
     )  # fmt: skip
-    if tracks and len(item):
-        _track_kernel[(len(item), heads)](
-            q, mask, work, *keys, paged(importance), paged(history), lse_th, mean_th, scale,
-            softcap, window, **reads, ALL=group == "all", BLOCK_N=32, enable_fp_fusion=True,
+    if tracks and items:
+        k, k_scale, position, _, _ = stores[0]
+        _track_kernel[(items, heads)](
+            turned, mask, work, own, token_indptr, k, k_scale, position, paged(importance),
+            paged(history), lse_th, mean_th, scale, softcap, window, **of.track,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out_thd, lse_th
 
 
-def _dot_dtype(q_thd: Tensor, x: Tensor, format: int) -> torch.dtype:
+@cache
+def _constants(
+    device: int, dtype: torch.dtype, hq: int, heads: int, d: int, few: bool, tracks: bool,
+    group: str, recent: int, *contents: tuple,
+) -> Constants:  # fmt: skip
+    """`few` query rows for each KV head; of each store the dtype and the slots and last axis of
+    keys, the dtype and last axis of values. The device is the current one."""
+    stores, k_dtypes, wide = [], [], False
+    for i, (k_dtype, (page_size, k_width), v_dtype, v_width) in enumerate(contents):
+        k_format, v_format = format_of(k_dtype, k_width, d), format_of(v_dtype, v_width, d)
+        stores.append(Store(k_format, v_format, page_size, bool(recent >> i & 1)))
+        k_dtypes.append(_dot_dtype(dtype, k_dtype, k_format))
+        wide |= torch.float32 in (k_dtypes[i], _dot_dtype(dtype, v_dtype, v_format))
+    planes = max(PLANES.get(x, 1) for store in stores for x in store[:2])
+    kind = f"sm_{capability()} {'wide' if wide else ('plain', 'coded', 'planes')[planes]}"
+    shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
+    first = stores[0]
+    return Constants(
+        f"{kind} {block_d(d)}", _blocks(few, d, wide, planes), k_dtypes[0],
+        shape | dict(STORES=tuple(map(tuple, stores)), TRACKS=tracks),
+        shape | dict(
+            ROTATED=any(store.v_format != FLOAT for store in stores),
+            K_FORMAT=first.k_format if tracks else FLOAT,
+            BLOCK_P=max(1, 8192 // (triton.next_power_of_2(hq // heads) * block_d(d))),
+        ),
+        shape | dict(
+            K_FORMAT=first.k_format, PAGE_SIZE=first.page_size, RECENT=first.recent,
+            ALL=group == "all", BLOCK_N=32,
+        ),
+    )  # fmt: skip
+
+
+def _dot_dtype(q: torch.dtype, x: torch.dtype, format: int) -> torch.dtype:
     """Operands of the products. Codes are exact in fp16, or nearly, and so is what p becomes."""
     if format == FLOAT:
-        return torch.promote_types(q_thd.dtype, x.dtype)
-    return torch.float32 if q_thd.dtype == torch.float32 else torch.float16
+        return torch.promote_types(q, x)
+    return torch.float32 if q == torch.float32 else torch.float16
 
 
-def _blocks(rows: int, d: int, wide: bool, planes: int) -> dict[str, int]:
+def _blocks(few: bool, d: int, wide: bool, planes: int) -> dict[str, int]:
     """Tile sizes for products in fp32 (`wide`) or 16 bits, with so many planes of codes."""
-    arch, kind = capability(), "wide" if wide else ("plain", "coded", "planes")[planes]
-    sizes = TUNED.get(f"sm_{arch} {kind} {block_d(d)}")
-    if sizes is None:  # what leaves no register short: see `make resources`
-        m, n, warps = 64, 32, 8
-        if wide:
-            m, n, warps = 16, 16, 4 if d <= 128 else 8
-        elif d > 128:
-            m, n, warps = (16, 16, 4) if planes else (32, 32, 8)
-        elif rows <= 16:
-            m, n, warps = 16, 32 if planes == 2 else 64, 4
-        elif arch < 90:
-            m, n, warps = 32, 32, 4
-        sizes = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=3)
-    return {**sizes, "BLOCK_M": 16} if rows <= 16 else sizes
+    m, n, warps = 64, 32, 8  # what leaves no register short: see `make resources`
+    if wide:
+        m, n, warps = 16, 16, 4 if d <= 128 else 8
+    elif d > 128:
+        m, n, warps = (16, 16, 4) if planes else (32, 32, 8)
+    elif few:
+        m, n, warps = 16, 32 if planes == 2 else 64, 4
+    elif capability() < 90:
+        m, n, warps = 32, 32, 4
+    return dict(BLOCK_M=16 if few else m, BLOCK_N=n, num_warps=warps, num_stages=3)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _rotate_kernel(
-    q: Rows, out_ptr, rows, heads, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr
-):
-    """BLOCK_T rows of (token, head), rotated, contiguous."""
-    row = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    column = tl.arange(0, BLOCK_D)
-    mask = (row < rows)[:, None] & (column < D)[None, :]
-    start = (row // heads).to(tl.int64) * q.stride_t + row % heads * q.stride_h
-    x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
-    x = rotate(x.to(tl.float32), D)
-    tl.store(
-        out_ptr + row.to(tl.int64)[:, None] * D + column[None, :],
-        x.to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
+@triton.constexpr_function
+def count(STORES):
+    return len(STORES)
+
+
+@triton.constexpr_function
+def constant(STORES, i, j):
+    return STORES[i][j]
+
+
+@triton.constexpr_function
+def rotates(STORES):
+    """Whether values of a store are rotated, and so partial results."""
+    return any(store[1] != 0 for store in STORES)
+
+
+@triton.constexpr_function
+def operand(Q, X, FORMAT):
+    """_dot_dtype."""
+    if FORMAT != 0:
+        return Q if Q in (tl.float16, tl.float32) else tl.float16
+    return Q if Q == X else tl.float32
 
 
 @triton.jit
@@ -192,14 +259,21 @@ def _find(pages_ptr, at, live, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def _load_queries(
-    q: Rows, token, head, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr,
+    q: Rows, frame: Frame, frames, token, kv_head, heads, head, mask, FORMAT: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Rows (token, head) in the columns of the keys."""
-    element = column_element(D, BLOCK_D, PARTS)
+    """Rows (token, head) over their gains, rotated as keys of FORMAT are, in these' columns."""
+    column = tl.arange(0, BLOCK_D)
     start = token.to(tl.int64) * q.stride_t + head * q.stride_h
-    mask = mask[:, None] & (element < D)[None, :]
-    x = tl.load(q.ptr + start[:, None] + element[None, :] * q.stride_d, mask=mask, other=0)
+    mask = mask[:, None] & (column < D)[None, :]
+    x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
+    if frame.ptr is not None:
+        i = tl.minimum(tl.maximum(tl.load(frame.of + token), 0), frames - 1).to(tl.int64)
+        at = ((i * 2 + 1) * heads + kv_head) * D
+        gain = tl.load(frame.ptr + at[:, None] + column[None, :], mask=mask, other=1)
+        x = x.to(tl.float32) / gain.to(tl.float32)
+    if FORMAT != 0:
+        x = to_columns(rotate(x.to(tl.float32), D), D, parts(FORMAT))
     return x.to(DTYPE)
 
 
@@ -215,14 +289,17 @@ def _logits(q, k, k_scale, scale, softcap):
 
 
 @triton.jit
-def _last(mask: Mask, token):
-    """Positions of queries, and of the last key that they may see."""
+def _range(mask: Mask, token, RECENT: tl.constexpr):
+    """Positions of queries, and of the first and the last key that is theirs in these pages."""
     query = tl.load(mask.query + token)
-    last = query
+    first, last = tl.full(token.shape, -(2**31), tl.int32), query
     if mask.before is not None:
         before = tl.load(mask.before + token)
-        last = tl.where(before <= query, tl.maximum(before, -(2**31) + 1) - 1, query)
-    return query, last
+        if RECENT:
+            first = before
+        else:
+            last = tl.where(before <= query, tl.maximum(before, -(2**31) + 1) - 1, query)
+    return query, first, last
 
 
 @triton.jit
@@ -236,20 +313,27 @@ def _key(position: Paged, in_order, page, head, offset, live):
 
 @triton.jit
 def _attend_tile(
-    row0, rows, head, node, token_begin, part, begin, end, q: Rows, mask: Mask, work: Work,
-    k: Paged, k_scale: Paged, position: Paged, v: Paged, v_scale: Paged, out_ptr, lse_ptr, seen_ptr,
-    scale, softcap, heads,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
-    K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, V_FORMAT: tl.constexpr, V_DTYPE: tl.constexpr,
+    row0, rows, head, node, token_begin, part, begin, end, q: Rows, mask: Mask, frame: Frame,
+    frames, work: Work, k: Paged, k_scale: Paged, position: Paged, v: Paged, v_scale: Paged,
+    out_ptr, lse_ptr, seen_ptr, scale, softcap, heads, STORES: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRACKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M rows from `row0` on of a work item against all its slots."""
+    K_FORMAT: tl.constexpr = constant(STORES, INDEX, 0)
+    V_FORMAT: tl.constexpr = constant(STORES, INDEX, 1)
+    PAGE_SIZE: tl.constexpr = constant(STORES, INDEX, 2)
+    RECENT: tl.constexpr = constant(STORES, INDEX, 3)
+    K_DTYPE: tl.constexpr = operand(q.ptr.dtype.element_ty, k.ptr.dtype.element_ty, K_FORMAT)
+    V_DTYPE: tl.constexpr = operand(q.ptr.dtype.element_ty, v.ptr.dtype.element_ty, V_FORMAT)
     row = row0 + tl.arange(0, BLOCK_M)
     real = row < rows
     token = tl.load(work.token + token_begin + row // G, mask=real, other=0)
     head_m = head * G + row % G
-    x_q = _load_queries(q, token, head_m, real, D, BLOCK_D, parts(K_FORMAT), K_DTYPE)
-    query, last = _last(mask, token)
+    x_q = _load_queries(
+        q, frame, frames, token, head, heads, head_m, real, K_FORMAT, D, BLOCK_D, K_DTYPE
+    )
+    query, oldest, last = _range(mask, token, RECENT)
     base = tl.load(work.base + node)
     first = tl.load(work.first + node)
     pages_ptr = work.page + tl.load(work.page_indptr + node)
@@ -269,8 +353,9 @@ def _attend_tile(
         x = _logits(x_q, x_k, x_scale, scale, softcap)
         key = _key(position, base + slot, page, head, offset, live)[None, :]
         visible = (key <= last[:, None]) & (query[:, None] - key < mask.sliding)
+        visible &= key >= oldest[:, None]
         x = tl.where(visible, x, float("-inf"))
-        if seen_ptr is not None:
+        if TRACKS and INDEX == 0:
             seen += tl.sum(visible.to(tl.int32), 1)
 
         peak = tl.maximum(m_i, tl.max(x, 1))
@@ -291,26 +376,57 @@ def _attend_tile(
     total = tl.where(l_i == 0, 1.0, l_i)
     if V_FORMAT != 0:
         acc *= unit
+    acc = acc / total[:, None]
+    if rotates(STORES) and V_FORMAT == 0:
+        acc = rotate(acc, D)
     result = (part + row // G).to(tl.int64)
     at = result * heads * G + head_m
     element = column_element(D, BLOCK_D, parts(V_FORMAT))
     tl.store(
-        out_ptr + at[:, None] * D + element[None, :], acc / total[:, None],
+        out_ptr + at[:, None] * D + element[None, :], acc,
         mask=real[:, None] & (element < D)[None, :],
     )  # fmt: skip
     lse = tl.where(l_i == 0, float("-inf"), m_i + tl.log(total))
     tl.store(lse_ptr + at, lse, mask=real)
-    if seen_ptr is not None:
-        tl.store(seen_ptr + result * heads + head, seen, mask=real & (row % G == 0))
+    if TRACKS:
+        if INDEX > 0:
+            seen -= 1  # nothing that is tracked
+        at = result * heads + head
+        tl.store(seen_ptr + at, seen.to(tl.float32), mask=real & (row % G == 0))
 
 
 @triton.jit
-def _attend_kernel(
-    q: Rows, mask: Mask, work: Work, k: Paged, k_scale: Paged, position: Paged, v: Paged,
-    v_scale: Paged, out_ptr, lse_ptr, seen_ptr, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
-    K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, V_FORMAT: tl.constexpr, V_DTYPE: tl.constexpr,
+def _attend_item(
+    node, token_begin, part, begin, end, rows, head, heads, q: Rows, mask: Mask, frame: Frame,
+    frames, work: Work, k: Paged, k_scale: Paged, position: Paged, v: Paged, v_scale: Paged,
+    out_ptr, lse_ptr, seen_ptr, scale, softcap, STORES: tl.constexpr, INDEX: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRACKS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """All rows of a work item that lies in store INDEX."""
+    # Flat tuples only: Triton 3.6 mistakes tuples in tuples inside loops.
+    # Rollouts' own nodes have few rows: a tile of their size keeps the others' products away.
+    if rows <= SMALL_M:
+        if rows > 0:
+            _attend_tile(
+                0, rows, head, node, token_begin, part, begin, end, q, mask, frame, frames, work, k,
+                k_scale, position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads,
+                STORES, INDEX, G, D, BLOCK_D, TRACKS, SMALL_M, BLOCK_N,
+            )  # fmt: skip
+    else:
+        for row0 in range(0, rows, BLOCK_M):
+            _attend_tile(
+                row0, rows, head, node, token_begin, part, begin, end, q, mask, frame, frames, work,
+                k, k_scale, position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads,
+                STORES, INDEX, G, D, BLOCK_D, TRACKS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["frames", "n_parts"])
+def _attend_kernel(
+    q: Rows, mask: Mask, frame: Frame, frames, work: Work, stores, scratch_ptr, n_parts, scale,
+    softcap, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STORES: tl.constexpr,
+    TRACKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A work item and a KV head: output, lse and number of visible slots of each of its tokens."""
     item = work.item + tl.program_id(0).to(tl.int64) * 6
@@ -318,31 +434,38 @@ def _attend_kernel(
     node, token_begin, part = tl.load(item), tl.load(item + 1), tl.load(item + 5)
     rows = (tl.load(item + 2) - token_begin) * G
     begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
-    # Rollouts' own nodes have few rows: a tile of their size keeps the others' products away.
-    if rows <= SMALL_M:
-        if rows > 0:
-            _attend_tile(
-                0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, k_scale,
-                position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads, G, D,
-                BLOCK_D, K_FORMAT, K_DTYPE, PAGE_SIZE, V_FORMAT, V_DTYPE, SMALL_M, BLOCK_N,
-            )  # fmt: skip
-    else:
-        for row0 in range(0, rows, BLOCK_M):
-            _attend_tile(
-                row0, rows, head, node, token_begin, part, begin, end, q, mask, work, k, k_scale,
-                position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads, G, D,
-                BLOCK_D, K_FORMAT, K_DTYPE, PAGE_SIZE, V_FORMAT, V_DTYPE, BLOCK_M, BLOCK_N,
+    lse_ptr, seen_ptr = _behind(scratch_ptr, n_parts, heads, G, D)
+    store = 0
+    if count(STORES) > 1:
+        store = tl.load(work.store + node)
+    for i in tl.static_range(count(STORES)):
+        if store == i:
+            _attend_item(
+                node, token_begin, part, begin, end, rows, head, heads, q, mask, frame, frames,
+                work, stores[i][0], stores[i][1], stores[i][2], stores[i][3], stores[i][4],
+                scratch_ptr, lse_ptr, seen_ptr, scale, softcap, STORES, i, G, D, BLOCK_D, TRACKS,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
 
 
 @triton.jit
+def _behind(out_ptr, n_parts, heads, G: tl.constexpr, D: tl.constexpr):
+    """Where log-sum-exps and numbers of visible slots begin, behind the outputs of the parts."""
+    rows = n_parts.to(tl.int64) * heads * G
+    lse_ptr = out_ptr + rows * D
+    return lse_ptr, lse_ptr + rows
+
+
+@triton.jit(do_not_specialize=["frames", "n_parts"])
 def _merge_parts_kernel(
-    part_out_ptr, part_lse_ptr, seen_ptr, part_indptr, part_ptr, state: Rows, state_sum: Sums,
-    sink_ptr, out: Rows, lse_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    V_FORMAT: tl.constexpr, BLOCK_P: tl.constexpr,
+    part_out_ptr, n_parts, part_indptr, part_ptr, state: Rows, state_sum: Sums, sink_ptr, out: Rows,
+    lse_ptr, q: Rows, frame: Frame, frames, turned_ptr, mean_ptr, G: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, ROTATED: tl.constexpr, K_FORMAT: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """A token and a KV head: its partial results, what is kept elsewhere and the sink in one."""
+    """A token and a KV head: its partial results, what is kept elsewhere and the sink in one. For
+    what is tracked, its queries as the keys are, and the mean of a slot of the first store."""
     token, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    part_lse_ptr, seen_ptr = _behind(part_out_ptr, n_parts, heads, G, D)
     BLOCK_G: tl.constexpr = triton.next_power_of_2(G)
     g, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     head_g = head * G + g
@@ -351,7 +474,8 @@ def _merge_parts_kernel(
     peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
     mass = tl.zeros([BLOCK_G], tl.float32)
     acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
-    seen = 0
+    here = tl.zeros([BLOCK_G], tl.float32)  # mass of the first store, whose slots are counted
+    seen = 0.0
     for start in range(begin, end, BLOCK_P):
         index = start + tl.arange(0, BLOCK_P)
         part = tl.load(part_ptr + index, mask=index < end, other=0).to(tl.int64)
@@ -362,22 +486,22 @@ def _merge_parts_kernel(
             part_out_ptr + at[:, :, None] * D + column[None, None, :],
             mask=(lse > float("-inf"))[:, :, None] & (column < D)[None, None, :], other=0,
         )  # fmt: skip
-        if seen_ptr is not None:
-            counts = tl.load(seen_ptr + part * heads + head, mask=index < end, other=0)
-            seen += tl.sum(counts, 0)
         greatest = tl.maximum(peak, tl.max(lse, 0))
         safe = tl.where(greatest == float("-inf"), 0.0, greatest)
         weight = tl.exp(lse - safe[None, :])
         old = tl.exp(peak - safe)
         acc = acc * old[:, None] + tl.sum(weight[:, :, None] * x, 0)
         mass = mass * old + tl.sum(weight, 0)
+        if mean_ptr is not None:
+            counts = tl.load(seen_ptr + part * heads + head, mask=index < end, other=-1)
+            seen += tl.sum(tl.maximum(counts, 0.0), 0)
+            here = here * old + tl.sum(tl.where((counts >= 0)[:, None], weight, 0.0), 0)
         peak = greatest
 
     total = tl.where(mass == 0, 1.0, mass)
     acc = acc / total[:, None]
     lse = tl.where(mass == 0, float("-inf"), peak + tl.log(total))
-    of_pages = lse
-    if V_FORMAT != 0:
+    if ROTATED:
         acc = rotate_back(acc, D)
     if state is not None:
         ptr = state_sum.ptr + token * state_sum.stride_t + head_g * state_sum.stride_h
@@ -399,28 +523,37 @@ def _merge_parts_kernel(
     tl.store(lse_ptr + at, lse, mask=g < G)
     if mean_ptr is not None:
         # What a slot of these pages gets on average: their share of the mass over their number.
-        tl.store(mean_ptr + at, tl.exp(of_pages - lse) / seen, mask=g < G)
+        tl.store(mean_ptr + at, tl.exp(peak + tl.log(here) - lse) / seen, mask=g < G)
+        token_g = tl.zeros([BLOCK_G], tl.int32) + tl.program_id(0)
+        x_q = _load_queries(
+            q, frame, frames, token_g, head, heads, head_g, g < G, K_FORMAT, D, BLOCK_D,
+            turned_ptr.dtype.element_ty,
+        )  # fmt: skip
+        ptr = turned_ptr + at[:, None] * BLOCK_D + column[None, :]
+        tl.store(ptr, x_q, mask=(g < G)[:, None])
 
 
 @triton.jit
 def _track_kernel(
-    q: Rows, mask: Mask, work: Work, k: Paged, k_scale: Paged, position: Paged, importance: Paged,
-    history: Paged, lse_ptr, mean_ptr, scale, softcap, window,
+    turned_ptr, mask: Mask, work: Work, own_ptr, token_indptr, k: Paged, k_scale: Paged,
+    position: Paged, importance: Paged, history: Paged, lse_ptr, mean_ptr, scale, softcap, window,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, K_FORMAT: tl.constexpr,
-    K_DTYPE: tl.constexpr, PAGE_SIZE: tl.constexpr, ALL: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, RECENT: tl.constexpr, ALL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """An item of a row's own node, and a KV head: what its slots got from all the node's tokens."""
     item = work.item + tl.program_id(0).to(tl.int64) * 6
     head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     node = tl.load(item)
     begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
-    token_begin = tl.load(work.token_indptr + node)
-    token_end = tl.load(work.token_indptr + node + 1)
+    token_begin = tl.load(token_indptr + node)
+    token_end = tl.load(token_indptr + node + 1)
     # Items with the same slots and other tokens leave it to the first of them.
-    if (tl.load(work.own + node) == 0) | (tl.load(item + 1) != token_begin):
+    if (tl.load(own_ptr + node) == 0) | (tl.load(item + 1) != token_begin):
         end = begin
+    if work.store is not None:
+        end = tl.where(tl.load(work.store + node) == 0, end, begin)
     BLOCK_G: tl.constexpr = max(16, triton.next_power_of_2(G))
-    g = tl.arange(0, BLOCK_G)
+    g, column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
     base = tl.load(work.base + node)
     first = tl.load(work.first + node)
     pages_ptr = work.page + tl.load(work.page_indptr + node)
@@ -428,7 +561,9 @@ def _track_kernel(
         slot = start + tl.arange(0, BLOCK_N)
         live = slot < end
         page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
-        x_k = load_tile(k, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
+        x_k = load_tile(
+            k, page, head, offset, live, K_FORMAT, D, BLOCK_D, turned_ptr.dtype.element_ty
+        )
         x_scale = None
         if K_FORMAT != 0:
             x_scale = load_scale(k_scale, page, head, offset, live)
@@ -438,11 +573,10 @@ def _track_kernel(
             token = tl.load(work.token + c)
             at = token * heads * G + head * G + g
             token_g = tl.zeros([BLOCK_G], tl.int32) + token
-            x_q = _load_queries(
-                q, token_g, head * G + g, g < G, D, BLOCK_D, parts(K_FORMAT), K_DTYPE
-            )
-            query, last = _last(mask, token_g)
-            past = key <= last[:, None]
+            ptr = turned_ptr + at.to(tl.int64)[:, None] * BLOCK_D + column[None, :]
+            x_q = tl.load(ptr, mask=(g < G)[:, None], other=0)
+            query, oldest, last = _range(mask, token_g, RECENT)
+            past = (key <= last[:, None]) & (key >= oldest[:, None])
             lse = tl.load(lse_ptr + at, mask=g < G, other=0)
             x = _logits(x_q, x_k, x_scale, scale, softcap)
             p = tl.exp(x - lse[:, None])

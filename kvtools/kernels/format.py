@@ -54,11 +54,11 @@ def content(x: Tensor, scale: Tensor | None) -> Content:
     return Content(paged(x), paged(scale))
 
 
-def format_of(x: Tensor, d: int) -> int:
+def format_of(dtype: torch.dtype, width: int, d: int) -> int:
     """The format of a page tensor for head size `d`, read off its dtype and last axis."""
-    if x.dtype == torch.uint8:
-        return x.shape[-1] * 8 // d
-    return FP8 if x.dtype == torch.float8_e4m3fn else FLOAT
+    if dtype == torch.uint8:
+        return width * 8 // d
+    return FP8 if dtype == torch.float8_e4m3fn else FLOAT
 
 
 def triton_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -232,11 +232,13 @@ def _hadamard(x, D: tl.constexpr):
     BLOCK_D: tl.constexpr = x.shape[1]
     second = tl.arange(0, 2)[None, :, None] == 1
     for stage in tl.static_range(log2(BLOCK)):
-        # Sums, unlike exchanges, leave a tile in the layout that it has.
+        # A sum of bits, unlike an exchange, leaves a tile in the layout that it has, and less what
+        # is one's own it is the other's: one shuffle.
         pairs = tl.reshape(x, [M * BLOCK_D >> (stage + 1), 2, 1 << stage])
-        total, difference = tl.sum(pairs, 1), tl.sum(tl.where(second, -pairs, pairs), 1)
-        pairs = tl.where(second, difference[:, None, :], total[:, None, :])
-        x = tl.reshape(pairs, [M, BLOCK_D])
+        bits = pairs.to(tl.int32, bitcast=True)
+        total = tl.sum(bits, 1).to(tl.int64).to(tl.int32)  # the interpreter sums in 64 bits
+        other = (total[:, None, :] - bits).to(tl.float32, bitcast=True)
+        x = tl.reshape(other + tl.where(second, -pairs, pairs), [M, BLOCK_D])
     return x * rsqrt(BLOCK)
 
 

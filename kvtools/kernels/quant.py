@@ -4,6 +4,7 @@ Bits must not depend on the batch, on strides, or on which kernel computes them.
 into other roundings, and sums have an order of their own.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def dequantize_kv(codes: Tensor, scale: Tensor, d: int, dtype: torch.dtype) -> T
     if rows:
         _dequantize_kv_kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_N"]),)](
             _one_page(codes.contiguous(), scale.contiguous()), out, rows,
-            FORMAT=format_of(codes, d), **_constants(d),
+            FORMAT=format_of(codes.dtype, codes.shape[-1], d), **_constants(d),
         )  # fmt: skip
     return out
 
@@ -66,18 +67,45 @@ def dequantize_kv(codes: Tensor, scale: Tensor, d: int, dtype: torch.dtype) -> T
 def append_kv(
     k_thd: Tensor, v_thd: Tensor, slot_th: Tensor, k: Tensor, v: Tensor, k_scale: Tensor | None,
     v_scale: Tensor | None, position_t: Tensor | None, position: Tensor | None,
-    importance: Tensor | None, history: Tensor | None,
+    importance: Tensor | None, history: Tensor | None, also_th: Tensor | None,
+    also_k: Tensor | None, also_v: Tensor | None, also_k_scale: Tensor | None,
+    also_v_scale: Tensor | None, frame: Tensor | None, frame_t: Tensor | None,
 ) -> None:  # fmt: skip
     t, h, d = k_thd.shape
-    if t * h:
-        _append_kv_kernel[lambda meta: (triton.cdiv(t * h, meta["BLOCK_N"]), 2)](
-            Rows(k_thd, *k_thd.stride()), Rows(v_thd, *v_thd.stride()), slot_th, *slot_th.stride(),
-            content(k, k_scale), content(v, v_scale),
-            None if position is None else position_t.contiguous(), paged(position),
-            paged(importance), paged(history), t * h, h, k.shape[0] * k.shape[2],
-            K_FORMAT=format_of(k, d), V_FORMAT=format_of(v, d), PAGE_SIZE=k.shape[2],
-            WORDS=0 if history is None else history.shape[3], **_constants(d),
+    if t * h == 0:
+        return
+    second, also = (None,) * 6, ()
+    if also_th is not None:
+        also = (also_k.dtype, also_k.shape[2:], also_v.dtype, also_v.shape[3])
+        second = (
+            also_th, *also_th.stride(), content(also_k, also_k_scale),
+            content(also_v, also_v_scale), also_k.shape[0] * also_k.shape[2],
         )  # fmt: skip
+    words = 0 if history is None else history.shape[3]
+    constants = _append_constants(d, words, k.dtype, k.shape[2:], v.dtype, v.shape[3], *also)
+    _append_kv_kernel[(triton.cdiv(t * h, constants["BLOCK_N"]), 2)](
+        Rows(k_thd, *k_thd.stride()), Rows(v_thd, *v_thd.stride()), slot_th, *slot_th.stride(),
+        content(k, k_scale), content(v, v_scale),
+        None if position is None else position_t.contiguous(), paged(position),
+        paged(importance), paged(history), t * h, h, k.shape[0] * k.shape[2], *second,
+        *((None, None, 0) if frame is None else (frame.contiguous(), frame_t, frame.shape[0])),
+        **constants,
+    )  # fmt: skip
+
+
+@cache
+def _append_constants(
+    d: int, words: int, k: torch.dtype, k_shape: torch.Size, v: torch.dtype, v_width: int,
+    also_k: torch.dtype | None = None, also_k_shape: torch.Size = (0, 0),
+    also_v: torch.dtype | None = None, also_v_width: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Of both places dtypes of keys and values, slots of a page and last axes."""
+    return dict(
+        K_FORMAT=format_of(k, k_shape[1], d), V_FORMAT=format_of(v, v_width, d),
+        PAGE_SIZE=k_shape[0], WORDS=words, ALSO_K_FORMAT=format_of(also_k, also_k_shape[1], d),
+        ALSO_V_FORMAT=format_of(also_v, also_v_width, d), ALSO_PAGE_SIZE=also_k_shape[0],
+        **_constants(d),
+    )  # fmt: skip
 
 
 def _constants(d: int) -> dict[str, Any]:
@@ -193,15 +221,20 @@ def _store_plane(
 
 
 @triton.jit
-def _put(
-    x: Rows, t, h, to: Content, page, offset, live, FORMAT: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Store heads (t, h) of x in slots [N]."""
+def _load_heads(x: Rows, t, h, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Heads (t, h) of x, 0 where not `live`."""
     column = tl.arange(0, BLOCK_D)
     mask = live[:, None] & (column < D)[None, :]
     at = (t * x.stride_t + h * x.stride_h)[:, None] + column[None, :] * x.stride_d
-    tile = tl.load(x.ptr + at, mask=mask, other=0)
+    return tl.load(x.ptr + at, mask=mask, other=0)
+
+
+@triton.jit
+def _put(tile, h, to: Content, page, offset, live, FORMAT: tl.constexpr, D: tl.constexpr):
+    """Store a tile of heads in slots [N]."""
+    BLOCK_D: tl.constexpr = tile.shape[1]
+    column = tl.arange(0, BLOCK_D)
+    mask = live[:, None] & (column < D)[None, :]
     start = slot_start(to.x, page, h, offset)
     if FORMAT != 0:
         tile = rotate(tile.to(tl.float32), D)
@@ -235,7 +268,8 @@ def _quantize_kv_kernel(
     """Codes and scales of BLOCK_N rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     zero = tl.zeros_like(row)
-    _put(x, row, zero, to, zero, row, row < rows, FORMAT, D, BLOCK_D)
+    live = row < rows
+    _put(_load_heads(x, row, zero, live, D, BLOCK_D), zero, to, zero, row, live, FORMAT, D)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -256,24 +290,55 @@ def _dequantize_kv_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit
+def _find(slot_ptr, stride_t, stride_h, t, h, real, slots, PAGE_SIZE: tl.constexpr):
+    """Page, offset in it, and whether there is one, of the slots of heads (t, h)."""
+    slot = tl.load(slot_ptr + t * stride_t + h * stride_h, mask=real, other=-1)
+    live = (slot >= 0) & (slot < slots)
+    return (slot // PAGE_SIZE).to(tl.int64), (slot % PAGE_SIZE).to(tl.int64), live
+
+
+@triton.jit(do_not_specialize=["rows", "slots", "also_slots", "frames"])
 def _append_kv_kernel(
     k_thd: Rows, v_thd: Rows, slot_ptr, stride_slot_t, stride_slot_h, k: Content, v: Content,
     position_ptr, position: Paged, importance: Paged, history: Paged, rows, heads, slots,
-    K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, WORDS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    also_ptr, stride_also_t, stride_also_h, also_k: Content, also_v: Content, also_slots,
+    frame_ptr, frame_of_ptr, frames, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WORDS: tl.constexpr, ALSO_K_FORMAT: tl.constexpr,
+    ALSO_V_FORMAT: tl.constexpr, ALSO_PAGE_SIZE: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N heads of tokens: the keys and what else belongs to their slots, or the values."""
+    """BLOCK_N heads of tokens: the keys and what else belongs to their slots, or the values; and
+    the same in the second place, if there is one."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = row < rows
     t, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    at = slot_ptr + t * stride_slot_t + h * stride_slot_h
-    slot = tl.load(at, mask=row < rows, other=-1)
-    live = (slot >= 0) & (slot < slots)
-    page, offset = (slot // PAGE_SIZE).to(tl.int64), (slot % PAGE_SIZE).to(tl.int64)
+    page, offset, live = _find(slot_ptr, stride_slot_t, stride_slot_h, t, h, real, slots, PAGE_SIZE)
+    used = live
+    if also_ptr is not None:
+        also_page, also_offset, also_live = _find(
+            also_ptr, stride_also_t, stride_also_h, t, h, real, also_slots, ALSO_PAGE_SIZE
+        )
+        used = live | also_live
     if tl.program_id(1) == 1:
-        _put(v_thd, t, h, v, page, offset, live, V_FORMAT, D, BLOCK_D)
+        values = _load_heads(v_thd, t, h, used, D, BLOCK_D)
+        _put(values, h, v, page, offset, live, V_FORMAT, D)
+        if also_ptr is not None:
+            _put(values, h, also_v, also_page, also_offset, also_live, ALSO_V_FORMAT, D)
     else:
-        _put(k_thd, t, h, k, page, offset, live, K_FORMAT, D, BLOCK_D)
+        keys = _load_heads(k_thd, t, h, used, D, BLOCK_D)
+        if frame_ptr is not None:
+            i = tl.load(frame_of_ptr + t, mask=used, other=0)
+            i = tl.minimum(tl.maximum(i, 0), frames - 1).to(tl.int64)
+            column = tl.arange(0, BLOCK_D)
+            mask = used[:, None] & (column < D)[None, :]
+            at = ((i * 2 * heads + h) * D)[:, None] + column[None, :]
+            center = tl.load(frame_ptr + at, mask=mask, other=0).to(tl.float32)
+            gain = tl.load(frame_ptr + at + heads * D, mask=mask, other=0).to(tl.float32)
+            keys = (keys.to(tl.float32) - center) * gain
+        _put(keys, h, k, page, offset, live, K_FORMAT, D)
+        if also_ptr is not None:
+            _put(keys, h, also_k, also_page, also_offset, also_live, ALSO_K_FORMAT, D)
         zero = tl.zeros([BLOCK_N], tl.int32)
         if position is not None:
             x = tl.load(position_ptr + t, mask=live, other=0).to(tl.int32)
