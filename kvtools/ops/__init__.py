@@ -99,9 +99,11 @@ class Op:
         place = device.type
         best = NATIVE.get(place)
         if impl == "auto":
-            impl = best if best in self._overloads and not double else "reference"
-            if best not in self._overloads and best and not torch.compiler.is_compiling():
-                _warn(best)
+            impl = "reference" if double or best is None else best
+            if impl not in self._overloads:
+                if not torch.compiler.is_compiling():
+                    _warn(impl)
+                impl = "reference"
         overload = self._overloads.get(impl)
         if overload is None:
             self._lacks(impl)
