@@ -33,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
+.PHONY: help demo test wheels install-check sanitize host lint format bench bench-cpu bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -52,7 +52,24 @@ test-all: ext $(MODEL) ## run all tests
 faults: ext $(MODEL) ## plant faults, one by one, in a copy of the tree, and see that the tests find them
 	@$(PY) tests/faults.py $(ARGS)
 
-install-check: $(PACKAGE) ## install from the sdist in fresh environments: pure, isolated, full; under each Python there is
+# One for each CPython that is on the PATH or pyenv's, since the host's part is bound to it; the kernels, which are not, are
+# compiled once. They are tagged as linux_x86_64 or what this machine is: nobody has audited them for manylinux.
+WHEELS ?= 3.10 3.11 3.12 3.13
+DIST   ?= dist
+is = "$$x" -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "'$$v'")' 2>/dev/null
+wheels: ext ## build dist/: the sdist, and a wheel for each CPython from 3.10 to 3.13 that there is here
+	@rm -f $(DIST)/kvtools-*
+	@$(PY) setup.py -q sdist --dist-dir $(DIST)
+	@for v in $(WHEELS); do \
+		found=; for x in $(PY) python$$v $(HOME)/.pyenv/versions/$$v.*/bin/python; do $(is) && { found="$$x"; break; }; done; \
+		if [ "$$found" ]; then \
+			KVTOOLS_KERNELS=$(CURDIR)/kvtools/_C.abi3.so $(PY) -m pip --python "$$found" wheel -q --no-deps \
+				--disable-pip-version-check --no-input -w $(DIST) $(DIST)/kvtools-*.tar.gz || exit; \
+		else echo "wheels: no Python $$v is here, so no wheel for it" >&2; fi; \
+	done
+	@ls $(DIST)/kvtools-*
+
+install-check: ext ## install from the sdist and a wheel in fresh environments: pure, isolated, wheel; under each Python there is
 	@$(PY) -m pytest -q -p no:cacheprovider tests/installs.py $(ARGS)
 
 # Builds in build/$(1), and runs the tests of the compiled parts there, with AddressSanitizer's library; the next arguments

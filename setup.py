@@ -1,23 +1,27 @@
 """Builds the compiled parts; everything declarative is in pyproject.toml.
 
 - `kvtools._host`, the page pool, forest and plan in C++;
-- `kvtools._C`, the kernels, registered through torch's stable ABI. It needs the headers of an
-  installed torch, so an isolated build leaves it out.
+- `kvtools._C`, the kernels, registered through torch's stable ABI. It needs the headers of a torch
+  that is installed; without one it is left out.
 
-KVTOOLS_EXT=0 leaves both out and gives a pure-Python install. KVTOOLS_CUDA=1 compiles csrc/cuda
-with nvcc into `_C`, the default where there is nvcc and a CUDA build of torch; 0 leaves it out;
-`host` compiles it for the CPU, for tests (csrc/testing). KVTOOLS_CUDA_ARCHS=90a compiles for one
-architecture only. KVTOOLS_SANITIZE=1 builds what is for the CPU with AddressSanitizer and
-UndefinedBehaviorSanitizer.
+One `_C` serves every Python and torch. `_host` is built for each Python: pybind11 has no stable
+ABI, and nanobind's, which begins with Python 3.12, would save but one wheel of four.
+
+KVTOOLS_EXT=0 leaves both out and gives a pure-Python install. KVTOOLS_KERNELS=PATH takes a `_C`
+that was built before, as make wheels does. KVTOOLS_CUDA=1 compiles csrc/cuda with nvcc into `_C`,
+the default where there is nvcc and a CUDA build of torch; 0 leaves it out; `host` compiles it for
+the CPU, for tests (csrc/testing). KVTOOLS_CUDA_ARCHS=90a compiles for one architecture only.
+KVTOOLS_SANITIZE=1 builds what is for the CPU with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
-import importlib.util
 import os
 import platform
+import runpy
 import shutil
 import sys
 import sysconfig
 import tempfile
+from importlib.machinery import PathFinder
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -28,8 +32,9 @@ REMEDY = "or set KVTOOLS_EXT=0 for a pure-Python install."
 # share an inline function the linker takes the first, which must run everywhere.
 ISAS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
-    # The last option silences a false alarm in GCC's own headers.
-    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", "-Wno-maybe-uninitialized"]
+    # The last options silence a false alarm in GCC's own headers, and clang, which lacks it.
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+    ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", *quiet]
     ISAS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
         *ISAS["avx2"],
@@ -41,6 +46,8 @@ FLAGS, SANITIZERS = ["-std=c++17", "-O3", "-g1", "-Wall"], []
 if os.environ.get("KVTOOLS_SANITIZE", "0") == "1":
     SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     FLAGS += ["-O1", *SANITIZERS]
+KERNELS = os.environ.get("KVTOOLS_KERNELS")
+TORCH = 2, 10  # the oldest that this library must run with
 HEADERS = sorted(Path("csrc").rglob("*.h"))
 
 
@@ -48,8 +55,28 @@ def sources(folder: str, suffix: str = "cpp") -> list[str]:
     return sorted(map(str, Path("csrc", folder).glob(f"*.{suffix}")))
 
 
-def cuda_build() -> tuple[str, Path | None]:
-    """How csrc/cuda is built, as KVTOOLS_CUDA says, and where CUDA is."""
+def find_torch() -> tuple[Path, str | None] | None:
+    """Where a torch is whose headers will do, and its version of CUDA.
+
+    An isolated build does not see what is installed, but pip runs it by the interpreter that it
+    installs for. Nothing is taken but what is stable: another torch may run the kernels.
+    """
+    places = [*sys.path, sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+    spec = PathFinder.find_spec("torch", places)
+    found = spec and spec.origin and runpy.run_path(Path(spec.origin).with_name("version.py"))
+    if found and tuple(map(int, found["__version__"].split(".")[:2])) >= TORCH:
+        return Path(spec.origin).parent, found["cuda"]
+    print(
+        f"kvtools: torch {found['__version__'] + ' is too old' if found else 'is not installed'} "
+        "here, so without the C++ kernels (impl='cpu'). For them: pip install 'torch>="
+        f"{TORCH[0]}.{TORCH[1]}', then kvtools again",
+        file=sys.stderr,
+    )
+    return None
+
+
+def cuda_build(version: str | None) -> tuple[str, Path | None]:
+    """How csrc/cuda is built, as KVTOOLS_CUDA says, and where CUDA is; `version` is torch's."""
     wanted, nvcc = os.environ.get("KVTOOLS_CUDA", "auto"), shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parent.parent]
     homes = [Path(x) for x in (*homes, "/usr/local/cuda") if x]
@@ -57,8 +84,6 @@ def cuda_build() -> tuple[str, Path | None]:
     if wanted not in ("auto", "0", "1", "host"):
         sys.exit(f"kvtools: KVTOOLS_CUDA={wanted}: expected 0, 1 or host")
     if wanted == "auto":
-        from torch.version import cuda as version
-
         wanted = "1" if version and home else "0"
         if version and not home:
             print("kvtools: nvcc is not here, so without impl='cuda'", file=sys.stderr)
@@ -93,6 +118,11 @@ def extensions() -> dict:
                 )
 
         def build_extension(self, ext: Extension) -> None:
+            if ext.name == "kvtools._C" and KERNELS:
+                target = self.get_ext_fullpath(ext.name)
+                self.mkpath(os.path.dirname(target))
+                self.copy_file(KERNELS, target)
+                return
             if ext.name == "kvtools._C":
                 ext.extra_objects = [
                     object
@@ -155,22 +185,19 @@ def extensions() -> dict:
     depends = [*map(str, HEADERS), "setup.py"]
     shared = dict(depends=depends, extra_compile_args=FLAGS, extra_link_args=SANITIZERS)
     found = [Pybind11Extension("kvtools._host", sources("host"), **shared)]
-    torch = importlib.util.find_spec("torch")
-    if torch is None:
-        print(
-            "kvtools: torch is not importable here, so without the C++ kernels (impl='cpu'). For "
-            "them: pip install torch setuptools pybind11, then pip install --no-build-isolation",
-            file=sys.stderr,
-        )
-    else:
-        root, (cuda, home) = Path(torch.submodule_search_locations[0]), cuda_build()
+    if KERNELS:
+        if not Path(KERNELS).is_file():
+            sys.exit(f"kvtools: KVTOOLS_KERNELS={KERNELS} is not there: build it, with make ext")
+        found.append(Extension("kvtools._C", [], depends=[KERNELS], py_limited_api=True))
+    elif torch := find_torch():
+        root, (cuda, home) = torch[0], cuda_build(torch[1])
         kernels = Extension("kvtools._C", ["csrc/ops.cpp", "csrc/cpu/isa.cpp"], **shared)
         kernels.depends = depends + sources("cpu") + sources("cuda", "cu")
         kernels.include_dirs = [str(root / "include")]
         kernels.library_dirs, kernels.libraries = [str(root / "lib")], ["torch_cpu"]
-        # The oldest torch that this library must run with: 2.10.
         kernels.define_macros = [
-            ("TORCH_TARGET_VERSION", "0x020a000000000000"), ("Py_LIMITED_API", "0x030a0000"),
+            ("TORCH_TARGET_VERSION", f"0x{TORCH[0]:02x}{TORCH[1]:02x}000000000000"),
+            ("Py_LIMITED_API", "0x030a0000"),
             ("KVTOOLS_CUDA", {"host": "2"}.get(cuda, cuda)),
         ]  # fmt: skip
         if cuda == "host":

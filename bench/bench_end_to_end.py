@@ -9,6 +9,7 @@ import torch
 
 from bench.bench_sampling import transformers as sample_as_transformers
 from kvtools import CacheConfig, Rollouts, models, tasks
+from kvtools.config import PRESETS
 from kvtools.hf import CACHE
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
@@ -72,10 +73,13 @@ class Ours:
         return self.rollouts.generate
 
 
+OURS = "kvtools 16-bit"
+CONFIGS = {OURS: CacheConfig()} | {
+    f"kvtools {name}": CacheConfig.preset(name) for name in PRESETS if name != "lossless"
+}
 RIVALS = {
     "plain": Plain,
-    "kvtools 16-bit": partial(Ours, config=CacheConfig()),
-    "kvtools balanced": partial(Ours, config=CacheConfig.preset("balanced")),
+    **{name: partial(Ours, config=CONFIGS[name]) for name in (OURS, "kvtools balanced")},
 }
 
 

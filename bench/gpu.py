@@ -27,9 +27,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import gpu_parts, gpu_rivals
-from bench.gpu_parts import DRY, Entry, Scale
+from bench import gpu_rivals
+from bench.gpu_checks import ROOT
+from bench.gpu_kernels import IN_CPP, Entry
+from bench.gpu_parts import PARTS
 from bench.gpu_report import report, targets
+from bench.gpu_scale import DRY, Scale
 from bench.timing import (
     Clock,
     DeviceClock,
@@ -65,7 +68,7 @@ class Stage:
         return " ".join([self.part, self.cells]).strip()
 
 
-FULL = [Stage(part, "", 480) for part in gpu_parts.PARTS]
+FULL = [Stage(part, "", 480) for part in PARTS]
 # In this order a run that is cut short has told the most: whether anything is wrong, then the
 # figures that the project set itself. Stages that need less leave the others more.
 FIRST = [
@@ -155,7 +158,7 @@ class Bench:
         process of its own."""
         command = [*watch, sys.executable, "-m", "bench.gpu_alone", *case]
         process = subprocess.Popen(
-            [*command, *["--rehearse"] * self.dry], cwd=gpu_parts.ROOT, text=True,
+            [*command, *["--rehearse"] * self.dry], cwd=ROOT, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
@@ -197,7 +200,7 @@ class Bench:
     def _prepare(self, cell: str, name: str, entry: Entry, runs: dict, graphs: dict) -> dict:
         """Make, check and note a contender. Its output is checked before anything is timed."""
         row = {"version": gpu_rivals.version(entry.package)} if entry.package else {}
-        if name.endswith(gpu_parts.IN_CPP) and ops.CUDA != "cuda":
+        if name.endswith(IN_CPP) and ops.CUDA != "cuda":
             raise Skip("kvtools was built without csrc/cuda")
         with self._crashes.watch(cell, name):
             run = entry.make()
@@ -262,7 +265,7 @@ class Run:
         wanted = stage.dry if self.dry and stage.dry is not None else stage.cells
         return [
             (cell, measure)
-            for cell, measure in gpu_parts.PARTS[stage.part](bench)
+            for cell, measure in PARTS[stage.part](bench)
             if re.match(wanted, cell) and re.search(self.cells, cell) and cell not in done
         ]
 
@@ -341,9 +344,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="all results so far, .tar.gz; default gpu.tar.gz in DIR")  # fmt: skip
     parser.add_argument("--first", action="store_true",
                         help="the plan for a device that is at hand for nine minutes")  # fmt: skip
-    parser.add_argument("--part", nargs="+", choices=gpu_parts.PARTS, metavar="PART",
-                        default=list(gpu_parts.PARTS),
-                        help=f"of {', '.join(gpu_parts.PARTS)}")  # fmt: skip
+    parser.add_argument("--part", nargs="+", choices=PARTS, metavar="PART",
+                        default=list(PARTS),
+                        help=f"of {', '.join(PARTS)}")  # fmt: skip
     parser.add_argument("--cell", metavar="REGEX", default="",
                         help="only cells in whose names it is found")  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="N",

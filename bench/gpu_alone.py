@@ -13,7 +13,9 @@ from functools import partial
 
 import torch
 
-from bench.gpu_parts import DRY, IN_CPP, PARTS, SMALL, Entry
+from bench.gpu_kernels import IN_CPP, Entry
+from bench.gpu_parts import PARTS
+from bench.gpu_scale import DRY, SMALL
 from bench.timing import Skip, attempt
 from kvtools import ops
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.gpu_parts import PARTS, ROOT
+from bench.gpu_checks import ROOT
+from bench.gpu_parts import PARTS
 from bench.targets import WORDS, Targets
 from kvtools.cli import demo
 

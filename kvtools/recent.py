@@ -21,7 +21,7 @@ class Recent:
     row's first that is here. Older ones it reads elsewhere. What it reads does not depend on how
     many tokens come at a time: where a row gets several, they lie in pages of one slot until all
     layers have attended. The slot more is what a single new token goes to, so that undoing it has
-    nothing to put back.
+    nothing to put back, but where a step was taken before it.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class Recent:
     def begin(self, step: "Step", position_t: Tensor) -> None:
         """Let the layers attend in `step`, which is on the device now."""
         self._step, self._position_t, self._read = step, position_t, self.held
+        self._again = self.journal.step()
         where = step.slot // self.slots, step.slot % self.slots
         if step.token is None:
             self.journal.note(self, ("held",), where)
@@ -110,6 +111,8 @@ class Recent:
         pages, heads = self.layers[layer], k_thd.shape[1]
         pages.position = self._read[:, None].expand(-1, heads, -1)
         if self._step.token is None:
+            if self._again:
+                self._note(pages)
             return [pages]
         new = self._empty(len(k_thd), 1, k_thd.transpose(0, 1))
         new.position = self._position_t[:, None, None].expand(-1, heads, -1)
@@ -120,12 +123,17 @@ class Recent:
         pages, step = self.layers[layer], self._step
         if new is pages:
             return
-        where = step.slot // self.slots, slice(None), step.slot % self.slots
-        self.journal.note(pages, CONTENT[:4], where)
+        where = self._note(pages)
         for name in CONTENT[:4]:
             x = getattr(pages, name)
             if x is not None:
                 as_bytes(x)[where] = as_bytes(getattr(new, name))[step.token, :, 0]
+
+    def _note(self, pages: KVPages) -> tuple:
+        """What the step overwrites, and where."""
+        where = self._step.slot // self.slots, slice(None), self._step.slot % self.slots
+        self.journal.note(pages, CONTENT[:4], where)
+        return where
 
     def tensors(self) -> list[Tensor]:
         """What is kept on the device besides pages."""

@@ -23,6 +23,13 @@ class Journal:
     def __init__(self) -> None:
         self.open: WeakSet[Transaction] = WeakSet()
 
+    def step(self) -> bool:
+        """Begin a step of all rows; whether an open transaction has seen one before."""
+        again = any(x.stepped for x in self.open)
+        for transaction in self.open:
+            transaction.stepped = True
+        return again
+
     def note(
         self, pages: KVPages, names: tuple[str, ...], index: Tensor | tuple | None = None
     ) -> None:
@@ -49,6 +56,7 @@ class Transaction:
     def __init__(self, journal: Journal, states: list[tuple[Any, dict[str, Any]]]) -> None:
         self._journal, self._states = journal, states
         self.overwritten: list[tuple[KVPages, str, Any, Tensor]] = []
+        self.stepped = False
         journal.open.add(self)
 
     def undo(self) -> None:

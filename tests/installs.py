@@ -1,10 +1,11 @@
-"""Real installs from the sdist, each in a fresh environment: `make install-check`.
+"""Real installs from the sdist and from a wheel, each in a fresh environment: `make install-check`.
 
 An environment sees the packages of the one that runs this, but for kvtools, so that only what a
 build needs is downloaded.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,13 @@ ROOT = Path(__file__).parent.parent
 VERSIONS = ["3.10", "3.11", "3.12", "3.13"]
 HERE = ".".join(map(str, sys.version_info[:2]))
 
-# Runs what needs no compiled part, and says what each of the others raises.
+# Runs what needs no compiled part, and says what each of the others raises, and what it warned of.
 USE = """
-import sys, torch, kvtools
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch, kvtools
+caught = warnings.catch_warnings(record=True).__enter__()
+warnings.simplefilter("always", RuntimeWarning)
 assert "site-packages" in kvtools.__file__, kvtools.__file__
 codes, scale = kvtools.quantize_kv(torch.randn(2, 8), "int4")
 kvtools.sample(torch.randn(2, 8), torch.arange(2), torch.arange(2))
@@ -53,7 +58,19 @@ for use in (kernel, cache, table, direct, rollouts, generate, prm, search):
         print(use.__name__, "runs")
     except (ImportError, RuntimeError) as error:
         print(use.__name__, type(error).__name__, error)
+for warning in caught:
+    if "kvtools" in str(warning.message):
+        print("warned", warning.message)
 """
+LACKS = """
+import sys, torch, kvtools
+for impl in sys.argv[1:]:
+    try:
+        kvtools.quantize_kv(torch.randn(2, 8), "int4", impl=impl)
+    except RuntimeError as error:
+        print(impl, error)
+"""
+SLOW = "kvtools was installed without its C++ kernels: with torch and a C++17 compiler installed"
 HOST = "kvtools was installed without its C++ part: reinstall it with this Python, a C++17 compiler"
 
 
@@ -96,9 +113,13 @@ def environment(folder, without=()):
         for x in Path(place).iterdir():
             if not x.name.startswith(("kvtools", "__", *without)) and x.suffix != ".pth":
                 (shared / x.name).symlink_to(x)
-    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    Path(site, "shared.pth").write_text(f"{shared}\n")
+    (site_of(python) / "shared.pth").write_text(f"{shared}\n")
     return python
+
+
+def site_of(python):
+    code = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    return Path(run(python, "-c", code).strip())
 
 
 def install(python, source, *options, **settings):
@@ -106,9 +127,12 @@ def install(python, source, *options, **settings):
         "--disable-pip-version-check", "--no-input", *options, source, **settings)  # fmt: skip
 
 
-def uses(python):
+def uses(python, **settings):
     """What each use of USE said."""
-    return dict(line.split(" ", 1) for line in run(python, "-c", USE).splitlines())
+    lines = [line.split(" ", 1) for line in run(python, "-c", USE, **settings).splitlines()]
+    said = dict(lines)
+    assert len(said) == len(lines), lines  # nothing is said twice
+    return said
 
 
 def test_the_sdist_holds_every_source(sdist):
@@ -136,13 +160,13 @@ def test_pure(version, sdist, tmp_path):
     """KVTOOLS_EXT=0, under each Python: all but the host's part works, by the reference."""
     python = environment(tmp_path) if version == HERE else fresh(tmp_path, pythons(version)[0])
     install(python, sdist, KVTOOLS_EXT="0")
-    place = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
-    assert not list(Path(place, "kvtools").rglob("*.so"))
-    run(python, "-m", "compileall", "-qf", Path(place, "kvtools"))
+    place = site_of(python) / "kvtools"
+    assert not list(place.rglob("*.so"))
+    run(python, "-m", "compileall", "-qf", place)
     if version != HERE:
         return
     said = uses(python)
-    assert "without its C++ kernels" in said.pop("kernel")
+    assert SLOW in said.pop("kernel") and said.pop("warned").startswith(SLOW)
     assert "kvtools.KVCache is not available" in said["cache"]
     assert {"cache", "table", "direct", "rollouts", "generate", "prm"} <= set(said)
     for name, text in said.items():
@@ -151,21 +175,61 @@ def test_pure(version, sdist, tmp_path):
 
 
 def test_isolated(sdist, tmp_path):
-    """Plain `pip install`: the build sees no torch, so the kernels alone are left out."""
+    """`pip install` where there is no torch yet: the kernels alone are left out, which is said."""
     python = environment(tmp_path)
     install(python, sdist)
     said = uses(python)
-    assert said.pop("kernel").startswith("RuntimeError impl='cpu' does not exist for quantize_kv")
+    assert SLOW in said.pop("kernel") and said.pop("warned").startswith(SLOW)
     assert set(said.values()) == {"runs"}, said
 
 
 def test_full(sdist, tmp_path):
-    """All that is compiled; of transformers, which is optional, what needs it says that."""
+    """`pip install` behind `pip install torch`: all that is compiled; of transformers, which is
+    optional, what needs it says that."""
     python = environment(tmp_path, without=("transformers",))
-    install(python, sdist, "--no-build-isolation", KVTOOLS_CUDA="0")
-    said = uses(python)
+    (tmp_path / "shared" / "torch").rename(site_of(python) / "torch")
+    install(python, sdist, KVTOOLS_CUDA="0")
+    without_transformers(uses(python))
+
+
+def without_transformers(said):
     for name in ("direct", "rollouts", "generate", "prm", "search"):
         text = said.pop(name)
         assert "transformers" in text, text
         assert name == "direct" or "pip install kvtools[hf]" in text, text
     assert set(said.values()) == {"runs"}, said
+
+
+@pytest.mark.parametrize("version,why", [("2.9.1+cu128", "2.9.1+cu128 is too old"),
+                                         (None, "is not installed")])  # fmt: skip
+def test_a_build_says_which_torch_it_lacks(version, why, sdist, tmp_path):
+    python = environment(tmp_path, without=("torch",))
+    if version:
+        torch = site_of(python) / "torch"
+        torch.mkdir()
+        (torch / "__init__.py").touch()
+        (torch / "version.py").write_text(f"__version__, cuda = {version!r}, None\n")
+    said = run("sh", "-c", f"cd {sdist} && {python} setup.py --name 2>&1")
+    assert f"torch {why} here, so without the C++ kernels" in said
+
+
+def test_wheel(tmp_path):
+    """`make wheels`, and its wheel where there is neither a compiler, nor triton or transformers:
+    all that is compiled runs, and what is lacking says so in a line."""
+    out = tmp_path / "dist"
+    made = f"make -C {ROOT} wheels PYTHON={sys.executable} DIST={out} WHEELS='{HERE} 3.99' 2>&1"
+    said = run("sh", "-c", made)
+    assert "wheels: no Python 3.99 is here" in said
+    (wheel,) = out.glob("*.whl")
+    tag = f"cp{HERE.replace('.', '')}"
+    platform = re.sub(r"[-.]", "_", sysconfig.get_platform())
+    assert wheel.name.split("-")[2:] == [tag, tag, f"{platform}.whl"]
+    python = environment(tmp_path, without=("transformers", "triton"))
+    nothing = tmp_path / "nothing"
+    nothing.mkdir()
+    install(python, wheel, PATH=str(nothing))
+    without_transformers(uses(python, PATH=str(nothing)))
+    lacks = run(python, "-c", LACKS, "cuda", "triton", PATH=str(nothing)).splitlines()
+    remedies = "nvcc and a CUDA build of torch", "pip install triton"
+    for line, impl, remedy in zip(lacks, ("cuda", "triton"), remedies, strict=True):
+        assert line.startswith(impl) and remedy in line, line

@@ -16,7 +16,7 @@ from rich.console import Console
 
 pytest.importorskip("pytest_benchmark")
 
-from bench import gpu, gpu_alone, gpu_parts, gpu_report, gpu_rivals  # noqa: E402
+from bench import gpu, gpu_alone, gpu_checks, gpu_parts, gpu_report, gpu_rivals  # noqa: E402
 from bench.targets import Targets  # noqa: E402
 from bench.timing import attempt  # noqa: E402
 from kvtools.ops import COMPILED  # noqa: E402
@@ -63,7 +63,7 @@ def test_every_stage_is_reached(here, tmp_path, capsys):
         assert cells and not any("failed" in rows for rows in cells.values())
     for part in gpu_report.TIMED:
         for rows in results(tmp_path, part)["cells"].values():
-            cpp = {name for name in rows if name.endswith(gpu_parts.IN_CPP)}
+            cpp = {name for name in rows if name.endswith(gpu.IN_CPP)}
             assert all("skipped" in rows[name] for name in cpp)
             ours = [rows[name] for name in set(rows) - cpp if name.startswith("kvtools")]
             assert ours and all("ms" in row and row["of_floor"] > 0 for row in ours), ours
@@ -190,7 +190,7 @@ def test_tests_are_counted(tmp_path, monkeypatch):
 
     def run(seconds, *options):
         bench = gpu.Bench(tmp_path, dry=True, seconds=seconds)
-        return gpu_parts.run_tests(bench, "x", [str(tmp_path / "test_x.py"), *options])
+        return gpu_checks.run_tests(bench, "x", [str(tmp_path / "test_x.py"), *options])
 
     found = run(60, "-k", "not slow")
     assert (found["passed"], found["failures"], found["skipped"]) == (1, 1, 1)

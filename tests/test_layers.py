@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,27 @@ def test_import_is_light():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["quantize_kv", "merge_states"])
+def test_what_an_installation_lacks_is_said_once(name, monkeypatch):
+    """And in one line; neither where float64 calls for the reference, nor by compiled code."""
+    x, lse = torch.randn(2, 1, 8), torch.zeros(2, 1)
+    args = {"quantize_kv": (x, "int4"), "merge_states": (x, lse, x, lse)}[name]
+    run, op = getattr(kvtools, name), ops.OPS[name]
+    monkeypatch.setattr(op, "_overloads", {"reference": op._overloads["reference"]})
+    ops._warn.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(*(arg if isinstance(arg, str) else arg.double() for arg in args))
+        run(*args, impl="reference")
+        torch.compile(run, fullgraph=True, backend="eager")(*args)
+        assert not [x for x in caught if "kvtools" in str(x.message)]
+        run(*args)
+        run(*args)
+    (text,) = [str(x.message) for x in caught if "kvtools" in str(x.message)]
+    assert text.startswith("kvtools was installed without its C++ kernels: ") and "\n" not in text
+    ops._warn.cache_clear()
 
 
 def test_importing_the_door_registers_nothing():

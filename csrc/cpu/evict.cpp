@@ -245,7 +245,9 @@ void compact_kv(const CompactKv& p, const Pool& pool) {
   pool.split(p.heads, kBytes / (p.n * bytes), [&](int64_t begin, int64_t end) {
     std::vector<char> staged;  // sources may be targets, too
     for (int64_t h = begin; h < end; ++h)
-      for (const auto& [x, size] : p.moved) {
+      for (const CompactKv::Moved& moved : p.moved) {
+        const Paged& x = moved.x;  // no structured binding: lambdas of C++17 cannot capture those
+        const int64_t size = moved.bytes;
         if (!x.data) continue;
         staged.resize(p.n * size);
         auto at = [&](int64_t slot) { return x.at(slot / p.page_size, h, slot % p.page_size); };

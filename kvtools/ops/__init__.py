@@ -7,6 +7,7 @@ it, with the same schema and fake. The functions in `ops/<row>.py` check, choose
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, Literal, NoReturn, get_args
@@ -32,6 +33,14 @@ IN_CUDA = {
     "quantize_kv", "append_kv", "tree_attention", "select_victims", "sample", "step_scores",
 }  # fmt: skip
 OPS: dict[str, "Op"] = {}
+# What an installation may lack, by implementation, and the remedy.
+LACKING = {
+    "cpu": "kvtools was installed without its C++ kernels: with torch and a C++17 compiler "
+    "installed, reinstall it from its sources",
+    "cuda": "kvtools was installed without its CUDA kernels: with nvcc and a CUDA build of torch "
+    "installed, reinstall it from its sources",
+    "triton": "triton is not installed: pip install triton",
+}
 
 
 class Op:
@@ -90,7 +99,11 @@ class Op:
         place = device.type
         best = NATIVE.get(place)
         if impl == "auto":
-            impl = best if best in self._overloads and not double else "reference"
+            impl = "reference" if double or best is None else best
+            if impl not in self._overloads:
+                if not torch.compiler.is_compiling():
+                    _warn(impl)
+                impl = "reference"
         overload = self._overloads.get(impl)
         if overload is None:
             self._lacks(impl)
@@ -119,19 +132,8 @@ class Op:
     def _lacks(self, impl: str) -> NoReturn:
         if impl not in get_args(Impl):
             raise ValueError(f"impl={impl!r}: expected one of {', '.join(get_args(Impl))}")
-        remedy = ""
-        if impl == "triton":
-            remedy = ": pip install triton"
-        elif impl == "cpu" and not COMPILED:
-            remedy = (
-                ". kvtools was installed without its C++ kernels: with torch, setuptools and "
-                "pybind11 installed, reinstall it with pip install --no-build-isolation"
-            )
-        elif impl == "cuda" and not CUDA:
-            remedy = (
-                ". kvtools was installed without its CUDA kernels: with nvcc and a CUDA build of "
-                "torch, reinstall it with pip install --no-build-isolation"
-            )
+        there = {"cpu": COMPILED, "cuda": CUDA, "triton": TRITON}[impl]
+        remedy = "" if there else f". {LACKING[impl]}"
         raise RuntimeError(
             f"impl={impl!r} does not exist for {self.name}; available: auto, "
             f"{', '.join(self.impls)}{remedy}"
@@ -145,6 +147,13 @@ def _tensors(args: tuple) -> Iterator[Any]:
             yield from arg
         else:
             yield arg
+
+
+@cache
+def _warn(impl: str) -> None:
+    """Say once that `auto` has to do without `impl`."""
+    slow = "until then impl='auto' takes the reference in PyTorch, which is slower"
+    warnings.warn(f"{LACKING[impl]}; {slow}", RuntimeWarning, stacklevel=4)
 
 
 def _lazy(row: str, name: str) -> Callable:
