@@ -185,16 +185,18 @@ class Plan:
 def _at_once(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """Bring arrays to a device in one copy, as int32: parts of one tensor, at addresses that are
     multiples of 16 bytes, for which kernels are compiled."""
-    start = np.cumsum([0, *(-(-x.size // 4) * 4 for x in arrays)]).tolist()
-    packed = np.zeros(start[-1], np.int32)
-    for x, at in zip(arrays, start, strict=False):
+    sizes = [n for x in arrays for n in (x.size, -x.size % 4)]
+    packed = np.zeros(sum(sizes), np.int32)
+    at = 0
+    for x in arrays:
         packed[at : at + x.size] = x.reshape(-1)
-    all_of_them = torch.from_numpy(packed)
+        at += x.size + -x.size % 4
+    whole = torch.from_numpy(packed)
     if device.type == "cuda":
-        all_of_them = all_of_them.pin_memory()
-    all_of_them = all_of_them.to(device, non_blocking=True)
+        whole = whole.pin_memory()
+    parts = whole.to(device, non_blocking=True).split(sizes)[::2]
     return [
-        all_of_them[at : at + x.size].view(x.shape) for x, at in zip(arrays, start, strict=False)
+        part if x.ndim == 1 else part.view(x.shape) for x, part in zip(arrays, parts, strict=True)
     ]
 
 
