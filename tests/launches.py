@@ -6,54 +6,26 @@ arguments that reach it must be those of the call. It runs nothing: results are 
 `--cases N` runs N cases of each test, spread over all that there are.
 """
 
-import ctypes
 import os
 import re
 import struct
-import subprocess
-import tempfile
 from collections import Counter, defaultdict
-from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"  # before conftest, which asks for the interpreter
 
 import pytest
-import triton
-from triton.backends.nvidia import driver
 from triton.runtime.jit import JITFunction
 
+from bench.stand_in import use
 from kvtools import ops
 
-SOURCE = Path(__file__).parent.parent / "csrc" / "testing" / "libcuda.c"
 # Checked elsewhere; these compare Triton's own results, or give ids that the reference refuses.
 OTHERS = re.compile("contract|opcheck|alone|depend|graph|outside|nobody")
 count = Counter()  # launches by kernel
 launched = {}  # what was compiled, by kernel and hash
 
 
-def stand_in() -> ctypes.CDLL:
-    folder = tempfile.mkdtemp()
-    library, include = f"{folder}/libcuda.so.1", Path(driver.__file__).parent / "include"
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
-    subprocess.run([*command, SOURCE, "-o", library], check=True)
-    os.environ["TRITON_LIBCUDA_PATH"] = folder
-    cuda = ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
-    cuda.stand_in_arguments.restype = ctypes.POINTER(ctypes.c_uint64)
-    return cuda
-
-
-class Driver(driver.CudaDriver):
-    """Triton's own, but for what it asks of torch."""
-
-    def __init__(self) -> None:
-        self.utils, self.launcher_cls = driver.CudaUtils(), driver.CudaLauncher
-        self.get_device_capability = lambda device=0: (9, 0)
-        self.get_current_device = self.get_current_stream = lambda device=0: 0
-        self.set_current_device = lambda device: None
-
-
-cuda = stand_in()
-triton.runtime.driver.set_active(Driver())
+cuda = use()
 
 
 def flat(value, kind):

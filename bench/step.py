@@ -1,0 +1,263 @@
+"""What a decode step costs the host, beside another build: python -m bench.step --json OUT.
+
+Operators that kvtools adds to a model's own, by a dispatch mode; seconds of the host against the
+model's bare forward; launches, copies and waits as a GPU would get them, without one: Triton's over
+a stand-in for CUDA's driver, copies and waits on tensors without data. Each build runs in processes
+of its own with one thread, in turns, and seconds are those of the processor. Kernels of csrc/cuda
+are not launched.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from bench.targets import Targets
+from bench.timing import attempt, print_rows
+from kvtools.cli import demo
+from kvtools.quality import Journal
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).with_name("step_worker.py")
+BASE = "3741a58"  # the last with an attention call for every kind of node
+CONFIGS, DTYPES = ("16-bit", "balanced", "max"), ("float32", "bfloat16")
+
+Ask = Callable[..., Any]  # a method of `step_worker.Build`, by name, and its arguments
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    layers: int = 28
+    rows: int = 32
+    own: int = 256  # tokens of a row at the end
+    rounds: int = 15
+    steps: int = 4  # of a round
+    few: tuple[int, int] = (2, 4)  # layers of the models whose operators are counted
+    counted: int = 16  # steps, of which one takes pages
+    device_rows: int = 16
+    batches: int = 12
+
+
+class Worker:
+    """A process that measures the build in the folder `root`."""
+
+    def __init__(self, root: Path, **env: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, WORKER], cwd=root, text=True, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": str(root), "TRITON_INTERPRET": "0", **env},
+        )  # fmt: skip
+        ran = Path(self("where")).resolve()
+        if ran != root.resolve():
+            raise RuntimeError(f"kvtools was imported from {ran}, not {root}")
+
+    def __call__(self, name: str, *args: Any) -> Any:
+        try:
+            print(json.dumps([name, *args]), file=self._process.stdin, flush=True)
+            said = self._process.stdout.readline()
+        except BrokenPipeError:
+            said = ""
+        if not said:
+            raise RuntimeError(f"{name}: its process ended with {self._process.wait()}")
+        answer = json.loads(said)
+        if "failed" in answer:
+            raise RuntimeError(f"{name}: {answer['failed']}")
+        return answer["answer"]
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+Start = Callable[[str], Any]  # a context that gives a new `Ask` of the build of this name
+
+
+def operators(scale: Scale, builds: list[str], start: Start) -> dict:
+    """Calls that a layer, and a step besides, has more than those of the model with its own cache.
+    `added` is kvtools' and others; views, which compute nothing, are apart."""
+    found: dict[str, dict] = {}
+    for build in builds:
+        with start(build) as ask:
+            for dtype in DTYPES:
+                for name in CONFIGS:
+                    run = partial(more, ask, name, dtype, scale.few, scale.counted)
+                    found.setdefault(dtype, {}).setdefault(name, {})[build] = attempt(run)
+    return found
+
+
+def more(ask: Ask, *case: Any) -> dict:
+    """What a build calls more often than the model by itself."""
+    found = {}
+    for where, calls in ask("operators", *case).items():
+        row = {kind: n - calls["model"][kind] for kind, n in calls["ours"].items()}
+        row["added"] = row["kvtools"] + row["others"]
+        names = calls["names"]["ours"], calls["names"]["model"]
+        by_name = {x: names[0].get(x, 0) - names[1].get(x, 0) for x in {*names[0], *names[1]}}
+        order = sorted(by_name, key=lambda x: (-by_name[x], x))
+        found[where] = row | {"by name": {x: by_name[x] for x in order if by_name[x]}}
+    return found
+
+
+def host(scale: Scale, builds: list[str], start: Start) -> dict:
+    """Milliseconds of a step with few and tiny products; `share` is what of a step is no forward,
+    over the other build's."""
+    found: dict[str, Any] = {}
+    where = scale.layers, scale.rows
+    for name in CONFIGS:
+        with ExitStack() as stack:
+            asks = {build: stack.enter_context(start(build)) for build in builds}
+            for ask in asks.values():
+                ask("start", name, *where, scale.own - scale.rounds * scale.steps)
+            rounds = [
+                {build: ask("round", name, *where, scale.steps) for build, ask in asks.items()}
+                for _ in range(scale.rounds + 1)
+            ][1:]
+            whole = [
+                {build: ask("generate", name, *where, scale.own) for build, ask in asks.items()}
+            ]
+        found[name] = {"rollouts": judged(rounds), "generate": judged(whole)}
+    return found
+
+
+def judged(rounds: list[dict]) -> dict:
+    """Medians over the rounds: of each build, and of one against the other."""
+    found, own = {}, {}
+    for build in rounds[0]:
+        forward, step = (np.array([x[build][k] for x in rounds]) for k in ("forward", "step"))
+        own[build] = step - forward
+        found[build] = {
+            "forward ms": 1e3 * float(np.median(forward)), "ms": 1e3 * float(np.median(step)),
+            "ratio": float(np.median(step / forward)),
+        }  # fmt: skip
+        if "operators" in rounds[0][build]:  # arithmetic for the most part
+            spent = np.median([x[build]["operators"] for x in rounds])
+            found[build]["operators ms"] = 1e3 * float(spent)
+    if "base" in own:
+        found["share"] = float(np.median(own["ours"] / own["base"]))
+    return found
+
+
+def device(scale: Scale, builds: list[str], start: Start) -> dict:
+    """What a GPU would get in a step, and the host's milliseconds of it without any arithmetic but
+    the model's."""
+    found: dict[str, Any] = {}
+    where = scale.layers, scale.device_rows, scale.counted
+    for name in CONFIGS[:2]:  # what a budget for prompts keeps would have to be computed
+        found[name] = {}
+        for build in builds:
+            row = found[name][build] = {}
+            for what, more in (("launches", [scale.batches]), ("copies", [])):
+                with start(build) as ask:  # after launches a process computes nothing any more
+                    row[what] = attempt(partial(ask, what, name, *where, *more))
+    return found
+
+
+PARTS = {"operators": operators, "host": host, "device": device}
+
+
+def targets(cells: dict[str, dict]) -> Targets:
+    """The figures the project set itself; no figure where something does not run."""
+    found = Targets()
+    for dtype, rows in cells.get("operators", {}).items():
+        for name, row in rows.items():
+            value = row["ours"].get("layer", {}).get("added")
+            found.add(f"operators added in a layer, {name}, {dtype}", value, 2)
+    for name, kinds in cells.get("host", {}).items():
+        for kind, row in kinds.items():
+            found.add(f"{kind}: step over forward, {name}", row["ours"]["ratio"], 1.15)
+            found.add(f"{kind}: own share over the base's, {name}", row.get("share"), 0.2)
+    for name, row in cells.get("device", {}).items():
+        launched, copied = row["ours"]["launches"], row["ours"]["copies"]
+        found.add(f"launches in a step, {name}", launched.get("launches"), 90)
+        found.add(f"uploads in a step, {name}", copied.get("uploads"), 1)
+        found.add(f"waits in a step, {name}", copied.get("waits"), 1)
+        if name == "balanced":
+            ms = launched.get("ms"), row.get("base", {}).get("launches", {}).get("ms")
+            found.add("host over the base's, balanced", ms[0] / ms[1] if all(ms) else None, 1 / 3)
+    return found
+
+
+def built(commit: str, parts: Path | None) -> Path:
+    """The tree of a commit with its compiled parts, which are those in the folder `parts` or are
+    compiled; it is kept for the next run."""
+    root = ROOT / "build" / f"base-{commit}"
+    if not root.exists():
+        fresh = root.with_name(f"{root.name}.part")
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        try:
+            archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True,
+                                     stdout=subprocess.PIPE)  # fmt: skip
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"--base {commit}: git has no such commit here: fetch it") from error
+        subprocess.run(["tar", "-x"], cwd=fresh, input=archive.stdout, check=True)
+        if parts is None:
+            command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+            subprocess.run(command, cwd=fresh, check=True)
+        else:
+            found = list(parts.glob("_*.so"))
+            if not found:
+                raise SystemExit(f"--base-build {parts}: has no _*.so: name its kvtools folder")
+            for part in found:
+                shutil.copy2(part, fresh / "kvtools")
+        fresh.rename(root)
+    return root
+
+
+def run(
+    parts: list[str], scale: Scale, builds: list[str], start: Start, journal: Journal,
+    console: Console,
+) -> None:  # fmt: skip
+    """Measure, print and keep these parts."""
+    for name in parts:
+        begin = time.perf_counter()
+        journal.cells[name] = PARTS[name](scale, builds, start)
+        journal.save()
+        console.rule(f"{name}: {time.perf_counter() - begin:.0f} s")
+        print_rows(console, name, journal.cells[name])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.step", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, metavar="PATH", required=True, help="results")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART",
+                        help=f"of {', '.join(PARTS)}")  # fmt: skip
+    parser.add_argument("--base", metavar="COMMIT", default=BASE,
+                        help=f"build to compare with; default {BASE}, '' for none")  # fmt: skip
+    parser.add_argument("--base-build", type=Path, metavar="FOLDER",
+                        help="its compiled parts; default: they are compiled")  # fmt: skip
+    args = parser.parse_args(argv)
+    console = Console()
+    where = demo.where("cpu") | demo.commit()  # before results are written, which is a change too
+    where |= {"threads": 1, "base": args.base or None}
+    journal = Journal(args.json, {"commit": where["commit"]}, stale=["commit"])
+    roots = {"ours": ROOT}
+    if args.base:
+        roots["base"] = built(args.base, args.base_build)
+    run(args.only, Scale(), list(roots), lambda build: Worker(roots[build]), journal, console)
+    reached = targets(journal.cells)
+    journal.save(where=where, targets=reached)
+    reached.show(console)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
