@@ -118,7 +118,7 @@ def more(ask: Ask, *case: Any) -> dict:
 
 def host(scale: Scale, builds: list[str], start: Start) -> dict:
     """Milliseconds of a step with few and tiny products; `share` is what of a step is no forward,
-    over the other build's."""
+    over the other build's, and `host share` the same without kvtools' operators."""
     found: dict[str, Any] = {}
     where = scale.layers, scale.rows
     for name in CONFIGS:
@@ -139,19 +139,18 @@ def host(scale: Scale, builds: list[str], start: Start) -> dict:
 
 def judged(rounds: list[dict]) -> dict:
     """Medians over the rounds: of each build, and of one against the other."""
-    found, own = {}, {}
+    found, own = {}, {"share": {}, "host share": {}}
     for build in rounds[0]:
-        forward, step = (np.array([x[build][k] for x in rounds]) for k in ("forward", "step"))
-        own[build] = step - forward
-        found[build] = {
-            "forward ms": 1e3 * float(np.median(forward)), "ms": 1e3 * float(np.median(step)),
-            "ratio": float(np.median(step / forward)),
-        }  # fmt: skip
-        if "operators" in rounds[0][build]:  # arithmetic for the most part
-            spent = np.median([x[build]["operators"] for x in rounds])
-            found[build]["operators ms"] = 1e3 * float(spent)
-    if "base" in own:
-        found["share"] = float(np.median(own["ours"] / own["base"]))
+        times = {k: np.array([x[build][k] for x in rounds]) for k in rounds[0][build]}
+        own["share"][build] = times["step"] - times["forward"]
+        if "operators" in times:  # arithmetic for the most part
+            times["host"] = own["share"][build] - times["operators"]
+            own["host share"][build] = times["host"]
+        found[build] = {f"{k} ms": 1e3 * float(np.median(x)) for k, x in times.items()}
+        found[build]["ratio"] = float(np.median(times["step"] / times["forward"]))
+    for name, x in own.items():
+        if "base" in x:
+            found[name] = float(np.median(x["ours"] / x["base"]))
     return found
 
 

@@ -39,7 +39,7 @@ def config_of(name: str, **options: Any) -> CacheConfig:
 def model_of(layers: int, dtype: str = "float32") -> Any:
     config = LlamaConfig(
         vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=8192,
+        num_attention_heads=4, num_key_value_heads=1, max_position_embeddings=8192,
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def prompt() -> list[int]:
 
 
 def rollouts_of(model: Any, name: str, rows: int, **options: Any) -> Rollouts:
-    rollouts = Rollouts(model, config_of(name, **options), eos_token_id=(), **SAMPLING)
+    rollouts = Rollouts(model, config_of(name, **options), eos_token_id=(), probe=False, **SAMPLING)
     rollouts.prefill([prompt()], rows)
     return rollouts
 

@@ -47,7 +47,7 @@ def test_every_part_is_measured_and_every_target_judged(builds, monkeypatch, tmp
         assert layer["added"] == pytest.approx(sum(layer["by name"].values()))
         assert rest["by name"]["kvtools::sample.cpu" if ops.COMPILED else "kvtools::sample"] == 1
         for row in result["cells"]["host"][name].values():
-            assert row["ours"]["ms"] > 0 and row["ours"]["forward ms"] > 0 and row["share"]
+            assert row["ours"]["step ms"] > 0 and row["ours"]["forward ms"] > 0 and row["share"]
     assert list(result["cells"]["device"]) == ["16-bit", "balanced"]
     for row in result["cells"]["device"].values():
         row = row["ours"]
