@@ -121,19 +121,17 @@ def host(scale: Scale, builds: list[str], start: Start) -> dict:
     over the other build's, and `host share` the same without kvtools' operators."""
     found: dict[str, Any] = {}
     where = scale.layers, scale.rows
-    for name in CONFIGS:
-        with ExitStack() as stack:
-            asks = {build: stack.enter_context(start(build)) for build in builds}
+    with ExitStack() as stack:
+        asks = {build: stack.enter_context(start(build)) for build in builds}
+        for name in CONFIGS:
             for ask in asks.values():
                 ask("start", name, *where, scale.own - scale.rounds * scale.steps)
             rounds = [
                 {build: ask("round", name, *where, scale.steps) for build, ask in asks.items()}
                 for _ in range(scale.rounds + 1)
             ][1:]
-            whole = [
-                {build: ask("generate", name, *where, scale.own) for build, ask in asks.items()}
-            ]
-        found[name] = {"rollouts": judged(rounds), "generate": judged(whole)}
+            whole = {b: ask("generate", name, *where, scale.own) for b, ask in asks.items()}
+            found[name] = {"rollouts": judged(rounds), "generate": judged([whole])}
     return found
 
 
@@ -163,9 +161,10 @@ def device(scale: Scale, builds: list[str], start: Start) -> dict:
         found[name] = {}
         for build in builds:
             row = found[name][build] = {}
-            for what, more in (("launches", [scale.batches]), ("copies", [])):
-                with start(build) as ask:  # after launches a process computes nothing any more
-                    row[what] = attempt(partial(ask, what, name, *where, *more))
+            with start(build) as ask:  # after launches it computes nothing any more
+                row["copies"] = attempt(partial(ask, "copies", name, *where))
+                run = partial(ask, "launches", name, *where, scale.batches)
+                row["launches"] = attempt(run)
     return found
 
 
