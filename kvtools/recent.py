@@ -33,6 +33,7 @@ class Recent:
         self.held = torch.zeros(0, self.slots, dtype=torch.int32, device=device)
         self.start = np.zeros(0, np.int32)  # first position that is here, by row
         self._step: Step | None = None
+        self._read: tuple[Tensor, dict[int, Tensor]] = self.held, {}  # and as heads have it
 
     def add(self, length: int, first: int, copies: int) -> None:
         """Add `copies` rows over a prompt of `length` tokens, of which the `first` stay elsewhere;
@@ -86,8 +87,9 @@ class Recent:
 
     def begin(self, step: "Step", position_t: Tensor) -> None:
         """Let the layers attend in `step`, which is on the device now."""
-        self._step, self._position_t, self._read = step, position_t, self.held
-        self._again = self.journal.step()
+        self._step, self._position_t, self._again = step, position_t, self.journal.step()
+        if self._read[0] is not self.held:
+            self._read = self.held, {}
         where = step.slot // self.slots, step.slot % self.slots
         if step.token is None:
             self.journal.note(self, ("held",), where)
@@ -109,7 +111,10 @@ class Recent:
     def stores(self, layer: int, k_thd: Tensor) -> list[KVPages]:
         """What a layer reads here; new tokens go to the last."""
         pages, heads = self.layers[layer], k_thd.shape[1]
-        pages.position = self._read[:, None].expand(-1, heads, -1)
+        held, views = self._read
+        if heads not in views:
+            views[heads] = held[:, None].expand(-1, heads, -1)
+        pages.position = views[heads]
         if self._step.token is None:
             if self._again:
                 self._note(pages)
@@ -137,9 +142,8 @@ class Recent:
 
     def tensors(self) -> list[Tensor]:
         """What is kept on the device besides pages."""
-        if self._step is None:
-            return [self.held]
-        return [self.held, self._step.slot, *([] if self._read is self.held else [self._read])]
+        read = [] if self._read[0] is self.held else [self._read[0]]
+        return [self.held, *read, *([] if self._step is None else [self._step.slot])]
 
     def gather(self, index: np.ndarray) -> None:
         """Make the rows rows[index]; each has its own page."""

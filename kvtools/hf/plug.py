@@ -239,8 +239,9 @@ def _attend(
     if autocast:  # as products under it would take them
         q, k, v = (x.to(torch.get_autocast_dtype(place)) for x in (q, k, v))
     wide, d = max(k.shape[-1], v.shape[-1]), v.shape[-1]
-    # Zeros change neither scores nor the part of the output that is returned.
-    q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
+    if d != wide or q.shape[-1] != wide or k.shape[-1] != wide:
+        # Zeros change neither scores nor the part of the output that is returned.
+        q, k, v = (torch.nn.functional.pad(x, (0, wide - x.shape[-1])) for x in (q, k, v))
     with torch.autocast(place, enabled=False) if autocast else nullcontext():
         if forward.filling:
             if first:

@@ -56,6 +56,7 @@ class Op:
         OPS[name] = self
         self.name = name
         self._arguments = [part.split()[1] for part in schema[1 : schema.index(") ->")].split(", ")]
+        self._lists = "[]" in schema
         self._overloads: dict[str, Any] = {}
         self._add("reference", schema, fake)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -83,7 +84,7 @@ class Op:
         """Run `impl` on `args`."""
         double = False
         device = args[0].device
-        for arg in _tensors(args):
+        for arg in [*_tensors(args)] if self._lists else args:
             if isinstance(arg, Tensor):
                 double = double or arg.dtype == torch.float64
                 if arg.device != device:

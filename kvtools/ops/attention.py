@@ -524,7 +524,7 @@ def tree_attention(
                 f"state: lse is {state_lse.dtype} {tuple(state_lse.shape)}, expected {lse_dtype} "
                 f"{(t, hq)}"
             )
-    more = [x for each in stores[1:] for x in _flat(each)]
+    more = [x for each in stores[1:] for x in each._checked[2]]
     recent = sum(each.recent << i for i, each in enumerate(stores))
     return _tree_attention(
         impl, q_thd, position_t, *pages.tensors(), more, recent, plan.page_indptr, plan.page,
@@ -532,12 +532,6 @@ def tree_attention(
         plan.item, plan.part_indptr, plan.part, before_t, frame, frame_t, state_out, state_lse,
         sink_h, scale, softcap, sliding, window, group,
     )  # fmt: skip
-
-
-def _flat(pages: KVPages) -> list[Tensor]:
-    """k, v, k_scale, v_scale, position; an empty tensor for what is absent."""
-    nothing = pages.k.new_empty(0)
-    return [nothing if x is None else x for x in pages.tensors()[:5]]
 
 
 def _of_slots(stores: tuple[tuple[int, int], ...]) -> str:

@@ -1,6 +1,7 @@
 """Rotate, quantise and store keys and values."""
 
-from dataclasses import dataclass
+import operator
+from dataclasses import dataclass, field
 from typing import NoReturn
 
 import torch
@@ -47,6 +48,11 @@ class KVPages:
     importance: Tensor | None = None
     history: Tensor | None = None
     recent: bool = False
+    # The head size and tensors that were found to fit, and what operators take of one store of
+    # several: the first five, empty where absent.
+    _checked: tuple[int, tuple, list] | None = field(
+        default=None, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def empty(
@@ -352,6 +358,9 @@ def widths(codes: Tensor, d: int) -> list[int]:
 
 def check_pages(pages: KVPages, d: int) -> None:
     """Raise ValueError unless `pages` is consistent and holds heads of size `d`."""
+    known, tensors = pages._checked, pages.tensors()
+    if known is not None and known[0] == d and all(map(operator.is_, tensors, known[1])):
+        return
     shape = pages.k.shape
     if len(shape) != 4 or 0 in shape[1:3] or d == 0:
         raise ValueError(
@@ -371,6 +380,8 @@ def check_pages(pages: KVPages, d: int) -> None:
         or (history.stride(-1) != 1 and history.shape[-1] != 1)
     ):  # fmt: skip
         _misfit("history", history, (*lead, "words"), torch.int32)
+    nothing = pages.k.new_empty(0)
+    pages._checked = d, tensors, [nothing if x is None else x for x in tensors[:5]]
 
 
 def _check_content(name: str, x: Tensor, scale: Tensor | None, lead: torch.Size, d: int) -> None:
