@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ._host import plan_from_block_table
 from .ops.quant import EMPTY, KVPages
-from .reference.quant import as_bytes
 from .transaction import CONTENT, Journal
 
 
@@ -130,9 +129,11 @@ class Recent:
             return
         where = self._note(pages)
         for name in CONTENT[:4]:
-            x = getattr(pages, name)
-            if x is not None:
-                as_bytes(x)[where] = as_bytes(getattr(new, name))[step.token, :, 0]
+            here, there = getattr(pages, name), getattr(new, name)
+            if here is not None:
+                if here.itemsize == 1:  # not every float8 type can be indexed
+                    here, there = here.view(torch.uint8), there.view(torch.uint8)
+                here[where] = there[step.token, :, 0]
 
     def _note(self, pages: KVPages) -> tuple:
         """What the step overwrites, and where."""

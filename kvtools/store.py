@@ -184,7 +184,7 @@ class Store:
             others = beside(counts)
             self._plan = Plan.from_host([plan, *others] if others else plan, self.device)
             self._plan_key, self._pages = key, self._plan.page[: len(plan["page"])]
-        return Pass(token, row_t, slot_t, grow, self._plan, self._pages, again)
+        return Pass(token, row_t, slot_t, grow, self._plan, self._pages, again and grow.any())
 
     def own_slots(self, device: torch.device) -> Tensor:
         """Flat slots [rows, budget] of every full row's own tokens; zeros for other rows."""

@@ -24,7 +24,7 @@ ALLOWED = {
     "config": {"policy"},
     "transaction": {"ops", "_host"},
     "store": {"ops", "policy", "config", "transaction", "_host"},
-    "recent": {"ops", "transaction"},
+    "recent": {"ops", "transaction", "_host"},
     "cache": {"ops", "policy", "config", "store", "recent", "transaction"},
     "hf": {"hf", "ops", "config", "cache"},
     "rollouts": {"ops", "config", "cache", "hf", "transaction"},

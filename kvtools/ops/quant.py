@@ -111,7 +111,7 @@ class KVPages:
                 new = torch.empty(pages, *old.shape[1:], dtype=old.dtype, device=old.device)
                 new[: old.shape[0]] = old
                 grown[name] = new
-        vars(self).update(grown)
+        vars(self).update(grown, _checked=None)
 
 
 def check_format(format: str, d: int) -> None:
