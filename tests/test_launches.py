@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import bench_attention, bench_evict, bench_sampling, bench_scoring
-from bench.resources import stores
+from bench.resources_cases import stores
 from kvtools import KVPages
 from kvtools.ops.attention import merge_states, tree_attention
 from kvtools.ops.evict import compact_kv, select_victims

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .format import (
     FLOAT,
+    Frame,
     Paged,
     Rows,
     block_d,
@@ -25,6 +26,8 @@ from .format import (
     content,
     dot,
     format_of,
+    frame_start,
+    framed,
     load_scale,
     load_tile,
     paged,
@@ -72,13 +75,6 @@ class Mask(NamedTuple):
     query: Any
     before: Any
     sliding: int
-
-
-class Frame(NamedTuple):
-    """Centers and gains of keys [frames, 2, heads, d], and the frame of each token."""
-
-    ptr: Any
-    of: Any
 
 
 class Store(NamedTuple):
@@ -136,8 +132,7 @@ def tree_attention(
     work = Work(page_indptr, page, first, length, base, store if several else None, token, item)
     mask = Mask(position_t, before_t, sliding or 2**31 - 1)
     softcap = softcap or None
-    turns = Frame(None, None) if frame is None else Frame(frame.contiguous(), frame_t.contiguous())
-    frames = 0 if frame is None else frame.shape[0]
+    turns, frames = framed(frame, frame_t)
     stores = tuple(
         (*content(k, k_scale), paged(position), *content(v, v_scale))
         for k, v, k_scale, v_scale, position in contents
@@ -267,9 +262,8 @@ def _load_queries(
     start = token.to(tl.int64) * q.stride_t + head * q.stride_h
     mask = mask[:, None] & (column < D)[None, :]
     x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
-    if frame.ptr is not None:
-        i = tl.minimum(tl.maximum(tl.load(frame.of + token), 0), frames - 1).to(tl.int64)
-        at = ((i * 2 + 1) * heads + kv_head) * D
+    if frame is not None:
+        at = frame_start(tl.load(frame.of + token), frames, 1, kv_head, heads, D)
         gain = tl.load(frame.ptr + at[:, None] + column[None, :], mask=mask, other=1)
         x = x.to(tl.float32) / gain.to(tl.float32)
     if FORMAT != 0:

@@ -44,8 +44,22 @@ class Content(NamedTuple):
     scale: Paged | None
 
 
+class Frame(NamedTuple):
+    """Centers and gains of keys [frames, 2, heads, d], and the frame of each token."""
+
+    ptr: Any
+    of: Any
+
+
 def paged(x: Tensor | None) -> Paged | None:
     return None if x is None else Paged(x, *x.stride()[:3])
+
+
+def framed(frame: Tensor | None, frame_t: Tensor | None) -> tuple[Frame | None, int]:
+    """Frames as kernels see them, and how many there are."""
+    if frame is None:
+        return None, 0
+    return Frame(frame.contiguous(), frame_t.contiguous()), frame.shape[0]
 
 
 def content(x: Tensor, scale: Tensor | None) -> Content:
@@ -119,6 +133,13 @@ def lowest_bit(n):
 def slot_start(x: Paged, page, head, offset):
     """Where slots begin in x. `page` is int64."""
     return page * x.stride_p + head.to(tl.int64) * x.stride_h + offset * x.stride_s
+
+
+@triton.jit
+def frame_start(i, frames, WHICH: tl.constexpr, head, heads, D: tl.constexpr):
+    """Where centers (0) or gains (1) of frames i begin; of none that does not exist."""
+    i = tl.minimum(tl.maximum(i, 0), frames - 1).to(tl.int64)
+    return ((i * 2 + WHICH) * heads + head) * D
 
 
 @triton.jit

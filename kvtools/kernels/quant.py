@@ -5,7 +5,7 @@ into other roundings, and sums have an order of their own.
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,12 +15,15 @@ from torch import Tensor
 from .format import (
     FORMATS,
     Content,
+    Frame,
     Paged,
     Rows,
     bend,
     block_d,
     content,
     format_of,
+    frame_start,
+    framed,
     from_columns,
     level,
     load_scale,
@@ -37,6 +40,14 @@ from .format import (
 )
 
 TINY = tl.constexpr(2.0**-24)  # the least scale in fp16
+
+
+class Slots(NamedTuple):
+    """Flat slots [tokens, heads] with any strides."""
+
+    ptr: Any
+    stride_t: int
+    stride_h: int
 
 
 def quantize_kv(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
@@ -74,22 +85,21 @@ def append_kv(
     t, h, d = k_thd.shape
     if t * h == 0:
         return
-    second, also = (None,) * 6, ()
+    second, also = (None, None, None, 0), ()
     if also_th is not None:
         also = (also_k.dtype, also_k.shape[2:], also_v.dtype, also_v.shape[3])
         second = (
-            also_th, *also_th.stride(), content(also_k, also_k_scale),
+            Slots(also_th, *also_th.stride()), content(also_k, also_k_scale),
             content(also_v, also_v_scale), also_k.shape[0] * also_k.shape[2],
         )  # fmt: skip
     words = 0 if history is None else history.shape[3]
     constants = _append_constants(d, words, k.dtype, k.shape[2:], v.dtype, v.shape[3], *also)
     _append_kv_kernel[(triton.cdiv(t * h, constants["BLOCK_N"]), 2)](
-        Rows(k_thd, *k_thd.stride()), Rows(v_thd, *v_thd.stride()), slot_th, *slot_th.stride(),
-        content(k, k_scale), content(v, v_scale),
+        Rows(k_thd, *k_thd.stride()), Rows(v_thd, *v_thd.stride()),
+        Slots(slot_th, *slot_th.stride()), content(k, k_scale), content(v, v_scale),
         None if position is None else position_t.contiguous(), paged(position),
         paged(importance), paged(history), t * h, h, k.shape[0] * k.shape[2], *second,
-        *((None, None, 0) if frame is None else (frame.contiguous(), frame_t, frame.shape[0])),
-        **constants,
+        *framed(frame, frame_t), **constants,
     )  # fmt: skip
 
 
@@ -291,53 +301,51 @@ def _dequantize_kv_kernel(
 
 
 @triton.jit
-def _find(slot_ptr, stride_t, stride_h, t, h, real, slots, PAGE_SIZE: tl.constexpr):
+def _find(slot: Slots, t, h, real, slots, PAGE_SIZE: tl.constexpr):
     """Page, offset in it, and whether there is one, of the slots of heads (t, h)."""
-    slot = tl.load(slot_ptr + t * stride_t + h * stride_h, mask=real, other=-1)
-    live = (slot >= 0) & (slot < slots)
-    return (slot // PAGE_SIZE).to(tl.int64), (slot % PAGE_SIZE).to(tl.int64), live
+    i = tl.load(slot.ptr + t * slot.stride_t + h * slot.stride_h, mask=real, other=-1)
+    live = (i >= 0) & (i < slots)
+    return (i // PAGE_SIZE).to(tl.int64), (i % PAGE_SIZE).to(tl.int64), live
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "also_slots", "frames"])
 def _append_kv_kernel(
-    k_thd: Rows, v_thd: Rows, slot_ptr, stride_slot_t, stride_slot_h, k: Content, v: Content,
-    position_ptr, position: Paged, importance: Paged, history: Paged, rows, heads, slots,
-    also_ptr, stride_also_t, stride_also_h, also_k: Content, also_v: Content, also_slots,
-    frame_ptr, frame_of_ptr, frames, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WORDS: tl.constexpr, ALSO_K_FORMAT: tl.constexpr,
-    ALSO_V_FORMAT: tl.constexpr, ALSO_PAGE_SIZE: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    k_thd: Rows, v_thd: Rows, slot: Slots, k: Content, v: Content, position_ptr, position: Paged,
+    importance: Paged, history: Paged, rows, heads, slots, also: Slots, also_k: Content,
+    also_v: Content, also_slots, frame: Frame, frames, K_FORMAT: tl.constexpr,
+    V_FORMAT: tl.constexpr, PAGE_SIZE: tl.constexpr, WORDS: tl.constexpr,
+    ALSO_K_FORMAT: tl.constexpr, ALSO_V_FORMAT: tl.constexpr, ALSO_PAGE_SIZE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N heads of tokens: the keys and what else belongs to their slots, or the values; and
     the same in the second place, if there is one."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = row < rows
     t, h = (row // heads).to(tl.int64), (row % heads).to(tl.int64)
-    page, offset, live = _find(slot_ptr, stride_slot_t, stride_slot_h, t, h, real, slots, PAGE_SIZE)
+    page, offset, live = _find(slot, t, h, real, slots, PAGE_SIZE)
     used = live
-    if also_ptr is not None:
-        also_page, also_offset, also_live = _find(
-            also_ptr, stride_also_t, stride_also_h, t, h, real, also_slots, ALSO_PAGE_SIZE
-        )
+    if also is not None:
+        also_page, also_offset, also_live = _find(also, t, h, real, also_slots, ALSO_PAGE_SIZE)
         used = live | also_live
     if tl.program_id(1) == 1:
         values = _load_heads(v_thd, t, h, used, D, BLOCK_D)
         _put(values, h, v, page, offset, live, V_FORMAT, D)
-        if also_ptr is not None:
+        if also is not None:
             _put(values, h, also_v, also_page, also_offset, also_live, ALSO_V_FORMAT, D)
     else:
         keys = _load_heads(k_thd, t, h, used, D, BLOCK_D)
-        if frame_ptr is not None:
-            i = tl.load(frame_of_ptr + t, mask=used, other=0)
-            i = tl.minimum(tl.maximum(i, 0), frames - 1).to(tl.int64)
+        if frame is not None:
+            i = tl.load(frame.of + t, mask=used, other=0)
             column = tl.arange(0, BLOCK_D)
             mask = used[:, None] & (column < D)[None, :]
-            at = ((i * 2 * heads + h) * D)[:, None] + column[None, :]
-            center = tl.load(frame_ptr + at, mask=mask, other=0).to(tl.float32)
-            gain = tl.load(frame_ptr + at + heads * D, mask=mask, other=0).to(tl.float32)
+            at = frame.ptr + column[None, :]
+            center = frame_start(i, frames, 0, h, heads, D)[:, None]
+            gain = frame_start(i, frames, 1, h, heads, D)[:, None]
+            center = tl.load(at + center, mask=mask, other=0).to(tl.float32)
+            gain = tl.load(at + gain, mask=mask, other=0).to(tl.float32)
             keys = (keys.to(tl.float32) - center) * gain
         _put(keys, h, k, page, offset, live, K_FORMAT, D)
-        if also_ptr is not None:
+        if also is not None:
             _put(keys, h, also_k, also_page, also_offset, also_live, ALSO_K_FORMAT, D)
         zero = tl.zeros([BLOCK_N], tl.int32)
         if position is not None:
