@@ -97,8 +97,9 @@ class Attention {
 // Divide the work: pieces in order, and where each thread starts.
 void Attention::cut() {
   const int64_t heads = o_.heads;
-  auto cost = [&](const Pages& pages, int64_t rows) -> int64_t {  // of a slot, roughly in cycles
-    constexpr int kDecode[] = {1, 4, 1, 8, 4, 5, 4};              // a vector, by format
+  // Of a slot, roughly in cycles: decoding its vectors, by format, and what each row adds.
+  constexpr int kDecode[] = {1, 4, 1, 8, 4, 5, 4};
+  auto cost = [&](const Pages& pages, int64_t rows) -> int64_t {
     if (rows == 0) return 0;
     const int64_t vectors = o_.width / kLanes;
     const int64_t decode =
@@ -110,10 +111,9 @@ void Attention::cut() {
   };
   int64_t total = 0, scores = 0;
   for (int64_t i = 0; i < p_.items; ++i) {
-    const int64_t n = o_.slots(i), rows = o_.rows(i);
-    total +=
-        heads * n *
-        (rows / kTileRows * cost(o_.pages(i), kTileRows) + cost(o_.pages(i), rows % kTileRows));
+    const int64_t n = o_.slots(i), rows = o_.rows(i), tiles = rows / kTileRows;
+    const Pages& pages = o_.pages(i);
+    total += heads * n * (tiles * cost(pages, kTileRows) + cost(pages, rows % kTileRows));
     for (int64_t h = 0; o_.tracks && h < heads; ++h) {
       logits_.push_back(scores);
       if (o_.tracked(i)) scores += rows * n;
