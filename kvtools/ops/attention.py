@@ -525,7 +525,7 @@ def tree_attention(
                 f"{(t, hq)}"
             )
     more = [x for each in stores[1:] for x in each._checked[2]]
-    recent = sum(each.recent << i for i, each in enumerate(stores))
+    recent = sum(bool(each.recent) << i for i, each in enumerate(stores))
     return _tree_attention(
         impl, q_thd, position_t, *pages.tensors(), more, recent, plan.page_indptr, plan.page,
         plan.first, plan.length, plan.base, plan.own, plan.store, plan.token_indptr, plan.token,
