@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -662,6 +663,37 @@ def test_stores_in_one_call(formats, stores, most, impl):
         if tracked:
             torch.testing.assert_close(signals[0][0], signals[2][0], rtol=1e-4, atol=1e-5)
             assert torch.equal(signals[0][1], signals[2][1]) and signals[0][1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formats,G,D", [
+    (("int4", "int4", "int8"), 20, 128), (("none", "int4", "none"), 3, 64),
+    (("int8", "int8", "fp8"), 2, 256), (("int3", "fp8", "none"), 3, 96),
+    (("none", "none", "int4"), 3, 40),
+])  # fmt: skip
+def test_stores_of_16_bits(formats, G, D, dtype, impl):
+    """Queries of 16 bits meet stores that rotate and stores that do not, in any order."""
+    for seed, order in ((31, (0, 1, 2, 3)), (32, (3, 1, 0))):
+        case = Several(seed, formats, G=G, D=D, dtype=dtype, tile=2, chunk=32)
+        for pages in case.all:
+            for x in (pages.k, pages.v):
+                x.nan_to_num_() if x.dtype.itemsize > 1 else None
+        plan = Plan.from_host([case.arrays[i] for i in order])
+        plan = replace(plan, part=plan.part.clone())
+        for begin, end in pairwise(plan.part_indptr.tolist()):
+            plan.part[begin:end] = plan.part[begin:end].flip(0)
+
+        def attend(q, frame, impl, case=case, order=order, plan=plan):
+            return kvtools.tree_attention(
+                q, case.position, [case.all[i] for i in order], plan, before_t=case.before,
+                frame=frame, frame_t=case.frame_t, scale=0.3 * D**-0.5, impl=impl,
+            )  # fmt: skip
+
+        exact = attend(case.q.double(), case.frame.double(), "reference")
+        eager = attend(case.q, case.frame, "reference")
+        quantised = next((x for x in case.all if x.k_scale is not None), case.pages)
+        actual = attend(case.q, case.frame, impl)
+        assert_all_within_budget(impl, quantised, actual, exact, eager)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -13,33 +13,61 @@ namespace {
 
 constexpr float kLn2 = 0.6931471805599453f;
 
+// The type of queries, as they meet keys of this format.
+KVTOOLS_ANYWHERE Type operand_type(const TreeAttention& p, Format format, bool exact) {
+  return exact ? Type::f32 : format == Format::none ? p.q.type : Type::f16;
+}
+
 // On a multiprocessor at once, so that the compiler does not save more registers than that takes.
 template <int D, bool Exact>
 constexpr int kBlocks = D <= 64 && !Exact ? 4
                         : D <= 128        ? 3
                                           : 2;
 
+// Whether a block's queries are prepared in shared memory, in rows that begin in other banks.
+template <int D, bool Exact>
+constexpr bool kStaged = !Exact && Queries<D, Exact>::kHeld;
+template <int D>
+constexpr int kStagedPitch = 2 * D + 16;
+
 using Shared = char;  // the first of many
 
-// A head of a token to `queries`, rotated where keys are.
+// A head of a token, as it meets keys of this format, to `to`: divided by its gain, rotated where
+// they are.
 template <int D>
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(__grid_constant__ const Attention o, Type type, float norm) {
-  constexpr int E = D / kWarp;
-  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (row >= o.tokens * o.heads_q) return;
-  const int d = static_cast<int>(o.pages.d);
-  float x[E];
-  load_head(x, o.q.at(row / o.heads_q, row % o.heads_q), o.q.type, size_of(o.q.type), d);
-  if (o.pages.k.format != Format::none) rotate(x, d, norm);
-  store_head(x, o.queries + row * d * size_of(type), type, d);
+__device__ void prepare(const Attention& o, Format format, int64_t token, int head, char* to,
+                        Type type) {
+  float x[D / kWarp];
+  load_head(x, o.q.at(token, head), o.q.type, size_of(o.q.type), o.d);
+  const Frame frame(o.frames, token, head / o.group);
+  if (frame.gain)
+#pragma unroll
+    for (int j = 0; j < D / kWarp; ++j) {
+      const int e = lane_index() * (D / kWarp) + j;
+      if (e < o.d) x[j] *= reciprocal_approximately(frame.gain_at(e));
+    }
+  if (format != Format::none) rotate(x, o.d, o.norm);
+  store_head(x, to, type, o.d);
 }
 
-// The last position that a token sees.
-__device__ int last_seen(const Attention& o, int64_t token) {
-  const int position = o.position[token];
-  return o.before && o.before[token] <= position ? max(o.before[token], INT_MIN + 1) - 1 : position;
-}
+// Positions that a token sees in a store, but for `sliding`.
+struct Span {
+  int first = INT_MIN, last;
+
+  __device__ Span(const Attention& o, int store, int64_t token) : last(o.position[token]) {
+    if (!o.before) return;
+    const int before = o.before[token];
+    if (o.recent >> store & 1)
+      first = before;
+    else if (before <= last)
+      last = max(before, INT_MIN + 1) - 1;
+  }
+
+  // The first that `sliding` leaves; `position` is the token's.
+  __device__ int from(const Attention& o, int position) const {
+    return static_cast<int>(max(int64_t{first}, position - o.sliding + 1));
+  }
+};
 
 // What rows have found: with lane 4 i + j, of rows i and i + 8.
 template <int D>
@@ -113,16 +141,16 @@ struct Found {
   }
 };
 
-// What rows lane / 4 and lane / 4 + 8 of a warp see: positions above position - sliding up to last.
+// What rows lane / 4 and lane / 4 + 8 of a warp see: positions from `first` up to `last`.
 struct Bounds {
-  int position[2], last[2];
+  int first[2], last[2];
 };
 
 // Scores in base 2 of 16 slots from `first` on of a tile: of what multiply_keys returns.
 template <int D, bool Exact>
-__device__ void score(const Attention& o, const Stage& tile, int first,
+__device__ void score(const Attention& o, const Store& store, const Stage& tile, int first,
                       const Queries<D, Exact>& queries, float (&x)[2][4]) {
-  queries.multiply_keys(o, tile.k + first * o.layout.k.pitch, x);
+  queries.multiply_keys(o, store, tile.k + first * store.layout.k.pitch, x);
 #pragma unroll
   for (int t = 0; t < 2; ++t)
 #pragma unroll
@@ -135,7 +163,7 @@ __device__ void score(const Attention& o, const Stage& tile, int first,
 
 // Add 16 slots from `first` on of a tile to what rows have found.
 template <int D, bool Exact>
-__device__ void attend(const Attention& o, const Stage& tile, int first,
+__device__ void attend(const Attention& o, const Store& store, const Stage& tile, int first,
                        const Queries<D, Exact>& queries, const Bounds& rows, Found<D>& found) {
   const int column = first + lane_index() % 4 * 2;
   bool visible[2][4], any = false;
@@ -144,14 +172,14 @@ __device__ void attend(const Attention& o, const Stage& tile, int first,
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const int key = tile.key[column + 8 * t + m % 2];
-      visible[t][m] = key <= rows.last[m / 2] && rows.position[m / 2] - key < o.sliding;
+      visible[t][m] = key >= rows.first[m / 2] && key <= rows.last[m / 2];
       any |= visible[t][m];
       found.seen[m / 2] += visible[t][m];
     }
   if (!__any_sync(kAll, any)) return;
 
   float x[2][4];
-  score<D, Exact>(o, tile, first, queries, x);
+  score<D, Exact>(o, store, tile, first, queries, x);
   float peak[2] = {found.peak[0], found.peak[1]}, shrink[2];
 #pragma unroll
   for (int t = 0; t < 2; ++t)
@@ -177,7 +205,7 @@ __device__ void attend(const Attention& o, const Stage& tile, int first,
         found.mass[r] += p;
       }
   }
-  if (!Exact && o.pages.v.format != Format::none) {
+  if (!Exact && store.pages.v.format != Format::none) {
     float scale[2][2], greatest = found.unit;
 #pragma unroll
     for (int t = 0; t < 2; ++t)
@@ -198,7 +226,7 @@ __device__ void attend(const Attention& o, const Stage& tile, int first,
       for (int m = 0; m < 4; ++m) x[t][m] *= scale[t][m % 2] * inverse;
   }
   if (__any_sync(kAll, shrink[0] != 1 || shrink[1] != 1)) found.multiply(shrink);
-  add_values<D, Exact>(o, tile.v + first * o.layout.v.pitch, x, found.sum);
+  add_values<D, Exact>(o, store, tile.v + first * store.layout.v.pitch, x, found.sum);
 }
 
 // Output, log-sum-exp and number of visible slots of each token of a work item, for a KV head.
@@ -207,36 +235,57 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
     attend_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(Shared, shared);
   const int32_t* item = o.item + 6 * int64_t(blockIdx.x);
-  const int node = item[0], tokens_begin = item[1], part = item[5], head = blockIdx.y;
-  const int rows = (item[2] - tokens_begin) * o.group, d = static_cast<int>(o.pages.d);
+  const int node = item[0], tokens_begin = item[1], head = blockIdx.y;
+  const int rows = (item[2] - tokens_begin) * o.group, d = o.d;
   const int begin = item[3], end = min(item[4], o.length[node]);
-  const int warp = threadIdx.x / kWarp, lane = lane_index();
+  const int warp = threadIdx.x / kWarp, lane = lane_index(), number = o.store[node];
+  const Store store(o, number);
+  const Format k_format = store.pages.k.format, v_format = store.pages.v.format;
+  const bool prepared = o.prepared >> number & 1;
   char* const memory = &shared;
   char* const stages = memory + Queries<D, Exact>::kShared;
+  char* const last_stage = stages + (store.layout.stages - 1) * store.layout.stage();
+  auto token_of = [&](int row) { return o.token[tokens_begin + row / o.group]; };
+  auto part_of = [&](int row) { return o.item[6 * int64_t(blockIdx.x) + 5] + row / o.group; };
+  auto result_of = [&](int row) {
+    return part_of(row) * o.heads_q + head * o.group + row % o.group;
+  };
   for (int row0 = 0; row0 < rows; row0 += kWarps * kStep) {
     // Warps stand side by side over rows, and behind one another over slots.
     const int left = rows - row0, side = left <= kStep ? 1 : left <= 2 * kStep ? 2 : 4;
     const int deep = kWarps / side, depth = warp / side, place = warp % side;
     const int row = row0 + place * kStep + lane / 4;
+    Tiles<D, Exact, true> tiles(o, store, stages, node, head, begin, end);
+    tiles.start();
+    // The last stage is free until the first tile is there. What does not fit is written where
+    // the result will be.
+    auto prepared_at = [&](int row) {
+      if constexpr (kStaged<D, Exact>) return last_stage + (row - row0) * kStagedPitch<D>;
+      return reinterpret_cast<char*>(o.part_out + result_of(row) * d);
+    };
+    if (prepared) {
+      for (int i = row0 + warp; i < min(row0 + kWarps * kStep, rows); i += kWarps)
+        prepare<D>(o, k_format, token_of(i), head * o.group + i % o.group, prepared_at(i),
+                   operand_type(o, k_format, Exact));
+      __syncthreads();
+    }
     Bounds bounds;
     const char* query[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int here = min(row + 8 * i, rows - 1), token = o.token[tokens_begin + here / o.group];
-      query[i] = o.q.at(token, head * o.group + here % o.group);
-      bounds.position[i] = o.position[token];
-      bounds.last[i] = last_seen(o, token);
+      const int here = min(row + 8 * i, rows - 1), token = token_of(here);
+      query[i] = prepared ? prepared_at(here) : o.q.at(token, head * o.group + here % o.group);
+      const Span span(o, number, token);
+      bounds.first[i] = span.from(o, o.position[token]), bounds.last[i] = span.last;
     }
     Queries<D, Exact> queries;
-    queries.load(o, query[0], query[1], memory);
+    queries.load(o, store, query[0], query[1], memory);
     Found<D> found;
-    found.clear(!Exact && o.pages.v.format != Format::none);
-    Tiles<D, Exact, true> tiles(o, stages, node, head, begin, end);
-    tiles.start();
+    found.clear(!Exact && v_format != Format::none);
     for (int i = 0; i < tiles.count(); ++i) {
       const Stage tile = tiles.wait(i);
-      for (int first = depth * kStep; first < o.layout.slots; first += deep * kStep)
-        attend<D, Exact>(o, tile, first, queries, bounds, found);
+      for (int first = depth * kStep; first < store.layout.slots; first += deep * kStep)
+        attend<D, Exact>(o, store, tile, first, queries, bounds, found);
       tiles.release(i);
     }
     found.finish();
@@ -254,61 +303,81 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
     if (depth > 0) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int here = row + 8 * i, g = here % o.group;
+      const int here = row + 8 * i;
       if (here >= rows) continue;
-      const int64_t result = part + here / o.group;
-      const int64_t at = result * o.heads_q + head * o.group + g;
+      const int64_t at = result_of(here);
       // 0 where nothing is seen; a NaN, once seen, stays.
       const float mass = found.mass[i], inverse = mass != 0 ? 1 / mass : 0;
 #pragma unroll
       for (int n = 0; n < D / 8; ++n)
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          const int e = element_of<D, Exact>(o.pages.v, d, n, lane % 4 * 2 + m);
+          const int e = element_of<D, Exact>(store.pages.v, d, n, lane % 4 * 2 + m);
           if (e >= 0) o.part_out[at * d + e] = found.sum[n][2 * i + m] * inverse;
         }
       if (lane % 4) continue;
       o.part_lse[at] = mass != 0 ? (found.peak[i] + log2f(mass)) * kLn2 : -INFINITY;
-      if (g == 0) o.part_seen[result * o.pages.heads + head] = found.seen[i];
+      if (here % o.group) continue;
+      const int part = part_of(here);
+      o.part_seen[part * o.stores[0].heads + head] = found.seen[i];
+      if (head == 0) o.part_store[part] = number;
     }
   }
 }
 
-// A query head of a token: its partial results, what is kept elsewhere and the sink in one.
+// A query head of a token: its partial results, what is kept elsewhere and the sink in one. Where
+// `queries` are wanted, it is prepared for keys of the first store.
 template <int D>
-__global__ void __launch_bounds__(kThreads)
-    merge_kernel(__grid_constant__ const Attention o, float norm) {
+__global__ void __launch_bounds__(kThreads) merge_kernel(__grid_constant__ const Attention o) {
   constexpr int E = D / kWarp;
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= o.tokens * o.heads_q) return;
-  const int lane = lane_index(), d = static_cast<int>(o.pages.d);
-  const int64_t token = row / o.heads_q, head = row % o.heads_q;
+  const int lane = lane_index(), d = o.d;
+  const int64_t token = row / o.heads_q;
+  const int head = static_cast<int>(row % o.heads_q), kv_head = head / o.group;
+  if (o.queries)
+    prepare<D>(o, o.stores[0].k.format, token, head, o.queries + row * d * size_of(o.query_type),
+               o.query_type);
   const int begin = o.part_indptr[token], end = o.part_indptr[token + 1];
   auto result = [&](int i) { return o.part[i] * o.heads_q + head; };
   float peak = -INFINITY;
   int seen = 0;
   for (int i = begin + lane; i < end; i += kWarp) {
     peak = fmaxf(peak, o.part_lse[result(i)]);
-    if (o.mean) seen += o.part_seen[o.part[i] * o.pages.heads + head / o.group];
+    if (o.mean && o.part_store[o.part[i]] == 0)
+      seen += o.part_seen[o.part[i] * o.stores[0].heads + kv_head];
   }
   peak = greatest(peak);
   const float safe = peak == -INFINITY ? 0 : peak;
-  float mass = 0, x[E] = {};
+  float mass = 0, first_mass = 0, x[E] = {}, rotated[E] = {};
   for (int i = begin; i < end; ++i) {
+    const int store = o.part_store[o.part[i]];
     const float weight = expf(o.part_lse[result(i)] - safe);
     mass += weight;
+    if (store == 0) first_mass += weight;
+    auto add = [&](float (&to)[E]) {
 #pragma unroll
-    for (int j = 0; j < E; ++j) {
-      const int e = lane * E + j;
-      if (e < d) x[j] = fmaf(weight, o.part_out[result(i) * d + e], x[j]);
-    }
+      for (int j = 0; j < E; ++j) {
+        const int e = lane * E + j;
+        if (e < d) to[j] = fmaf(weight, o.part_out[result(i) * d + e], to[j]);
+      }
+    };
+    if (o.rotated >> store & 1)
+      add(rotated);
+    else
+      add(x);
   }
-  const float inverse = mass != 0 ? 1 / mass : 0, of_pages = mass != 0 ? peak + logf(mass) : peak;
+  const float inverse = mass != 0 ? 1 / mass : 0;
+  auto log_sum = [&](float of) { return of != 0 ? peak + logf(of) : -INFINITY; };
 #pragma unroll
-  for (int j = 0; j < E; ++j) x[j] *= inverse;
-  if (o.pages.v.format != Format::none) rotate_back(x, d, norm);
+  for (int j = 0; j < E; ++j) x[j] *= inverse, rotated[j] *= inverse;
+  if (o.rotated) {
+    rotate_back(rotated, d, o.norm);
+#pragma unroll
+    for (int j = 0; j < E; ++j) x[j] = x[j] != 0 ? x[j] + rotated[j] : rotated[j];
+  }
 
-  float lse = of_pages;
+  float lse = log_sum(mass);
   auto join = [&](float other, auto value) {
     if (lse == -INFINITY && other == -INFINITY) return;
     const float both = fmaxf(lse, other);
@@ -329,8 +398,8 @@ __global__ void __launch_bounds__(kThreads)
   if (o.mean) seen = sum(seen);
   if (lane) return;
   *reinterpret_cast<float*>(o.lse.at(token, head)) = lse;
-  // What a slot of these pages gets on average: their share of the mass over their number.
-  if (o.mean) o.mean[row] = expf(of_pages - lse) / seen;
+  // What a slot of the first store gets on average: their share of the mass over their number.
+  if (o.mean) o.mean[row] = expf(log_sum(first_mass) - lse) / seen;
 }
 
 // What slots of a row's own node received from all of the node's tokens, for a KV head.
@@ -342,31 +411,40 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
   const int node = item[0], head = blockIdx.y;
   const int tokens_begin = o.token_indptr[node], tokens_end = o.token_indptr[node + 1];
   // Items with the same slots and other tokens leave it to the first of them.
-  if (!o.own[node] || item[1] != tokens_begin) return;
+  if (!o.own[node] || o.store[node] || item[1] != tokens_begin) return;
+  const Store store(o, 0);
+  const Paged &importance = store.pages.importance, &history = store.pages.history;
   const int begin = item[3], end = min(item[4], o.length[node]);
   const int lane = lane_index(), column = lane % 4 * 2;
   char* const memory = &shared;
-  Tiles<D, Exact, false> tiles(o, memory + Queries<D, Exact>::kShared, node, head, begin, end);
+  Tiles<D, Exact, false> tiles(o, store, memory + Queries<D, Exact>::kShared, node, head, begin,
+                               end);
   tiles.start();
   for (int i = 0; i < tiles.count(); ++i) {
     const Stage tile = tiles.wait(i);
-    for (int first = threadIdx.x / kWarp * kStep; first < o.layout.slots; first += kWarps * kStep) {
-      const int slot = begin + i * o.layout.slots + first;
+    for (int first = threadIdx.x / kWarp * kStep; first < store.layout.slots;
+         first += kWarps * kStep) {
+      const int slot = begin + i * store.layout.slots + first;
       if (slot >= end) break;
       // Of columns 2 j, 2 j + 1 and the two that are eight on.
       float received[4] = {};
       for (int c = tokens_begin; c < tokens_end; ++c) {
         const int64_t token = o.token[c];
-        const int position = o.position[token], last = last_seen(o, token);
+        const Span span(o, 0, token);
+        const int position = o.position[token], from = span.from(o, position);
         float p_sum[4] = {}, mean_sum = 0;
         unsigned above = 0;  // columns that some query head does not find low
         for (int g = lane / 4; g - lane / 4 < o.group; g += kStep) {
           const int64_t heads[2] = {head * o.group + min(g, o.group - 1),
                                     head * o.group + min(g + 8, o.group - 1)};
+          auto query = [&](int64_t head) {
+            return o.queries ? o.queries + (token * o.heads_q + head) * o.d * size_of(o.query_type)
+                             : o.q.at(token, head);
+          };
           Queries<D, Exact> queries;
-          queries.load(o, o.q.at(token, heads[0]), o.q.at(token, heads[1]), memory);
+          queries.load(o, store, query(heads[0]), query(heads[1]), memory);
           float x[2][4];
-          score<D, Exact>(o, tile, first, queries, x);
+          score<D, Exact>(o, store, tile, first, queries, x);
 #pragma unroll
           for (int r = 0; r < 2; ++r) {
             if (g + 8 * r >= o.group) continue;
@@ -376,7 +454,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
 #pragma unroll
             for (int n = 0; n < 4; ++n) {
               const int key = tile.key[first + n / 2 * 8 + column + n % 2];
-              const bool visible = key <= last && position - key < o.sliding;
+              const bool visible = key >= from && key <= span.last;
               const float p = visible ? exp2f(x[n / 2][2 * r + n % 2] - lse * kLog2e) : 0;
               p_sum[n] += p;
               above |= (p < mean ? 0u : 1u) << n;
@@ -394,51 +472,49 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
         for (int n = 0; n < 4; ++n) {
           const int at = n / 2 * 8 + column + n % 2;
           received[n] += p_sum[n] / o.group;
-          if (!o.pages.history.data || lane >= 4 || slot + at >= end) continue;
+          if (!history.data || lane >= 4 || slot + at >= end) continue;
           const bool low = o.whole_group ? !(above >> n & 1) : p_sum[n] < mean_sum;
           const int bit = static_cast<int>(floor_mod(position, o.window));
-          const Place place = find(o, node, slot + at);
-          unsigned& word = reinterpret_cast<unsigned*>(
-              o.pages.history.at(place.page, head, place.offset))[bit / 32];
-          const unsigned noted = low && tile.key[first + at] <= last;
+          const Place place = find(o, store, node, slot + at);
+          unsigned& word =
+              reinterpret_cast<unsigned*>(history.at(place.page, head, place.offset))[bit / 32];
+          const int key = tile.key[first + at];
+          const unsigned noted = low && key >= span.first && key <= span.last;
           word = (word & ~(1u << bit % 32)) | noted << bit % 32;
         }
       }
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const int at = n / 2 * 8 + column + n % 2;
-        if (!o.pages.importance.data || lane >= 4 || slot + at >= end) continue;
-        const Place place = find(o, node, slot + at);
-        *reinterpret_cast<float*>(o.pages.importance.at(place.page, head, place.offset)) +=
-            received[n];
+        if (!importance.data || lane >= 4 || slot + at >= end) continue;
+        const Place place = find(o, store, node, slot + at);
+        *reinterpret_cast<float*>(importance.at(place.page, head, place.offset)) += received[n];
       }
     }
     tiles.release(i);
   }
 }
 
-bool tracks(const TreeAttention& p) { return p.pages.importance.data || p.pages.history.data; }
+bool tracks(const TreeAttention& p) {
+  return p.stores[0].importance.data || p.stores[0].history.data;
+}
 
 // Whether products are taken in fp32.
 bool exact_products(const TreeAttention& p) {
   auto exact = [&](const Content& x) {
     if (x.format == Format::none) return x.type != p.q.type;
     // Planes of fewer than four bits must come in words.
-    return (parts_log2(x.format) == 2 || high_bits(x.format) > 0) && p.pages.d % 32 != 0;
+    return (parts_log2(x.format) == 2 || high_bits(x.format) > 0) && p.stores[0].d % 32 != 0;
   };
-  return p.q.type == Type::f32 || exact(p.pages.k) || exact(p.pages.v);
+  return p.q.type == Type::f32 ||
+         std::any_of(p.stores, p.stores + p.store_count,
+                     [&](const Pages& x) { return exact(x.k) || exact(x.v); });
 }
 
-// The type of queries as operands of products.
-Type query_type(const TreeAttention& p) {
-  if (exact_products(p)) return Type::f32;
-  return p.pages.k.format == Format::none ? p.q.type : Type::f16;
-}
-
-// Whether queries cannot be read where they are.
-bool prepares(const TreeAttention& p) {
+// Whether what meets keys of this format is not a query as it is given, or not where it is.
+bool prepares(const TreeAttention& p, Format format) {
   const int64_t words = reinterpret_cast<int64_t>(p.q.data) / 2 | p.q.stride[0] | p.q.stride[1];
-  return p.pages.k.format != Format::none || exact_products(p) || words % 2;
+  return format != Format::none || p.frames.of || exact_products(p) || words % 2;
 }
 
 // Divides scratch memory; returns its size.
@@ -449,12 +525,17 @@ int64_t place_scratch(Attention& o) {
     p = reinterpret_cast<std::remove_reference_t<decltype(p)>>(at);
     at += (count * size + 15) / 16 * 16;
   };
-  const int64_t d = o.pages.d;
+  const int64_t d = o.stores[0].d;
   take(o.part_out, o.parts * o.heads_q * d, 4);
   take(o.part_lse, o.parts * o.heads_q, 4);
-  take(o.part_seen, o.parts * o.pages.heads, 4);
-  if (tracks(o)) take(o.mean, o.tokens * o.heads_q, 4);
-  if (prepares(o)) take(o.queries, o.tokens * o.heads_q * d, size_of(query_type(o)));
+  take(o.part_seen, o.parts * o.stores[0].heads, 4);
+  take(o.part_store, o.parts, 4);
+  if (tracks(o)) {
+    const Format format = o.stores[0].k.format;
+    take(o.mean, o.tokens * o.heads_q, 4);
+    o.query_type = operand_type(o, format, exact_products(o));
+    if (prepares(o, format)) take(o.queries, o.tokens * o.heads_q * d, size_of(o.query_type));
+  }
   return at - begin;
 }
 
@@ -478,49 +559,48 @@ RowLayout row_layout(const Content& x, int d, int padded_d, bool exact) {
   return y;
 }
 
-// Tiles of as many slots, and as many stages, as leave room for other blocks.
-Layout layout_of(const Attention& o, int padded_d, bool exact) {
-  const int d = static_cast<int>(o.pages.d);
-  Layout y{row_layout(o.pages.k, d, padded_d, exact), row_layout(o.pages.v, d, padded_d, exact),
-           kWarps * kStep, 2};
-  while (y.slots > kStep && 2 * y.stage() > 72 << 10) y.slots /= 2;
+// Tiles of as many slots, and as many stages, as leave room for other blocks; at most `most` bytes.
+Layout layout_of(const Pages& x, int padded_d, bool exact, int most) {
+  const int d = static_cast<int>(x.d);
+  Layout y{row_layout(x.k, d, padded_d, exact), row_layout(x.v, d, padded_d, exact), kWarps * kStep,
+           2};
+  while (y.slots > kStep && 2 * y.stage() > std::min(72 << 10, most)) y.slots /= 2;
   if (3 * y.stage() <= 48 << 10) y.stages = 3;
   return y;
 }
 
 template <int D, bool Exact>
-void attend_and_track(Attention& o, float norm, void* stream) {
-  o.layout = layout_of(o, D, Exact);
-  const size_t queries = Queries<D, Exact>::kShared, stages = o.layout.stages * o.layout.stage(),
-               merged = 2 * Found<D>::kNumbers * kWarp * sizeof(float);
-  const dim3 items(static_cast<unsigned>(o.items), static_cast<unsigned>(o.pages.heads));
+void run(Attention& o, void* stream) {
+  constexpr int queries = Queries<D, Exact>::kShared;
+  const int most = most_shared() - queries;
+  size_t shared = 2 * Found<D>::kNumbers * kWarp * sizeof(float);  // results of warps
+  for (int i = 0; i < o.store_count; ++i) {
+    const Layout& y = o.layouts[i] = layout_of(o.stores[i], D, Exact, most);
+    const bool prepared = prepares(o, o.stores[i].k.format);
+    o.prepared |= prepared << i, o.rotated |= (o.stores[i].v.format != Format::none) << i;
+    const int staged = prepared && kStaged<D, Exact> ? kWarps * kStep * kStagedPitch<D> : 0;
+    const int size = (y.stages - 1) * y.stage() + std::max(y.stage(), staged);
+    shared = std::max(shared, static_cast<size_t>(size));
+  }
+  const dim3 items(static_cast<unsigned>(o.items), static_cast<unsigned>(o.stores[0].heads));
   const dim3 rows = blocks_of(o.tokens * o.heads_q, kWarps);
   if (o.items)
-    launch("attend", attend_kernel<D, Exact>, items, kThreads, queries + std::max(stages, merged),
-           stream, o);
-  launch("merge", merge_kernel<D>, rows, kThreads, 0, stream, o, norm);
+    launch("attend", attend_kernel<D, Exact>, items, kThreads, queries + shared, stream, o);
+  launch("merge", merge_kernel<D>, rows, kThreads, 0, stream, o);
   if (o.items && o.mean) {
-    o.layout.v = {};
-    launch("track", track_kernel<D, Exact>, items, kThreads,
-           queries + o.layout.stages * o.layout.stage(), stream, o);
+    Layout& y = o.layouts[0];
+    y.v = {};
+    launch("track", track_kernel<D, Exact>, items, kThreads, queries + y.stages * y.stage(), stream,
+           o);
   }
 }
 
 template <int D>
 void run(Attention& o, void* stream) {
-  const int64_t d = o.pages.d;
-  const float norm = norm_of(d);
-  const bool exact = exact_products(o);
-  if (o.queries) {
-    const Type type = query_type(o);
-    launch("prepare", prepare_kernel<D>, blocks_of(o.tokens * o.heads_q, kWarps), kThreads, 0,
-           stream, o, type, norm);
-    o.q = {o.queries, type, {o.heads_q * d, d, 1}};
-  }
-  if (exact)
-    attend_and_track<D, true>(o, norm, stream);
+  if (exact_products(o))
+    run<D, true>(o, stream);
   else
-    attend_and_track<D, false>(o, norm, stream);
+    run<D, false>(o, stream);
 }
 
 }  // namespace
@@ -533,13 +613,14 @@ int64_t tree_attention_scratch(const TreeAttention& p) {
 void tree_attention(const TreeAttention& p, void* stream) {
   Attention o{p};
   place_scratch(o);
-  o.group = static_cast<int>(p.heads_q / p.pages.heads);
+  o.group = static_cast<int>(p.heads_q / p.stores[0].heads), o.d = static_cast<int>(p.stores[0].d);
+  o.norm = norm_of(o.d);
   o.factor = p.softcap > 0 ? p.scale / p.softcap : p.scale * kLog2e;
   o.cap = p.softcap * kLog2e;
-  if (!p.sliding) o.sliding = INT_MAX;
-  if (p.pages.d <= 64)
+  if (!p.sliding) o.sliding = int64_t{1} << 32;
+  if (o.d <= 64)
     run<64>(o, stream);
-  else if (p.pages.d <= 128)
+  else if (o.d <= 128)
     run<128>(o, stream);
   else
     run<256>(o, stream);

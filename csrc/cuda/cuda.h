@@ -41,6 +41,19 @@ inline void check(cudaError_t error, const char* kernel) {
 }
 #endif
 
+// Dynamic shared memory that a block may have, in bytes.
+inline int most_shared() {
+#ifdef __CUDACC__
+  int device, bytes;
+  check(cudaGetDevice(&device), "most_shared");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "most_shared");
+  return bytes;
+#else
+  return 99 << 10;  // where it is least, on sm_120
+#endif
+}
+
 // kernel<<<blocks, threads, shared, stream>>>(arguments...)
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,

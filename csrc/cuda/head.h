@@ -28,6 +28,26 @@ __device__ inline void store_head(const float (&x)[E], char* to, Type type, int 
   }
 }
 
+// The frame of a token for a KV head, whatever its id: where its centers and its gains are.
+struct Frame {
+  const char *center = nullptr, *gain = nullptr;
+  Type type = Type::f32;
+
+  Frame() = default;
+  __device__ Frame(const Frames& all, int64_t token, int64_t head) : type(all.x.type) {
+    if (!all.of) return;
+    const int64_t i = min(max(int64_t{all.of[token]}, int64_t{0}), all.count - 1);
+    center = all.x.at(i, 0, head), gain = all.x.at(i, 1, head);
+  }
+
+  __device__ float gain_at(int e) const { return number_at(gain + e * size_of(type), type); }
+
+  // Element e of a key, as it is stored.
+  __device__ float stored(float x, int e) const {
+    return gain ? (x - number_at(center + e * size_of(type), type)) * gain_at(e) : x;
+  }
+};
+
 // What the rotation of heads of size d divides by, inverted.
 inline float norm_of(int64_t d) { return static_cast<float>(1 / std::sqrt(double(d & -d))); }
 

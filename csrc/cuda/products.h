@@ -19,15 +19,16 @@ class Queries {
   static constexpr int kShared = Exact || kHeld ? 0 : kThreads * D;  // bytes
 
   // Rows lane / 4 and lane / 4 + 8; `shared` is for the block.
-  __device__ void load(const Attention& o, const char* low, const char* high, char* shared) {
+  __device__ void load(const Attention& o, const Store& store, const char* low, const char* high,
+                       char* shared) {
     if constexpr (Exact) {
       row_[0] = reinterpret_cast<const float*>(low);
       row_[1] = reinterpret_cast<const float*>(high);
       return;
     }
     kept_ = reinterpret_cast<uint4*>(shared) + threadIdx.x;
-    const Format format = o.pages.k.format;
-    const int d = static_cast<int>(o.pages.d), c = lane_index() % 4;
+    const Format format = store.pages.k.format;
+    const int d = o.d, c = lane_index() % 4;
     const int shift = parts_log2(format), width = d >> shift;
 #pragma unroll
     for (int s = 0; s < D / 16; ++s) {
@@ -56,15 +57,16 @@ class Queries {
 
   // Products with 16 keys from `rows` on: with lane 4 i + j, of rows i, i, i + 8, i + 8 and columns
   // 2 j, 2 j + 1, 2 j, 2 j + 1; x[1] eight columns on.
-  __device__ void multiply_keys(const Attention& o, const char* rows, float (&x)[2][4]) const {
-    const int pitch = o.layout.k.pitch, i = lane_index() / 4, j = lane_index() % 4;
+  __device__ void multiply_keys(const Attention& o, const Store& store, const char* rows,
+                                float (&x)[2][4]) const {
+    const int pitch = store.layout.k.pitch, i = lane_index() / 4, j = lane_index() % 4;
 #pragma unroll
     for (int t = 0; t < 2; ++t)
 #pragma unroll
       for (int n = 0; n < 4; ++n) x[t][n] = 0;
     if constexpr (Exact) {
       const char* row = rows + 2 * j * pitch;
-      for (int e = 0; e < o.pages.d; e += 4) {
+      for (int e = 0; e < o.d; e += 4) {
         const float4 a[2] = {four_at(row_[0] + e), four_at(row_[1] + e)};
 #pragma unroll
         for (int t = 0; t < 2; ++t)
@@ -77,7 +79,7 @@ class Queries {
               x[t][2 * r + n] += fmaf(a[r].x, b.x, a[r].y * b.y) + fmaf(a[r].z, b.z, a[r].w * b.w);
           }
       }
-    } else if (o.pages.k.format == Format::none) {
+    } else if (store.pages.k.format == Format::none) {
       const char* row =
           rows + (lane_index() / 16 * 8 + lane_index() % 8) * pitch + lane_index() / 8 % 2 * 16;
       auto plain = [&](auto* kind) {
@@ -91,15 +93,15 @@ class Queries {
           multiply<T>(x[1], a, b[2], b[3]);
         }
       };
-      if (o.pages.k.type == Type::bf16)
+      if (store.pages.k.type == Type::bf16)
         plain(static_cast<__nv_bfloat16*>(nullptr));
       else
         plain(static_cast<__half*>(nullptr));
     } else {
-      with_codes(o.pages.k.format, [&](auto codes) {
+      with_codes(store.pages.k.format, [&](auto codes) {
         using Codes = decltype(codes);
         constexpr int kParts = Codes::kParts;
-        const int width = static_cast<int>(o.pages.d) / kParts;
+        const int width = o.d / kParts;
 #pragma unroll
         for (int s = 0; s < D / 16; s += kParts) {
           const int at = s / kParts * 16 + 4 * j;
@@ -168,9 +170,9 @@ __device__ inline uint32_t packed(float low, float high) {
 
 // Add products of weights p, as multiply_keys leaves them, with 16 values from `rows` on.
 template <int D, bool Exact>
-__device__ inline void add_values(const Attention& o, const char* rows, const float (&p)[2][4],
-                                  float (&sum)[D / 8][4]) {
-  const int pitch = o.layout.v.pitch, i = lane_index() / 4, j = lane_index() % 4;
+__device__ inline void add_values(const Attention& o, const Store& store, const char* rows,
+                                  const float (&p)[2][4], float (&sum)[D / 8][4]) {
+  const int pitch = store.layout.v.pitch, i = lane_index() / 4, j = lane_index() % 4;
   if constexpr (Exact) {
     float weight[2][kStep];
 #pragma unroll
@@ -180,7 +182,7 @@ __device__ inline void add_values(const Attention& o, const char* rows, const fl
         weight[r][s] = __shfl_sync(kAll, p[s / 8][2 * r + s % 2], 4 * i + s % 8 / 2);
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) {
-      if (8 * n >= o.pages.d) break;
+      if (8 * n >= o.d) break;
       float x[4] = {};
 #pragma unroll
       for (int s = 0; s < kStep; ++s) {
@@ -194,7 +196,7 @@ __device__ inline void add_values(const Attention& o, const char* rows, const fl
 #pragma unroll
       for (int m = 0; m < 4; ++m) sum[n][m] += x[m];
     }
-  } else if (o.pages.v.format == Format::none) {
+  } else if (store.pages.v.format == Format::none) {
     const char* row = rows + lane_index() % 16 * pitch + lane_index() / 16 * 16;
     auto plain = [&](auto* kind) {
       using T = std::remove_pointer_t<decltype(kind)>;
@@ -208,19 +210,19 @@ __device__ inline void add_values(const Attention& o, const char* rows, const fl
         multiply<T>(sum[n + 1], a, b[2], b[3]);
       }
     };
-    if (o.pages.v.type == Type::bf16)
+    if (store.pages.v.type == Type::bf16)
       plain(static_cast<__nv_bfloat16*>(nullptr));
     else
       plain(static_cast<__half*>(nullptr));
   } else {
     const uint32_t a[4] = {packed<__half>(p[0][0], p[0][1]), packed<__half>(p[0][2], p[0][3]),
                            packed<__half>(p[1][0], p[1][1]), packed<__half>(p[1][2], p[1][3])};
-    with_codes(o.pages.v.format, [&](auto codes) {
+    with_codes(store.pages.v.format, [&](auto codes) {
       using Codes = decltype(codes);
       using Word = typename Codes::Word;
       constexpr int kParts = Codes::kParts, kBytes = 1 << bytes_log2(D, kParts / 2);
       constexpr int kTogether = kParts * kBytes;  // elements of a word
-      const int width = static_cast<int>(o.pages.d) / kParts;
+      const int width = o.d / kParts;
       const char* row = rows + 2 * j * pitch;
 #pragma unroll
       for (int n = 0; n < D / 8; n += kTogether) {

@@ -109,20 +109,24 @@ __device__ void store_plane(const uint8_t* codes, int d, int bits, int low, char
   }
 }
 
-// Store the head x, whose elements are `stride` apart, in slot s of page p.
+// Store the head x, whose elements are `stride` apart, in slot s of page p: as keys of `frame`.
 template <int E>
-__device__ void put(const char* x, Type type, int64_t stride, int d, float norm, const Content& to,
-                    int64_t p, int64_t h, int64_t s, uint8_t* staged) {
+__device__ void put(const char* x, Type type, int64_t stride, const Frame& frame, int d, float norm,
+                    const Content& to, int64_t p, int64_t h, int64_t s, uint8_t* staged) {
   const int lane = lane_index();
   char* codes = to.codes.at(p, h, s);
   const int64_t step = stride * size_of(type);
   if (to.format == Format::none) {
     for (int i = lane; i < d; i += kWarp)
-      put_number(number_at(x + i * step, type), codes + i * size_of(to.type), to.type);
+      put_number(frame.stored(number_at(x + i * step, type), i), codes + i * size_of(to.type),
+                 to.type);
     return;
   }
   float y[E];
   load_head(y, x, type, step, d);
+#pragma unroll
+  for (int j = 0; j < E; ++j)
+    if (lane * E + j < d) y[j] = frame.stored(y[j], lane * E + j);
   rotate(y, d, norm);
   // As integers, infinity and NaN are the greatest. Codes cannot hold them, so the scale does.
   unsigned most = 0;
@@ -150,8 +154,7 @@ __device__ void put(const char* x, Type type, int64_t stride, int d, float norm,
       if (G::kHigh) store_plane(staged, d, G::kHigh, G::kLow, codes + d * G::kLow / 8);
     });
   }
-  if (lane == 0)
-    *reinterpret_cast<__half*>(to.scale.at(p, h, s)) = __float2half_rn(finite ? scale : NAN);
+  if (lane == 0) put_number(finite ? scale : NAN, to.scale.at(p, h, s), Type::f16);
 }
 
 template <int E>
@@ -161,10 +164,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int warp = threadIdx.x / kWarp;
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp;
   if (row >= p.rows) return;
-  put<E>(p.x.at(row), p.x.type, p.x.stride[1], p.d, norm, p.to, 0, 0, row, shared.codes[warp]);
+  put<E>(p.x.at(row), p.x.type, p.x.stride[1], {}, p.d, norm, p.to, 0, 0, row, shared.codes[warp]);
 }
 
-// A head of a token: its keys, and what else belongs to the slot, or its values.
+// A head of a token, in the first place or the second: its keys, and what else belongs to the slot,
+// or its values.
 template <int E>
 __global__ void __launch_bounds__(kWarps* kWarp, 2)
     append_kv_kernel(__grid_constant__ const AppendKv p, float norm) {
@@ -173,25 +177,24 @@ __global__ void __launch_bounds__(kWarps* kWarp, 2)
   const int64_t row = int64_t(blockIdx.x) * kWarps + warp, heads = p.pages.heads;
   const int64_t t = row / heads, h = row % heads;
   if (t >= p.t) return;
-  const int64_t slot = integer_at(p.slot, t, h);
-  if (slot < 0 || slot >= p.pages.pages * p.pages.page_size) return;
-  const int64_t page = slot / p.pages.page_size, s = slot % p.pages.page_size;
-  if (blockIdx.y) {
-    put<E>(p.v.at(t, h), p.v.type, p.v.stride[2], p.pages.d, norm, p.pages.v, page, h, s,
-           shared.codes[warp]);
-    return;
-  }
-  put<E>(p.k.at(t, h), p.k.type, p.k.stride[2], p.pages.d, norm, p.pages.k, page, h, s,
-         shared.codes[warp]);
+  const bool values = blockIdx.y & 1, second = blockIdx.y & 2;
+  const Pages& pages = second ? p.also : p.pages;
+  const int64_t slot = integer_at(second ? p.also_slot : p.slot, t, h);
+  if (slot < 0 || slot >= pages.pages * pages.page_size) return;
+  const int64_t page = slot / pages.page_size, s = slot % pages.page_size;
+  const Strided<3>& x = values ? p.v : p.k;
+  put<E>(x.at(t, h), x.type, x.stride[2], values ? Frame() : Frame(p.frames, t, h), pages.d, norm,
+         values ? pages.v : pages.k, page, h, s, shared.codes[warp]);
+  if (values) return;
   if (lane == 0) {
-    if (p.pages.position.data)
-      *reinterpret_cast<int32_t*>(p.pages.position.at(page, h, s)) =
+    if (pages.position.data)
+      *reinterpret_cast<int32_t*>(pages.position.at(page, h, s)) =
           static_cast<int32_t>(integer_at(p.position, t));
-    if (p.pages.importance.data) *reinterpret_cast<float*>(p.pages.importance.at(page, h, s)) = 0;
+    if (pages.importance.data) *reinterpret_cast<float*>(pages.importance.at(page, h, s)) = 0;
   }
-  if (p.pages.history.data)
-    for (int i = lane; i < p.pages.words; i += kWarp)
-      reinterpret_cast<int32_t*>(p.pages.history.at(page, h, s))[i] = 0;
+  if (pages.history.data)
+    for (int i = lane; i < pages.words; i += kWarp)
+      reinterpret_cast<int32_t*>(pages.history.at(page, h, s))[i] = 0;
 }
 
 // Call f with the elements per lane that heads of size d need, as a type.
@@ -219,8 +222,8 @@ void quantize_kv(const QuantizeKv& p, void* stream) {
 void append_kv(const AppendKv& p, void* stream) {
   with_elements(p.pages.d, [&](auto e) {
     launch("append_kv", append_kv_kernel<decltype(e)::value>,
-           blocks_of(p.t * p.pages.heads, kWarps, 2), kWarps * kWarp, sizeof(Shared), stream, p,
-           norm_of(p.pages.d));
+           blocks_of(p.t * p.pages.heads, kWarps, p.also_slot.data ? 4 : 2), kWarps * kWarp,
+           sizeof(Shared), stream, p, norm_of(p.pages.d));
   });
 }
 

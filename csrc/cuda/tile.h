@@ -29,13 +29,27 @@ struct Layout {
 
 // See TreeAttention.
 struct Attention : TreeAttention {
-  Layout layout;
-  int group;
+  Layout layouts[kMostStores];
+  // A bit for each store: what meets its keys is not a query as it is given; its values are
+  // rotated.
+  uint32_t prepared, rotated;
+  int group, d;
   float factor, cap;  // scores in base 2: of scores, or what they are in units of the cap; cap
+  float norm;         // of rotations
   // In scratch memory:
   float *part_out, *part_lse, *mean;
-  int32_t* part_seen;
-  char* queries;
+  int32_t *part_seen, *part_store;
+  char* queries;  // that meet keys of the first store, if they are prepared
+  Type query_type;
+};
+
+// One of the stores: its pages, and how its tiles lie.
+struct Store {
+  const Pages& pages;
+  const Layout& layout;
+
+  __device__ Store(const Attention& o, int index)
+      : pages(o.stores[index]), layout(o.layouts[index]) {}
 };
 
 // Where a slot is.
@@ -43,8 +57,8 @@ struct Place {
   int page, offset;
 };
 
-__device__ inline Place find(const Attention& o, int node, int slot) {
-  const unsigned size = static_cast<unsigned>(o.pages.page_size);
+__device__ inline Place find(const Attention& o, const Store& store, int node, int slot) {
+  const unsigned size = static_cast<unsigned>(store.pages.page_size);
   const unsigned at = o.first[node] + slot;
   return {o.page[o.page_indptr[node] + at / size], static_cast<int>(at % size)};
 }
@@ -61,19 +75,23 @@ struct Stage {
 template <int D, bool Exact, bool Values>
 class Tiles {
  public:
-  __device__ Tiles(const Attention& o, char* shared, int node, int head, int begin, int end)
+  __device__ Tiles(const Attention& o, const Store& store, char* shared, int node, int head,
+                   int begin, int end)
       : o_(o),
+        store_(store),
         shared_(shared),
         node_(node),
         head_(head),
         begin_(begin),
         end_(end),
-        share_(o.layout.slots / kWarps) {}
+        share_(store.layout.slots / kWarps) {}
 
-  __device__ int count() const { return (end_ - begin_ + o_.layout.slots - 1) / o_.layout.slots; }
+  __device__ int count() const {
+    return (end_ - begin_ + store_.layout.slots - 1) / store_.layout.slots;
+  }
 
   __device__ void start() {
-    const int ahead = o_.layout.stages - 1;
+    const int ahead = store_.layout.stages - 1;
     for (int i = 0; i < ahead; ++i) {
       look_up(i);
       copy(i);
@@ -84,51 +102,51 @@ class Tiles {
 
   // Tile i, once it is there.
   __device__ Stage wait(int i) {
-    if (o_.layout.stages == 3)
+    if (store_.layout.stages == 3)
       wait_for_copies<1>();
     else
       wait_for_copies<0>();
     __syncthreads();
-    copy(i + o_.layout.stages - 1);
-    look_up(i + o_.layout.stages);
+    copy(i + store_.layout.stages - 1);
+    look_up(i + store_.layout.stages);
     char* stage = stage_of(i);
-    const auto* factor = reinterpret_cast<const float*>(stage + o_.layout.numbers_at());
-    const float* v_scale = factor + o_.layout.slots;
-    return {stage, stage + o_.layout.v_at(), factor, v_scale,
-            reinterpret_cast<const int*>(v_scale + o_.layout.slots)};
+    const auto* factor = reinterpret_cast<const float*>(stage + store_.layout.numbers_at());
+    const float* v_scale = factor + store_.layout.slots;
+    return {stage, stage + store_.layout.v_at(), factor, v_scale,
+            reinterpret_cast<const int*>(v_scale + store_.layout.slots)};
   }
 
   // Tile i is done with.
-  __device__ void release(int i) { note(i + o_.layout.stages - 1); }
+  __device__ void release(int i) { note(i + store_.layout.stages - 1); }
 
  private:
   __device__ char* stage_of(int i) const {
-    return shared_ + i % o_.layout.stages * o_.layout.stage();
+    return shared_ + i % store_.layout.stages * store_.layout.stage();
   }
 
   __device__ void look_up(int i) {
-    slot_ = begin_ + i * o_.layout.slots + threadIdx.x / kWarp * share_ + lane_index();
+    slot_ = begin_ + i * store_.layout.slots + threadIdx.x / kWarp * share_ + lane_index();
     live_ = lane_index() < share_ && slot_ < end_;
-    if (live_) place_ = find(o_, node_, slot_);
+    if (live_) place_ = find(o_, store_, node_, slot_);
   }
 
   // Start to bring the tile that was looked up.
   __device__ void copy(int i) {
     if (i < count()) {
-      const Content &k = o_.pages.k, &v = o_.pages.v;
+      const Content &k = store_.pages.k, &v = store_.pages.v;
       char* stage = stage_of(i);
       factor_ = o_.factor, v_scale_ = 0, key_ = INT_MAX;
       float k_scale = 0;
       if (live_) {
-        key_ = o_.pages.position.data ? *reinterpret_cast<const int*>(
-                                            o_.pages.position.at(place_.page, head_, place_.offset))
-                                      : o_.base[node_] + slot_;
+        key_ = store_.pages.position.data ? *reinterpret_cast<const int*>(store_.pages.position.at(
+                                                place_.page, head_, place_.offset))
+                                          : o_.base[node_] + slot_;
         k_scale = scale_of(k);
         if (Values) v_scale_ = scale_of(v);
       }
       if (!Exact) factor_ *= k_scale;
-      bring(stage, k, o_.layout.k, k_scale);
-      if (Values) bring(stage + o_.layout.v_at(), v, o_.layout.v, v_scale_);
+      bring(stage, k, store_.layout.k, k_scale);
+      if (Values) bring(stage + store_.layout.v_at(), v, store_.layout.v, v_scale_);
     }
     commit_copies();
   }
@@ -136,16 +154,15 @@ class Tiles {
   // Write down what is known about the slots of the tile that was started last.
   __device__ void note(int i) {
     if (i >= count() || lane_index() >= share_) return;
-    const int slots = o_.layout.slots, at = threadIdx.x / kWarp * share_ + lane_index();
-    auto* numbers = reinterpret_cast<float*>(stage_of(i) + o_.layout.numbers_at());
+    const int slots = store_.layout.slots, at = threadIdx.x / kWarp * share_ + lane_index();
+    auto* numbers = reinterpret_cast<float*>(stage_of(i) + store_.layout.numbers_at());
     numbers[at] = factor_, numbers[slots + at] = v_scale_;
     reinterpret_cast<int*>(numbers)[2 * slots + at] = key_;
   }
 
   __device__ float scale_of(const Content& x) const {
     if (x.format == Format::none) return 1;
-    const char* scale = x.scale.at(place_.page, head_, place_.offset);
-    return __half2float(*reinterpret_cast<const __half*>(scale));
+    return number_at(x.scale.at(place_.page, head_, place_.offset), Type::f16);
   }
 
   __device__ void bring(char* stage, const Content& x, const RowLayout& layout, float scale) const {
@@ -156,7 +173,7 @@ class Tiles {
       for (int s = 0; s < share_; ++s, to += layout.pitch) {
         const auto* row = reinterpret_cast<const char*>(__shfl_sync(kAll, from, s));
         const float unit = __shfl_sync(kAll, scale, s);
-        const int d = static_cast<int>(o_.pages.d);
+        const int d = o_.d;
         for (int e = lane_index(); e < d; e += kWarp)
           reinterpret_cast<float*>(to)[e] = row ? element_at(x, row, e, d) * unit : 0;
       }
@@ -191,6 +208,7 @@ class Tiles {
   }
 
   const Attention& o_;
+  const Store store_;
   char* const shared_;
   const int node_, head_, begin_, end_, share_;
   // This lane's slot of the tile that was looked up last, and of the one before, which was started.
