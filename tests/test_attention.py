@@ -1062,6 +1062,19 @@ def test_frames_that_do_not_exist_are_named(impl):
             )  # fmt: skip
 
 
+@pytest.mark.only(when=lambda impl: impl == "cuda")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_frames_that_do_not_exist_are_not_read(dtype, impl):
+    case = Case(0, dtype=dtype)
+    frame = (1 + torch.rand(3, 2, 2, 16)).to(dtype)
+    for wrong in (3, -1, 2**31 - 1, -(2**31)):
+        frame_t = int32(len(case.q))
+        frame_t[-1] = wrong
+        out, _ = attend(case, impl, frame=frame, frame_t=frame_t)
+        expected, _ = attend(case, impl, frame=frame, frame_t=frame_t.clamp(0, 2))
+        assert torch.equal(out, expected)
+
+
 def test_plan_from_block_table_raises():
     table, lens = int32(2, 3), torch.tensor([1, 2], dtype=torch.int32)
     big = table.long() + 2**32

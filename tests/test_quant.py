@@ -374,6 +374,18 @@ def test_append_kv_names_ids_out_of_range(impl):
     assert not one.k.any() and not two.k.any()  # nothing is written in part
 
 
+@pytest.mark.only(when=lambda impl: impl == "cuda")
+def test_append_kv_stays_in_memory_where_frames_do_not_exist(device, impl):
+    k = torch.randn(4, 1, 8, device=device)
+    slot, frame = torch.arange(4, device=device), torch.rand(3, 2, 1, 8, device=device)
+    for ids in ([3, -1, 1, 2], [2**31 - 1, -(2**31), 0, 4]):
+        frame_t = torch.tensor(ids, dtype=torch.int32, device=device)
+        one, two = (make_pages(1, 8, "none", "none", device) for _ in range(2))
+        kvtools.append_kv(k, k, slot, one, frame=frame, frame_t=frame_t, impl=impl)
+        kvtools.append_kv(k, k, slot, two, frame=frame, frame_t=frame_t.clamp(0, 2), impl=impl)
+        torch.testing.assert_close(one.k, two.k, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("format", ["none", "fp8", "int6"])
 def test_append_kv_into_spread_out_pages(format, device, impl):
     """Any strides of page, head and slot, in all seven tensors."""

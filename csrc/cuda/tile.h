@@ -124,10 +124,14 @@ class Tiles {
     return shared_ + i % store_.layout.stages * store_.layout.stage();
   }
 
+  __device__ int slot_of(int i) const {
+    return begin_ + i * store_.layout.slots + threadIdx.x / kWarp * share_ + lane_index();
+  }
+
   __device__ void look_up(int i) {
-    slot_ = begin_ + i * store_.layout.slots + threadIdx.x / kWarp * share_ + lane_index();
-    live_ = lane_index() < share_ && slot_ < end_;
-    if (live_) place_ = find(o_, store_, node_, slot_);
+    const int slot = slot_of(i);
+    place_.page = -1;
+    if (lane_index() < share_ && slot < end_) place_ = find(o_, store_, node_, slot);
   }
 
   // Start to bring the tile that was looked up.
@@ -137,10 +141,10 @@ class Tiles {
       char* stage = stage_of(i);
       factor_ = o_.factor, v_scale_ = 0, key_ = INT_MAX;
       float k_scale = 0;
-      if (live_) {
+      if (place_.page >= 0) {
         key_ = store_.pages.position.data ? *reinterpret_cast<const int*>(store_.pages.position.at(
                                                 place_.page, head_, place_.offset))
-                                          : o_.base[node_] + slot_;
+                                          : o_.base[node_] + slot_of(i);
         k_scale = scale_of(k);
         if (Values) v_scale_ = scale_of(v);
       }
@@ -167,7 +171,8 @@ class Tiles {
 
   __device__ void bring(char* stage, const Content& x, const RowLayout& layout, float scale) const {
     const int64_t from =
-        live_ ? reinterpret_cast<int64_t>(x.codes.at(place_.page, head_, place_.offset)) : 0;
+        place_.page >= 0 ? reinterpret_cast<int64_t>(x.codes.at(place_.page, head_, place_.offset))
+                         : 0;
     char* to = stage + threadIdx.x / kWarp * share_ * layout.pitch;
     if constexpr (Exact) {
       for (int s = 0; s < share_; ++s, to += layout.pitch) {
@@ -211,9 +216,8 @@ class Tiles {
   const Store store_;
   char* const shared_;
   const int node_, head_, begin_, end_, share_;
-  // This lane's slot of the tile that was looked up last, and of the one before, which was started.
-  int slot_;
-  bool live_;
+  // Of this lane's slot: where it is in the tile that was looked up last, a page below 0 if
+  // nowhere; and what is known of it in the one before, which was started.
   Place place_;
   float factor_, v_scale_;
   int key_;
