@@ -16,7 +16,7 @@ from .ops.sampling import sample
 from .ops.scoring import step_scores, token_logprobs
 
 if TYPE_CHECKING:
-    from . import prm, search
+    from . import hf, models, policy, prm, quality, search, tasks
     from ._host import PoolExhausted
     from .cache import KVCache
     from .hf import generate, patch
@@ -36,16 +36,21 @@ __all__ = [
     "compact_kv",
     "dequantize_kv",
     "generate",
+    "hf",
     "key_scores",
     "merge_states",
+    "models",
     "patch",
     "plan_from_block_table",
+    "policy",
     "prm",
+    "quality",
     "quantize_kv",
     "sample",
     "search",
     "select_victims",
     "step_scores",
+    "tasks",
     "token_logprobs",
     "tree_attention",
 ]
@@ -56,9 +61,14 @@ _LAZY = {
     "PoolExhausted": "_host",
     "Rollouts": "rollouts",
     "generate": "hf",
+    "hf": "hf",
+    "models": "models",
     "patch": "hf",
+    "policy": "policy",
     "prm": "prm",
+    "quality": "quality",
     "search": "search",
+    "tasks": "tasks",
 }
 
 

@@ -1,6 +1,7 @@
 """Loading a model with its tokenizer, and one timed `generate`."""
 
 import contextlib
+import difflib
 import importlib.util
 import io
 import os
@@ -38,7 +39,7 @@ def load(
 
     Raises:
         ImportError: a package is missing; names it and what installs it.
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: there is no such folder, or one of `PACKAGED` is misspelt.
         OSError: it does not load: also where tensors are missing, or it needs code of its own.
         ValueError: there is no such device.
     """
@@ -50,14 +51,20 @@ def load(
     logging.disable_progress_bar()
     folder = str(PACKAGED[name]()) if name in PACKAGED else name
     # Without this a mistyped path is looked up on the hub, and the message is about repositories.
-    if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+    alien = folder.startswith((".", "/", "~")) or folder.count("/") > 1  # no name on the hub
+    if alien and not Path(folder).is_dir():
         raise FileNotFoundError(f"model {name!r}: no such folder; give a folder or smollm2")
+    near = difflib.get_close_matches(folder.lower(), PACKAGED, 1, cutoff=0.8)
+    if near and not Path(folder).is_dir():
+        raise FileNotFoundError(f"model {name!r} is no folder; did you mean {near[0]}?")
     try:
         model, tokenizer = (read or causal)(folder, dtype)
     except ImportError:
         raise
     except Exception as error:  # of any kind, where files are damaged
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "connect to" in reason:  # what transformers says without a network, or offline
+            reason += " Without the hub give a folder, or smollm2."
         raise OSError(f"model {name!r} does not load: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

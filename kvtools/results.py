@@ -36,9 +36,19 @@ def claim(
         raise ValueError(f"{path} holds something else than such results: name a new file")
     other = {name for name in settings if old[name] != settings[name]}
     if other - {*stale}:
-        said = ", ".join(f"{x}={old[x]!r}, not {settings[x]!r}" for x in sorted(other - {*stale}))
+        said = ", ".join(differing(x, old[x], settings[x]) for x in sorted(other - {*stale}))
         raise ValueError(f"{path} was made with {said}: name a new file, or remove it")
     return None if other else old
+
+
+def differing(name: str, old: Any, new: Any, most: int = 80) -> str:
+    """Two values of a setting for a message; of long ones, such as a prompt, where they differ."""
+    said = [repr(old), repr(new)]
+    if max(map(len, said)) > most:
+        start = max(len(os.path.commonprefix(said)) - most // 4, 0)
+        end = start + most
+        said = ["..." * (start > 0) + x[start:end] + "..." * (end < len(x)) for x in said]
+    return f"{name}={said[0]}, not {said[1]}"
 
 
 def write(path: Path, text: str) -> None:

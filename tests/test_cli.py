@@ -1,9 +1,12 @@
 """The command line: what it prints, and one line for what the user can put right."""
 
+import argparse
 import collections
 import dataclasses
+import inspect
 import io
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -35,7 +38,7 @@ def tiny(tmp_path_factory):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=256,
         bos_token_id=None,
         eos_token_id=1,
     )
@@ -147,7 +150,11 @@ ERRORS = [
     ("generate", [*PROMPT, "--device", "meta"], "--device: device 'meta': expected cpu, cuda"),
     ("generate", [*PROMPT, "--device", "bogus"], "--device: device 'bogus': expected cpu, cuda"),
     ("generate", [*PROMPT, "--device", "cuda:99"], "--device: device 'cuda:99': "),
-    ("generate", [*PROMPT, "--beams", 2], "--beams"),
+    ("generate", [*PROMPT, "--beams", 2], "unrecognized argument: --beams"),
+    ("generate", ["--promt", "w2 w3"], "unrecognized argument: --promt; did you mean --prompt?"),
+    ("quality", ["--preset=max", "--prob"], "--probe measures on a prompt"),  # may be cut short
+    ("quality", ["--lenght", 9], "unrecognized argument: --lenght; did you mean --length?"),
+    ("score", ["--familly=trl"], "unrecognized argument: --familly; did you mean --family?"),
     ("quality", ["--probe"], "--probe measures on a prompt: give --prompt"),
     ("quality", ["--presets", "tiny"], "--presets: preset 'tiny' does not exist; expected loss"),
     ("quality", ["--presets", ","], "--presets: "),
@@ -192,6 +199,7 @@ ERRORS = [
     ("score", ["EMPTY", "--output", "no/such/file"], "--output no/such/file: there is no folder"),
     ("score", ["EMPTY", "--dtype", "int8"], "--dtype"),
     ("nosuch", [], "invalid choice"),
+    ("--verison", [], "unrecognized argument: --verison; did you mean --version?"),
 ]
 FILES = {
     "NOTES": "remember the milk",
@@ -224,7 +232,7 @@ def test_wrong_command_lines(capsys, files, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("it loaded a model"))
     for command, given, words in ERRORS:
-        model = [] if command in ("demo", "nosuch") else ["tiny"]
+        model = [] if command in ("demo", "nosuch", "--verison") else ["tiny"]
         code, out, err = run(capsys, command, *model, *given)
         assert (code, out, len(err)) == (2, "", 1), (command, given, err)
         assert err[0].startswith("kvtools") and words in err[0], (command, given, err)
@@ -232,7 +240,7 @@ def test_wrong_command_lines(capsys, files, monkeypatch):
 
 def test_every_option_of_the_cache_has_a_type():
     fields = {field.name for field in dataclasses.fields(CacheConfig)}
-    assert options.CACHE.keys() == fields
+    assert options.CACHE.keys() == options.MEANING.keys() == fields
     for field in dataclasses.fields(CacheConfig):
         said = "none" if field.default is None else str(field.default)
         if (field.name, said) != ("drop", "none"):
@@ -250,6 +258,14 @@ def test_options_of_search_are_those_of_the_library():
     from kvtools.search.run import TEMPERATURES
 
     assert (*REDUCE,) == search.REDUCE and search.TEMPERATURES == TEMPERATURES
+    for flag, (name, _, meaning) in search.OPTIONS.items():
+        taken = {x: inspect.signature(getattr(kvtools.search, x)).parameters.get(name)
+                 for x in search.STRATEGIES}  # fmt: skip
+        taken = {x: parameter.default for x, parameter in taken.items() if parameter is not None}
+        assert meaning.startswith(f"{', '.join(taken)}: "), flag
+        for default in {*taken.values()} - {None}:
+            said = f"{default:g}" if isinstance(default, float) else str(default)
+            assert re.search(rf"{said} \(default\)|\(default .*\b{said}\b", meaning), flag
 
 
 LATER = [
@@ -277,9 +293,12 @@ def test_what_only_the_model_tells(capsys, tiny, files, monkeypatch, command, gi
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
 def test_help_has_an_example(capsys, name):
-    """One that the command's own parser takes, and the exit codes."""
+    """One that the command's own parser takes, the exit codes, and a word on every option."""
     code, out, _ = run(capsys, name, "--help")
     assert code == 0 and "example:\n  kvtools " in out and "exit codes:\n  0  done" in out
+    command = argparse.ArgumentParser()
+    cli.COMMANDS[name].add(command)
+    assert not [x.option_strings or x.dest for x in command._actions if not x.help]
     example = shlex.split(cli.COMMANDS[name].EXAMPLE)
     assert example[:2] == ["kvtools", name] and cli.COMMANDS[name].EXAMPLE in out
     assert cli.parser().parse_args(example[1:]).run is cli.COMMANDS[name].run
@@ -312,10 +331,44 @@ def test_what_nobody_foresaw_is_one_line(capsys, monkeypatch):
 
 def test_unknown_model(capsys, tmp_path):
     pytest.importorskip("transformers")
-    for folder, expected in ((tmp_path / "none", 2), (tmp_path, 1)):
+    for folder, expected in ((tmp_path / "none", 2), (tmp_path, 1), ("path/to/model", 2)):
         code, _, err = run(capsys, "generate", folder, "--prompt", "w2")
         assert (code, len(err)) == (expected, 1), err
         assert str(folder) in err[0]
+
+
+def test_misspelt_packaged_model(capsys, monkeypatch):
+    """Said at once: without it the hub is asked, again and again where there is none."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(models, "causal", lambda *_: pytest.fail("it went to the hub"))
+    for name, meant in (("smolm2", "smollm2"), ("SmolLM-2", "smollm2"), ("gemma-3", "gemma3")):
+        code, out, err = run(capsys, "generate", name, *PROMPT)
+        assert (code, out, len(err)) == (2, "", 1), err
+        assert f"model {name!r} is no folder; did you mean {meant}?" in err[0]
+
+
+def test_no_hub(capsys, monkeypatch):
+    pytest.importorskip("transformers")
+
+    def causal(*_):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nSee")
+
+    monkeypatch.setattr(models, "causal", causal)
+    for name in ("owner/model", "gpt2"):
+        code, _, err = run(capsys, "generate", name, *PROMPT)
+        assert (code, len(err)) == (1, 1)
+        assert err[0].endswith("load the files. Without the hub give a folder, or smollm2.")
+
+
+@pytest.mark.parametrize("command", ["generate", "search"])
+def test_a_prompt_longer_than_the_model_was_made_for(capsys, tiny, command):
+    """It is warned of before the wait, and continued."""
+    for tokens, lines in ((256, 0), (257, 1)):
+        given = ["--prompt", "w2 " * tokens, "-n", 1, "--max-new-tokens", 2]
+        given += ["--beam", 1, "--step-tokens", 1, "--depth", 1] if command == "search" else []
+        code, _, err = run(capsys, command, tiny, *given)
+        assert (code, len(err)) == (0, lines), err
+        assert not lines or "has 257 tokens, but the model was made for 256" in err[0]
 
 
 def test_missing_weights_of_a_model(capsys, tiny, tmp_path):
@@ -570,6 +623,17 @@ def test_quality_keeps_results_of_other_settings(tiny, capsys, tmp_path):
         code, _, err = run(capsys, "quality", tiny, *given, *more)
         assert code == 2 and f"--json {tmp_path / 'out.json'} was made with {said}" in err[0]
         assert (tmp_path / "out.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("old,new", [("a" * 999 + "b", "a" * 999 + "c"), ("x", "y" * 999)])
+def test_long_settings_are_cut_to_where_they_differ(tmp_path, old, new):
+    results.write(tmp_path / "r.json", json.dumps({"items": old}))
+    with pytest.raises(ValueError, match="was made with items=") as caught:
+        results.claim(tmp_path / "r.json", {"items": new})
+    said = str(caught.value).removeprefix(str(tmp_path))
+    assert len(said) < 260
+    was, now = said.partition(" was made with items=")[2].split(", not ")
+    assert old[-1] in was.strip(".") and new[-1] in now and was != now
 
 
 def test_files_are_written_whole(tmp_path, monkeypatch):

@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,17 @@ def test_code_runs(page, hub, capsys):
     for line, code in blocks(page, "python"):
         code = "\n" * line + SHORT.sub(r"\1=12", code)  # so that tracebacks name the page's lines
         exec(compile(code, str(page), "exec"), space)
+
+
+def test_names_are_there_after_import_kvtools():
+    """In a fresh interpreter, where nothing else has imported a part of the package."""
+    text = "".join(x.read_text(encoding="utf-8") for x in [*PAGES, *EXAMPLES])
+    names = sorted(set(re.findall(r"\bkvtools((?:\.[A-Za-z_]\w*)+)", text)))
+    assert {".models.smollm2", ".prm.from_pretrained", ".quality.compare"} <= {*names}
+    code = "import sys, operator, kvtools\n"
+    code += "for x in sys.argv[1:]: operator.attrgetter(x[1:])(kvtools)"
+    said = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr[-300:]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -1,6 +1,7 @@
 """The layers of the package, and that importing it is light."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ PACKAGE = Path(kvtools.__file__).parent
 ALLOWED = {
     "reference": {"reference"},
     "kernels": {"kernels"},
+    "_host": {"ops"},
     "ops": {"ops", "reference", "kernels", "_host", "_C"},
     "policy": set(),
     "config": {"policy"},
@@ -37,7 +39,8 @@ ALLOWED = {
     "quality": {"config", "hf", "results", "rollouts", "tasks"},
     "cli": {"cli", "__init__", "ops", "config", "policy", "models", "results", "quality", "tasks",
             "prm", "search"},
-    "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "search", "_host"},
+    "__init__": {"ops", "config", "cache", "hf", "rollouts", "prm", "search", "_host", "models",
+                 "policy", "quality", "tasks"},
 }  # fmt: skip
 OUTSIDE = {
     "hf": {"transformers"}, "prm": {"transformers"}, "models": {"transformers"},
@@ -216,3 +219,32 @@ def test_public_names_exist():
     for name in kvtools.__all__:
         assert getattr(kvtools, name).__doc__, name
     assert dir(kvtools) == sorted([*kvtools.__all__, "__version__"])
+
+
+@pytest.mark.parametrize("clone", [True, False], ids=["in a clone", "installed"])
+def test_what_was_not_compiled_says_where_it_is(tmp_path, clone):
+    """Python that starts in a clone gets its folder in place of what was installed."""
+    folder = tmp_path / "a clone"
+    shutil.copytree(PACKAGE, folder / "kvtools", ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+    if clone:
+        (folder / "setup.py").touch()
+    code = """if True:
+        import sys  # an editable install finds the compiled parts wherever the package lies
+        sys.meta_path = [x for x in sys.meta_path if "editable" not in str(x)]
+        import torch, kvtools
+        for use in (lambda: kvtools.KVCache, lambda: kvtools.quantize_kv(torch.ones(1, 8), "int4",
+                                                                         impl="cpu")):
+            try:
+                use()
+            except (ImportError, RuntimeError) as error:
+                print(error)
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    ).stdout.splitlines()  # fmt: skip
+    assert len(out) == 2
+    for line in out:
+        assert (f"kvtools of the folder {folder}, where nothing was compiled" in line) == clone
+        assert ("start Python in another folder" in line) == clone
+        assert ("kvtools was installed without its C++" in line) != clone

@@ -6,9 +6,11 @@ need is in `options` and `output`.
 """
 
 import argparse
+import difflib
+import itertools
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import kvtools
 
@@ -55,7 +57,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line."""
+    """An argparse parser whose errors are one line, and name a mistyped option before others."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is not None:  # what comes behind the command is the command's
+            given = list(itertools.takewhile(lambda x: x.startswith("-"), given))
+        for x in itertools.takewhile(lambda x: x != "--", given):
+            name = x.partition("=")[0]
+            if not name.startswith("--") or " " in x:
+                continue
+            known = list(self._option_string_actions)
+            if not any(option.startswith(name) for option in known):
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                self.error(f"unrecognized argument: {name}{hint}")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")

@@ -23,6 +23,7 @@ from .options import (
     number,
     read_prompt,
     seed,
+    warn_length,
 )
 from .output import FIGURES, figures, progress
 
@@ -35,15 +36,28 @@ def add(command: argparse.ArgumentParser) -> None:
     add_prompt(command.add_mutually_exclusive_group(required=True))
     command.add_argument("--chat", action="store_true", help="apply the model's chat template")
     command.add_argument("-n", type=count, default=1, help="continuations (default 1)")
-    command.add_argument("--max-new-tokens", type=count, default=128, metavar="N")
+    command.add_argument(
+        "--max-new-tokens", type=count, default=128, metavar="N", help="default 128"
+    )
     command.add_argument("--compare", action="store_true", help="run plain generate beside it")
     command.add_argument("--json", action="store_true", help="print the result as JSON")
 
     sampling = command.add_argument_group("sampling (default: what the model asks for)")
-    sampling.add_argument("--temperature", type=number(float, 0, 1e6), metavar="T")
-    sampling.add_argument("--top-k", type=number(int, 0, 2**31 - 1), metavar="K")
-    sampling.add_argument("--top-p", type=number(float, 0, 1), metavar="P")
-    sampling.add_argument("--min-p", type=number(float, 0, 1), metavar="P")
+    sampling.add_argument(
+        "--temperature", type=number(float, 0, 1e6), metavar="T", help="0 is greedy"
+    )
+    sampling.add_argument(
+        "--top-k", type=number(int, 0, 2**31 - 1), metavar="K", help="of the K likeliest"
+    )
+    sampling.add_argument(
+        "--top-p", type=number(float, 0, 1), metavar="P", help="of the likeliest that hold P"
+    )
+    sampling.add_argument(
+        "--min-p",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="of those with P times the likeliest's",
+    )
     sampling.add_argument("--seed", type=seed, default=0, help="default 0")
     sampling.add_argument("--greedy", action="store_true", help="as does temperature 0")
 
@@ -58,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     fits(config, given, model, args.n)
     inputs = encode(tokenizer, text, args.chat).to(model.device)
+    warn_length(model, inputs["input_ids"].shape[1])
 
     rows = {}
     with progress() as bar:

@@ -22,12 +22,13 @@ class Usage(ValueError):
 
 
 def message(error: Exception) -> str:
-    """One line; what a field of CacheConfig is blamed for is put down to its option."""
+    """One line; arguments, such as the fields of CacheConfig, are named as the options are."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0]
     if not isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
         said = f"{type(error).__name__}: {said}; --debug shows where"
     names = "|".join(field.name for field in dataclasses.fields(kvtools.CacheConfig))
-    return re.sub(rf"^({names})(?==| has )", lambda x: flag(x[1]), said)
+    said = re.sub(rf"^({names})(?==| has )", lambda x: flag(x[1]), said)
+    return re.sub(r"\b(family|reference)=(?=[ ,])", lambda x: flag(x[1]), said)
 
 
 def flag(name: str) -> str:
@@ -47,22 +48,25 @@ def add_model(command: argparse.ArgumentParser) -> None:
 
 
 def add_prompt(group: Any) -> None:
-    group.add_argument("--prompt", metavar="TEXT")
-    group.add_argument("--prompt-file", type=Path, metavar="PATH")
-    group.add_argument("stdin", nargs="?", choices=["-"], help="read the prompt from stdin")
+    group.add_argument("--prompt", metavar="TEXT", help="the prompt itself")
+    group.add_argument("--prompt-file", type=Path, metavar="PATH", help="a text file in UTF-8")
+    group.add_argument(
+        "stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from stdin"
+    )
 
 
 def add_cache(command: argparse.ArgumentParser) -> None:
     # Read off CacheConfig, so that the two cannot drift apart.
     cache = command.add_argument_group("cache (the fields of kvtools.CacheConfig)")
     for field in dataclasses.fields(kvtools.CacheConfig):
+        default = "" if field.default is None else f" (default {field.default})"
         cache.add_argument(
             flag(field.name),
             dest=f"cache_{field.name}",
             type=CACHE[field.name],
             default=argparse.SUPPRESS,
             metavar="X",
-            help=f"default {field.default}",
+            help=MEANING[field.name] + default,
         )
     cache.add_argument("--preset", choices=list(PRESETS), help="where the options start from")
 
@@ -144,6 +148,17 @@ def encode(tokenizer: Any, text: str, chat: bool) -> Any:
     return tokenizer.apply_chat_template(
         message, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
+
+
+def warn_length(model: Any, tokens: int) -> None:
+    """Say so before the wait, if a prompt has more tokens than the model was made for."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit:
+        print(
+            f"kvtools: the prompt has {tokens} tokens, but the model was made for {limit}: what it "
+            "says may be nonsense",
+            file=sys.stderr,
+        )
 
 
 def default_device() -> str:
@@ -243,4 +258,21 @@ CACHE: dict[str, Callable[[str], Any]] = {
     "layer_budget": factors,
     "page_size": number(int, 1, 2**16),
     "impl": choice(*get_args(kvtools.ops.Impl)),
+}
+MEANING = {  # in a line; CacheConfig's docstring has it in full
+    "bits": f"{', '.join(map(str, BITS))}, for keys and values; 16 is the model's own dtype",
+    "k_bits": "for keys, in place of --bits",
+    "v_bits": "for values, in place of --bits",
+    "prompt_budget": "tokens of a prompt that are kept: 200, or a share as 0.5, or none for all",
+    "budget": "tokens that a row may own beyond its prompt, or none for no limit",
+    "policy": f"who is evicted: {', '.join(POLICIES)}",
+    "window": "steps, and last tokens of a prompt, by whose attention policies judge",
+    "recent": "newest tokens of a row, which are never evicted",
+    "recent_bits": "16, 8, fp8 or none: hold recent tokens in these too, where they are finer",
+    "sinks": "first tokens of a prompt, neither evicted nor quantised",
+    "drop": "tokens evicted at a time, by default an eighth of --budget",
+    "group": "mean or all: what query heads of a KV head must agree on for scissorhands",
+    "layer_budget": "uniform, later, or a factor of the budgets for each layer, as 0.5,1.5",
+    "page_size": "tokens in a page of the store",
+    "impl": f"who computes: {', '.join(get_args(kvtools.ops.Impl))}",
 }

@@ -23,6 +23,7 @@ from .options import (
     place,
     presets,
     read_prompt,
+    warn_length,
 )
 from .output import progress
 
@@ -34,7 +35,11 @@ def add(command: argparse.ArgumentParser) -> None:
     add_model(command)
     prompt = command.add_mutually_exclusive_group()
     add_prompt(prompt)
-    command.add_argument("--probe", action="store_true", help="measure on the given prompt alone")
+    command.add_argument(
+        "--probe",
+        action="store_true",
+        help="measure on the given prompt alone, of 128 tokens or more",
+    )
     command.add_argument(
         "--presets", type=presets, default=list(PRESETS), metavar="A,B", help="default: all of them"
     )
@@ -76,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     fits(config, given, model, 8)
     if text is not None:
         ids = encode(tokenizer, text, chat=False)["input_ids"][0].tolist()
+        warn_length(model, len(ids))
         todo = {"your prompt": quality.probe_items(ids)}
     if not args.probe:
         try:

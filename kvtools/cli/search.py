@@ -31,6 +31,7 @@ from .options import (
     read_prompt,
     seed,
     text,
+    warn_length,
 )
 from .output import progress
 
@@ -44,17 +45,38 @@ EXAMPLE = (
 REDUCE = ("last", "min", "max", "mean", "sum", "prod", "gmean", "sum_logit", "softmin")
 TEMPERATURES = (1e-6, 1e6)
 STRATEGIES = ("best_of_n", "beam", "dvts", "rebase", "particle_filter", "particle_gibbs", "prune")
-# What some strategies take, and the flags of it.
+# What some strategies take, and the flags of it; which do is asked of the library.
 OPTIONS = {
-    "--beam": ("beam", count),
-    "--lookahead": ("lookahead", number(int, 0, MOST)),
-    "--reduce": ("reduce", choice(*REDUCE)),
-    "--resampling": ("resampling", choice("multinomial", "systematic")),
-    "--weight-temperature": ("temperature", number(float, *TEMPERATURES)),
-    "--ess": ("ess", number(float, 0, 1)),
-    "--iterations": ("iterations", count),
-    "--least": ("least", number(float, 0, 1)),
-}
+    "--beam": ("beam", count, "beam, dvts: continuations of each row that is kept (default 4)"),
+    "--lookahead": (
+        "lookahead", number(int, 0, MOST),
+        "beam, dvts: greedy steps ahead that a row is judged with (default 0)",
+    ),
+    "--reduce": (
+        "reduce", choice(*REDUCE),
+        "beam, dvts, rebase, prune: a row's score from its steps' by "
+        f"{', '.join(REDUCE)} (default last)",
+    ),
+    "--resampling": (
+        "resampling", choice("multinomial", "systematic"),
+        "particle_filter, particle_gibbs: multinomial (default) or systematic",
+    ),
+    "--weight-temperature": (
+        "temperature", number(float, *TEMPERATURES),
+        "rebase, particle_filter, particle_gibbs: what scores are divided by (default 0.2 for "
+        "rebase, else 1)",
+    ),
+    "--ess": (
+        "ess", number(float, 0, 1),
+        "particle_filter, particle_gibbs: resample only where the effective sample size is under "
+        "this share of n (default: after every step)",
+    ),
+    "--iterations": ("iterations", count, "particle_gibbs: particle filters in turn (default 4)"),
+    "--least": (
+        "least", number(float, 0, 1),
+        "prune: rows that the policy thinks right with less than this are dropped (default 0.5)",
+    ),
+}  # fmt: skip
 
 
 def add(command: argparse.ArgumentParser) -> None:
@@ -78,7 +100,10 @@ def add(command: argparse.ArgumentParser) -> None:
         help="arithmetic, which checks sums (default), or the folder or hub name of a PRM",
     )
     command.add_argument(
-        "--pick", default="max", choices=("max", "weighted", "majority"), help="default max"
+        "--pick",
+        default="max",
+        choices=("max", "weighted", "majority"),
+        help="the best candidate (default), or a vote weighted by scores, or a plain one",
     )
     command.add_argument("--batch", type=count, default=8, help="questions at a time (default 8)")
     command.add_argument("--seed", type=seed, default=0, help="default 0")
@@ -96,16 +121,21 @@ def add(command: argparse.ArgumentParser) -> None:
         "--done", type=text, metavar="X", help="a solution that holds it is complete"
     )
     steps.add_argument("--step-tokens", type=count, default=256, metavar="N", help="default 256")
-    steps.add_argument("--max-new-tokens", type=count, default=1024, metavar="N")
+    steps.add_argument(
+        "--max-new-tokens", type=count, default=1024, metavar="N", help="default 1024"
+    )
     steps.add_argument("--depth", type=count, default=40, help="selections (default 40)")
     steps.add_argument("--temperature", type=number(float, 0, 1e6), default=0.8, help="default 0.8")
-    steps.add_argument("--top-p", type=number(float, 0, 1), default=1.0, metavar="P")
+    steps.add_argument(
+        "--top-p", type=number(float, 0, 1), default=1.0, metavar="P", help="default 1"
+    )
 
     some = command.add_argument_group("options of some strategies")
-    for flag, (name, kind) in OPTIONS.items():
+    for flag, (name, kind, meaning) in OPTIONS.items():
         some.add_argument(
-            flag, dest=f"rule_{name}", type=kind, default=argparse.SUPPRESS, metavar="X"
-        )
+            flag, dest=f"rule_{name}", type=kind, default=argparse.SUPPRESS, metavar="X",
+            help=meaning,
+        )  # fmt: skip
     add_cache(command)
 
 
@@ -118,6 +148,11 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     fits(config, given, model, args.n * min(args.batch, len(questions)))
     rollouts = kvtools.Rollouts(model, config, temperature=args.temperature, top_p=args.top_p)
+
+    def prompt(text: str) -> list[int]:
+        return encode(tokenizer, text, args.chat)["input_ids"][0].tolist()
+
+    warn_length(model, max(len(prompt(x)) for x in questions))
     steps = kvtools.search.Steps(
         tokenizer,
         [x.replace(r"\n", "\n") for x in args.delimiter or [r"\n\n"]],
@@ -125,7 +160,7 @@ def run(args: argparse.Namespace) -> None:
         args.max_new_tokens,
         args.depth,
         done=lambda text: bool(args.done) and args.done in text,
-        prompt=lambda text: encode(tokenizer, text, args.chat)["input_ids"][0].tolist(),
+        prompt=prompt,
     )
     found: list[dict] = []
     costs: Counter[str] = Counter()
@@ -202,7 +237,7 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
     strategy = getattr(kvtools.search, args.strategy)
     known = inspect.signature(strategy).parameters
     given = {name[5:]: value for name, value in vars(args).items() if name.startswith("rule_")}
-    for flag, (name, _) in OPTIONS.items():
+    for flag, (name, *_) in OPTIONS.items():
         if name in given and name not in known:
             raise Usage(f"{flag} is not an option of --strategy {args.strategy}")
     if "beam" in known:

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -37,10 +38,20 @@ OPS: dict[str, "Op"] = {}
 LACKING = {
     "cpu": "kvtools was installed without its C++ kernels: with torch and a C++17 compiler "
     "installed, reinstall it from its sources",
+    "host": "kvtools was installed without its C++ part: reinstall it with this Python, a C++17 "
+    "compiler and without KVTOOLS_EXT=0",
     "cuda": "kvtools was installed without its CUDA kernels: with nvcc and a CUDA build of torch "
     "installed, reinstall it from its sources",
     "triton": "triton is not installed: pip install triton",
 }
+SOURCES = Path(__file__).resolve().parents[2]
+if not COMPILED and (SOURCES / "setup.py").is_file():
+    # Python that starts in a clone imports its folder, whatever was installed from it.
+    LACKING["cpu"] = LACKING["host"] = (
+        f"this is the kvtools of the folder {SOURCES}, where nothing was compiled: start Python in "
+        "another folder to get the installed one, or compile here with "
+        "pip install --no-build-isolation -e ."
+    )
 
 
 class Op:
