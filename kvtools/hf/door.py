@@ -31,6 +31,7 @@ from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 Dummy = getattr(cache_utils, "DummyLayer", type(None))  # before transformers 5.2x there was none
 KEPT = (DynamicLayer, DynamicSlidingWindowLayer, Dummy)
 FAR = 1 << 20  # masks are looked at from here
+BACK = (1, 2, 3, 7, 64, 1000, 4096, FAR // 2, FAR)  # and so far back, to tell one without a window
 
 
 @dataclass(eq=False)
@@ -113,17 +114,20 @@ class Door:
             return 0
         zero = torch.zeros((), dtype=torch.int64)
 
-        def seen(query: int, back: torch.Tensor) -> torch.Tensor:
+        def seen(query: int | torch.Tensor, back: torch.Tensor) -> torch.Tensor:
+            at = torch.as_tensor(query)
             try:
-                seen = wanted["mask_function"](zero, zero, torch.tensor(query), query - back)
+                seen = wanted["mask_function"](zero, zero, at, at - back)
             except Exception as error:
                 raise Unsupported(f"its masks depend on more than positions ({error})") from error
             return seen.expand(back.shape)
 
-        near = torch.tensor([-1, 0])
-        if seen(FAR, near).tolist() == [False, True]:
-            back = torch.tensor([1, 2, 3, 7, 64, 1000, 4096, FAR // 2, FAR])
-            if all(seen(FAR + i, back).all() for i in (0, 5)):
+        # One call tells causal masks: of tokens ahead, itself, and behind, seen from two positions.
+        back = torch.tensor([-1, 0, *BACK, *BACK])
+        query = torch.tensor([FAR] * (2 + len(BACK)) + [FAR + 5] * len(BACK))
+        ahead, *behind = seen(query, back).tolist()
+        if not ahead and behind[0]:
+            if all(behind):
                 return 0
             back = torch.arange(FAR // 2)
             window = int(seen(FAR, back).sum())
@@ -233,8 +237,8 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     ropes, dynamic, limits = [], [], {getattr(config, "original_max_position_embeddings", None)}
     for module in decoder.modules():
         each, kinds = vars(module).get("config"), vars(module).get("rope_type")
-        if each is not None and getattr(each, "_attn_implementation", None) is not None:
-            found.setdefault(id(each), each)
+        if each is not None and id(each) not in found:
+            found[id(each)] = each
         for layer_type, rope in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
             if rope == "longrope":
                 limit = _longrope_limit(module.config, layer_type)
@@ -248,7 +252,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
         getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers
     ]
     return Door(
-        kind, list(found.values()), stock,
+        kind, [x for x in found.values() if getattr(x, "_attn_implementation", None)], stock,
         "position_ids" in inspect.signature(core.forward).parameters,
         cached or [0] * config.num_hidden_layers, ropes, dynamic,
         _switch(model, sorted(limits - {None})),
