@@ -665,6 +665,7 @@ def test_stores_in_one_call(formats, stores, most, impl):
             assert torch.equal(signals[0][1], signals[2][1]) and signals[0][1].any()
 
 
+@pytest.mark.long_if(when=interpreted)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("formats,G,D", [
     (("int4", "int4", "int8"), 20, 128), (("none", "int4", "none"), 3, 64),

@@ -264,7 +264,7 @@ def _load_queries(
     x = tl.load(q.ptr + start[:, None] + column[None, :] * q.stride_d, mask=mask, other=0)
     if frame is not None:
         at = frame_start(tl.load(frame.of + token), frames, 1, kv_head, heads, D)
-        gain = tl.load(frame.ptr + at[:, None] + column[None, :], mask=mask, other=1)
+        gain = tl.load(frame.ptr + at[:, None] + column[None, :], mask=mask, other=1.0)
         x = x.to(tl.float32) / gain.to(tl.float32)
     if FORMAT != 0:
         x = to_columns(rotate(x.to(tl.float32), D), D, parts(FORMAT))
