@@ -25,7 +25,7 @@ from rich.console import Console
 from bench import bench_attention, bench_sampling
 from bench.bench_end_to_end import CONFIGS, OURS, RIVALS, SAMPLING, prompt_of
 from bench.cpu_report import caption, table, targets
-from bench.timing import against_floor, attempt, interleave, name_of, print_rows, summary
+from bench.timing import against_floor, attempt, interleave, keep, name_of, summary
 from kvtools import CacheConfig, Rollouts, models
 from kvtools.cli import demo
 from kvtools.ops import Op
@@ -289,11 +289,7 @@ def run(parts: list[str], scale: Scale, load: Load, journal: Journal, console: C
     """Measure, print and keep these parts; the floor if there is none yet."""
     for name, part in PARTS.items():
         if name in parts or (name == "floor" and name not in journal.cells):
-            begin = time.perf_counter()
-            journal.cells[name] = part(scale, journal.cells, load)
-            journal.save()
-            console.rule(f"{name}: {time.perf_counter() - begin:.0f} s")
-            print_rows(console, name, journal.cells[name])
+            keep(journal, name, partial(part, scale, journal.cells, load), console)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.targets import Targets
-from bench.timing import attempt, print_rows
+from bench.timing import attempt, keep
 from kvtools.cli import demo
 from kvtools.quality import Journal
 
@@ -226,11 +225,7 @@ def run(
 ) -> None:  # fmt: skip
     """Measure, print and keep these parts."""
     for name in parts:
-        begin = time.perf_counter()
-        journal.cells[name] = PARTS[name](scale, builds, start)
-        journal.save()
-        console.rule(f"{name}: {time.perf_counter() - begin:.0f} s")
-        print_rows(console, name, journal.cells[name])
+        keep(journal, name, partial(PARTS[name], scale, builds, start), console)
 
 
 def main(argv: list[str] | None = None) -> int:

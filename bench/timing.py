@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from rich.console import Console
+
+if TYPE_CHECKING:  # it loads transformers
+    from kvtools.quality import Journal
 
 # Runs something; what it returns gives the seconds once they are asked for.
 Clock = Callable[[Callable[[], Any]], Callable[[], float]]
@@ -102,6 +105,15 @@ def attempt(run: Callable[[], dict]) -> dict:
 
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def keep(journal: "Journal", name: str, measure: Callable[[], Any], console: Console) -> None:
+    """Measure a part, save it, and print it with the time that it took."""
+    begin = time.perf_counter()
+    journal.cells[name] = measure()
+    journal.save()
+    console.rule(f"{name}: {time.perf_counter() - begin:.0f} s")
+    print_rows(console, name, journal.cells[name])
 
 
 def print_rows(console: Console, path: str, cell: Any) -> None:
