@@ -203,7 +203,7 @@ class KVCache:
             )
         for each in filter(None, (store, self._sinks)):
             each.limits = limits(self.device, heads, q_hld.shape[0] // heads)
-            each.pages_of(layer, heads, d, k_hld.dtype, k_hld.device)
+            each.pages_of(layer, heads, d, k_hld.dtype)
         if config.k_format != "none":
             self._add_frame(layer, q_hld, k_hld, softcap, sink_h)
         if self._sinks:
@@ -266,8 +266,7 @@ class KVCache:
         ahead = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
-        several = self._recent and (counts > 1).any()
-        version = counts.tobytes() if several else b"", self._sinks and self._sinks.forest.version
+        version = counts.tobytes(), self._sinks and self._sinks.forest.version
         self._passes = {
             store: store.passes(counts, partial(self._beside, store, counts), version)
             for store in self.stores

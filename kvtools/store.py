@@ -114,16 +114,14 @@ class Store:
             self.victims[layer] = torch.cat([victims, none])
         return taken
 
-    def pages_of(
-        self, layer: int, heads: int, d: int, dtype: torch.dtype, device: torch.device
-    ) -> KVPages:
+    def pages_of(self, layer: int, heads: int, d: int, dtype: torch.dtype) -> KVPages:
         """The pages of `layer`, made at first use."""
         if layer not in self.layers:
             config, policy = self.config, policy_of(self.config.policy)
             evicts = self.budget is not None
             self.layers[layer] = KVPages.empty(
                 self.forest.num_pages, heads, config.page_size, d,
-                k_format=config.k_format, v_format=config.v_format, dtype=dtype, device=device,
+                k_format=config.k_format, v_format=config.v_format, dtype=dtype, device=self.device,
                 position=evicts or config.prompt_budget is not None,
                 importance=evicts and bool(policy.mass),
                 window=config.window if evicts and policy.history else 0,
@@ -186,11 +184,11 @@ class Store:
             self._plan_key, self._pages = key, self._plan.page[: len(plan["page"])]
         return Pass(token, row_t, slot_t, grow, self._plan, self._pages, again and grow.any())
 
-    def own_slots(self, device: torch.device) -> Tensor:
+    def own_slots(self) -> Tensor:
         """Flat slots [rows, budget] of every full row's own tokens; zeros for other rows."""
         if self.table is None or self.table.shape[0] != self.forest.num_rows:
             self.table = torch.zeros(
-                self.forest.num_rows, self.budget, dtype=torch.int64, device=device
+                self.forest.num_rows, self.budget, dtype=torch.int64, device=self.device
             )
             self._in_table = np.zeros(self.forest.num_rows, bool)
         new = (self.forest.own_lengths() >= self.budget) & ~self._in_table
@@ -205,22 +203,22 @@ class Store:
         free = self.forest.free_pages
         source, target = self.forest.gather(index, copy)
         if len(source) > free:  # the copies overwrite what this call has freed
+            page = torch.from_numpy(target.astype(np.int64)).to(self.device)
             for pages in self.layers.values():
-                page = torch.from_numpy(target.astype(np.int64)).to(pages.k.device)
                 self.journal.note(pages, CONTENT + SIGNALS, page)
         if len(source):
             offset = np.arange(self.config.page_size)
-            source, target = (
-                torch.from_numpy((pages[:, None] * self.config.page_size + offset).reshape(-1, 1))
+            slots = [
+                (pages[:, None] * self.config.page_size + offset).reshape(-1, 1)
                 for pages in (source.astype(np.int64), target.astype(np.int64))
-            )
+            ]
+            moves = torch.from_numpy(np.stack(slots)).to(self.device)
             for pages in self.layers.values():
-                shape, device = (-1, pages.k.shape[1]), pages.k.device
-                moves = (x.to(device).expand(*shape) for x in (source, target))
-                compact_kv(*moves, pages, impl=self.config.impl)
+                compact_kv(*moves.expand(-1, -1, pages.k.shape[1]), pages, impl=self.config.impl)
         self.left, self.scrambled, self.table = self.left[index], self.scrambled[index], None
+        row = torch.from_numpy(index).to(self.device).long()
         for layer, victims in self.victims.items():
-            self.victims[layer] = victims[torch.from_numpy(index).to(victims.device).long()]
+            self.victims[layer] = victims[row]
 
     def crop(self, lengths: np.ndarray, slots: np.ndarray, cut: np.ndarray) -> None:
         """Cut the rows of `cut` to `lengths` tokens: `slots` slots of a path that is in order.
@@ -246,7 +244,7 @@ class Store:
         """Flat slots [tokens that evict, heads] to overwrite, which are noted; new victims where
         none are left."""
         pages = self.layers[layer]
-        table = self.own_slots(pages.k.device)
+        table = self.own_slots()
         rows, heads = table.shape[0], pages.k.shape[1]
         if layer not in self.victims:
             shape = (rows, heads, self.drop)
@@ -287,7 +285,7 @@ class Store:
 
     def _where(self, pages: KVPages, rows: Tensor | np.ndarray) -> tuple:
         """Index of all own slots of full rows: [n, s] by head."""
-        table = self.own_slots(pages.k.device)
+        table = self.own_slots()
         slot = table[torch.as_tensor(rows, device=table.device)]
         return slot // pages.page_size, slice(None), slot % pages.page_size
 

@@ -136,7 +136,7 @@ class Op:
     def _named(self, args: tuple, which: Callable[[Tensor], bool]) -> dict[str, Tensor]:
         found = {}
         for name, arg in zip(self._arguments, args, strict=True):
-            for x in arg if isinstance(arg, list) else (arg,):
+            for x in _tensors((arg,)):
                 if isinstance(x, Tensor) and which(x):
                     found[name] = x
         return found
