@@ -43,7 +43,7 @@ from .targets import Targets
 ARCHS = {80: 163, 90: 227, 100: 227}
 CUDA_ARCHS = {"80": 163, "90a": 227, "100": 227, "120": 99}
 # Bytes of a thread that others spill where a version of Triton finds no better, and who has it.
-SPILLED = {"3.6.0": 64, "3.9.0": 40}  # of torch 2.11; on sm_80 and sm_100, none on sm_90
+SPILLED = {"3.6.0": 64, "3.9.0": 40}  # the first is torch 2.11's
 PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.")
 CUDA_PRODUCTS = re.compile(r"\b[HIQU]G?MMA\b")
 
