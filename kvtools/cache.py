@@ -1,6 +1,6 @@
 """The cache of a model: prompts once, rollouts as rows over them, everything in pages."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .config import CacheConfig
-from .ops.attention import limits, on_device, tree_attention
+from .ops.attention import limits, tree_attention
 from .ops.evict import key_scores, select_victims
 from .ops.quant import KVPages, append_kv
+from .ops.upload import Room, on_device
 from .policy import Candidates, policy_of
 from .recent import Recent
 from .store import Pass, Store
@@ -140,7 +141,7 @@ class KVCache:
         """
         states = [state_of(self)]
         for store in filter(None, [*self.stores, self._sinks]):
-            states.append(state_of(store, _plan=None, _plan_key=None, _pages=None, table=None))
+            states.append(state_of(store, _plan=None, _plan_key=None, _in_table=None))
         if self._recent:
             states.append(state_of(self._recent))
         return Transaction(self._journal, states)
@@ -241,14 +242,18 @@ class KVCache:
         self._write(layer, store, k_hld, v_hld, index)
 
     @_change
-    def extend(self, counts: Index) -> Tensor:
+    def extend(self, counts: Index, *more: Any, room: Room | None = None) -> Tensor:
         """Give every row `counts` new tokens; `attend` must follow for every layer.
 
         Args:
             counts: [rows] new tokens per row, not negative.
+            more: records whose arrays are brought to the device with all that this step needs.
+            room: where to, for at most one token per row: then `begin` must follow, and what of a
+                step runs from there on can be captured and replayed.
 
         Returns:
-            Their true positions [sum(counts)], row by row, int32.
+            Their true positions [sum(counts)], row by row, int32; with `room`, as many as it has
+            room for, -1 where there is no token.
 
         Raises:
             PoolExhausted: a fixed pool has too few pages. Nothing has changed.
@@ -267,22 +272,41 @@ class KVCache:
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
         version = counts.tobytes(), self._sinks and self._sinks.forest.version
-        self._passes = {
-            store: store.passes(counts, partial(self._beside, store, counts), version)
-            for store in self.stores
-        }
-        step = self._recent.step(counts, position) if self._recent else None
-        tokens = _Tokens(position, np.repeat(self._prompt, counts))
+        self._passes = {}
+        for store in self.stores:
+            beside = partial(self._beside, store, counts)
+            self._passes[store] = store.passes(
+                counts, position, beside, version, whole=room is not None
+            )
+        self._step = self._recent.step(counts, position) if self._recent else None
+        self._tokens = _Tokens(position, np.repeat(self._prompt, counts))
         passes = [x for each in self._passes.values() for x in each]
-        on_device(self.device, tokens, *filter(None, [step]), *passes)
+        plans = [x.arrays for x in passes if x.arrays is not None]
+        parts = [self._tokens, *filter(None, [self._step]), *passes, *more]
+        if counts.max(initial=0) > 1:  # the plan is kept, and the rest is large
+            on_device(self.device, *plans)
+            plans = []
+        on_device(self.device, *parts, *plans, room=room)
+        on_device(self.device, *(x.select for x in passes if x.select is not None))
+        for store, (first, *_) in self._passes.items():
+            if first.cursor_t is not None:
+                store.renew(first, store.layers)
+        if room is None:
+            self.begin()
+        return self._tokens.position_t
+
+    def begin(self, skip_t: Tensor | None = None) -> None:
+        """Let the layers attend in the step that `extend` has prepared; nothing is stored of the
+        tokens that are skipped [t], and they see nothing."""
+        tokens, step = self._tokens, self._step
+        if skip_t is not None:
+            tokens.position_t = torch.where(skip_t, -1, tokens.position_t)
         named = dict(position_t=tokens.position_t, frame_t=tokens.frame_t)
         if step:
-            self._recent.begin(step, tokens.position_t)
+            self._recent.begin(step, tokens.position_t, skip_t)
             named |= dict(before_t=step.before_t, also_t=step.also_t)
-        for each in self._passes.values():
-            for x in each:
-                x.begin(len(each) > 1, **named)
-        return tokens.position_t
+        for store, passes in self._passes.items():
+            store.begin(passes, skip_t, **named)
 
     def _beside(self, store: Store, counts: np.ndarray, active: np.ndarray) -> list[dict]:
         """Plans of what rows read besides the pages of `store`, for `active` of the new tokens."""
@@ -320,18 +344,15 @@ class KVCache:
             scale=scale, softcap=softcap, sliding=sliding, sink_h=sink_h, group=config.group,
             window=config.window if pages.history is not None else 0, impl=config.impl,
         )  # fmt: skip
-        last_only = pages.importance is not None and policy_of(config.policy).mass == "step"
         passes = self._passes[store]
         self._journal.note(pages, SIGNALS)
         out_thd = torch.empty_like(q_thd) if len(passes) > 1 else None
         for step in passes:
             q, k, v = (step.of(x) for x in (q_thd, k_thd, v_thd))
-            slot, also, before_t = step.slot_t, None, step.tokens.get("before_t")
-            if step.evict is not None:
-                slot = slot[:, None].repeat(1, k.shape[1])
-                slot[step.evict] = store.victims_of(layer, step).to(slot.dtype)
-            if last_only:  # only of the rows in this pass: others have not stepped
-                pages.importance[step.pages.long()] = 0
+            also, before_t = None, step.tokens.get("before_t")
+            slot = store.slots(layer, step)
+            if step.pages is not None:  # only of the rows in this pass: others have not stepped
+                pages.importance.index_fill_(0, step.pages, 0)
             if self._recent:
                 also = step.tokens["also_t"], stores[-1]
             position_t, frames = step.tokens["position_t"], {}
@@ -438,29 +459,29 @@ class KVCache:
                 the finer copies of recent tokens included; `metadata`: positions, importance,
                 history, victims, frames of keys and plans; `total`: their sum.
         """
-        prefix = suffix = metadata = 0
+        prefix = suffix = 0
+        metadata = list(self._frame.values())
         for store in [*self.stores, *filter(None, [self._sinks])]:
             share = store.forest.prefix_pages() / max(store.forest.num_pages, 1)
             for pages in store.layers.values():
-                content = sum(map(_nbytes, (pages.k, pages.v, pages.k_scale, pages.v_scale)))
+                content = _nbytes(pages.tensors()[:4])
                 prefix += round(content * share)
                 suffix += content - round(content * share)
-                metadata += sum(map(_nbytes, (pages.position, pages.importance, pages.history)))
-            metadata += sum(map(_nbytes, [*store.victims.values(), *store.tensors()]))
+                metadata += pages.tensors()[4:]
+            metadata += store.tensors()
         if self._recent:
             for pages in self._recent.layers.values():
-                suffix += sum(map(_nbytes, (pages.k, pages.v, pages.k_scale, pages.v_scale)))
-            metadata += sum(map(_nbytes, self._recent.tensors()))
-        metadata += sum(map(_nbytes, self._frame.values()))
-        total = prefix + suffix + metadata
-        return {"prefix": prefix, "suffix": suffix, "metadata": metadata, "total": total}
+                suffix += _nbytes(pages.tensors()[:4])
+            metadata += self._recent.tensors()
+        parts = {"prefix": prefix, "suffix": suffix, "metadata": _nbytes(metadata)}
+        return parts | {"total": sum(parts.values())}
 
     def wide_bytes(self) -> int:
         """Bytes of `memory` that are in the model's own dtype, where that is wider than 16 bits."""
         stores = [*self.stores, *filter(None, [self._sinks, self._recent])]
         content = [x for s in stores for pages in s.layers.values() for x in (pages.k, pages.v)]
         wide = (torch.float32, torch.float64)
-        return sum(_nbytes(x) for x in [*content, *self._frame.values()] if x.dtype in wide)
+        return _nbytes(x for x in [*content, *self._frame.values()] if x.dtype in wide)
 
     def kept(self, layer: int, row: int) -> list[list[int]]:
         """True positions that each KV head of a layer still holds of a row, ascending."""
@@ -549,5 +570,7 @@ def _to_numpy(x: Index, name: str, length: int | None = None) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def _nbytes(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.untyped_storage().nbytes()
+def _nbytes(tensors: Iterable[Tensor | None]) -> int:
+    """Of what holds them; tensors may share that."""
+    storages = (x.untyped_storage() for x in tensors if x is not None)
+    return sum({x._cdata: x.nbytes() for x in storages}.values())

@@ -29,10 +29,19 @@ class Recent:
         self.size, self.slots, self.journal = size, size + 1, journal
         self.formats = dict(k_format=k_format, v_format=v_format)
         self.layers: dict[int, KVPages] = {}
-        self.held = torch.zeros(0, self.slots, dtype=torch.int32, device=device)
+        # Positions [rows, slots] that are here; and one place more, for what is skipped.
+        self._held = torch.zeros(1, dtype=torch.int32, device=device)
         self.start = np.zeros(0, np.int32)  # first position that is here, by row
         self._step: Step | None = None
-        self._read: tuple[Tensor, dict[int, Tensor]] = self.held, {}  # and as heads have it
+        self._read: tuple[Tensor, dict[int, Tensor]] = self._held, {}  # and as heads have it
+
+    @property
+    def held(self) -> Tensor:
+        return self._held[:-1].view(-1, self.slots)
+
+    @held.setter
+    def held(self, held: Tensor) -> None:
+        self._held = torch.cat([held.reshape(-1), held.new_zeros(1)])
 
     def add(self, length: int, first: int, copies: int) -> None:
         """Add `copies` rows over a prompt of `length` tokens, of which the `first` stay elsewhere;
@@ -80,21 +89,22 @@ class Recent:
         np.maximum.at(self.start, row, before)
         slot, token = row * self.slots + position % self.slots, np.arange(len(row))
         if (counts <= 1).all():
-            return Step(before, slot, slot)
+            return Step(before, slot)
         stays = token >= np.cumsum(counts)[row] - self.size
         return Step(before, token, slot[stays], token[stays])
 
-    def begin(self, step: "Step", position_t: Tensor) -> None:
+    def begin(self, step: "Step", position_t: Tensor, skip_t: Tensor | None) -> None:
         """Let the layers attend in `step`, which is on the device now."""
         self._step, self._position_t, self._again = step, position_t, self.journal.step()
-        if self._read[0] is not self.held:
-            self._read = self.held, {}
-        where = step.slot // self.slots, step.slot % self.slots
-        if step.token is None:
-            self.journal.note(self, ("held",), where)
-        else:  # what is here now is read before it is overwritten
-            self.held, position_t = self.held.clone(), position_t[step.token]
-        self.held[where] = position_t
+        if skip_t is not None:
+            step.also_t = torch.where(skip_t, -1, step.also_t)
+        read, slot = self._held, step.ring.long()
+        self.journal.note(self, ("_held",), slot)
+        if step.token is not None:  # what is here now is read before it is overwritten
+            read, position_t = read.clone(), position_t[step.token]
+        if self._read[0] is not read:
+            self._read = read, {}
+        self._held[slot] = position_t  # -1 is the last place
 
     def plans(self, counts: np.ndarray, active: np.ndarray, **limits: int) -> list[dict]:
         """Plans of `stores` for the `active` of the `counts` tokens per row."""
@@ -112,7 +122,7 @@ class Recent:
         pages, heads = self.layers[layer], k_thd.shape[1]
         held, views = self._read
         if heads not in views:
-            views[heads] = held[:, None].expand(-1, heads, -1)
+            views[heads] = held[:-1].view(-1, 1, self.slots).expand(-1, heads, -1)
         pages.position = views[heads]
         if self._step.token is None:
             if self._again:
@@ -137,14 +147,15 @@ class Recent:
 
     def _note(self, pages: KVPages) -> tuple:
         """What the step overwrites, and where."""
-        where = self._step.slot // self.slots, slice(None), self._step.slot % self.slots
+        slot = self._step.ring
+        where = slot // self.slots, slice(None), slot % self.slots
         self.journal.note(pages, CONTENT[:4], where)
         return where
 
     def tensors(self) -> list[Tensor]:
         """What is kept on the device besides pages."""
-        read = [] if self._read[0] is self.held else [self._read[0]]
-        return [self.held, *read, *([] if self._step is None else [self._step.slot])]
+        read = [] if self._read[0] is self._held else [self._read[0]]
+        return [self._held, *read, *([] if self._step is None else [self._step.also_t])]
 
     def gather(self, index: np.ndarray) -> None:
         """Make the rows rows[index]; each has its own page."""
@@ -169,6 +180,10 @@ class Step:
     """Where new tokens go, the same for all layers: arrays, which `on_device` brings there."""
 
     before_t: Any  # what each token reads here begins at this position
-    also_t: Any  # slots of the store that `stores` gives last
-    slot: Any  # slots of the ring, of the tokens that stay
-    token: Any = None  # which ones stay, where rows get several
+    also_t: Any  # slots of the store that `stores` gives last: the ring, for one token per row
+    slot: Any = None  # where rows get several: slots of the ring, of the tokens that stay
+    token: Any = None  # and which ones stay
+
+    @property
+    def ring(self) -> Tensor:
+        return self.also_t if self.token is None else self.slot

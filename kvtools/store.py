@@ -1,6 +1,6 @@
 """A forest of nodes and the pages of the layers that follow it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ._host import Forest, PoolExhausted
 from .config import CacheConfig, is_int
-from .ops.attention import Plan
+from .ops.attention import Plan, joined, pages_needed
 from .ops.evict import compact_kv, select_victims
 from .ops.quant import EMPTY, KVPages
+from .ops.upload import at_once
 from .policy import Candidates, policy_of, unroll
 from .transaction import CONTENT, SIGNALS, Journal
 
@@ -23,28 +24,55 @@ class Pass:
     there."""
 
     token: Any  # query tokens of the step that take part; None for all
-    row_t: Any
     slot_t: Any  # where the forest appended; overridden for tokens that evict
-    grow: Any  # slots by row
-    plan: Plan
-    pages: Tensor  # those of the store in the plan
-    again: bool  # the plan was there before: only lengths advance
-    evict: Any = None  # tokens that overwrite a victim
-    cursor: Any = None  # which victim of their row
-    select: Any = None  # rows that need new victims first
+    plan: Plan | None = None  # what is there already, but for its length
+    length: Any = None
+    arrays: "Arrays | None" = None  # of a plan that is not there
+    row_t: Any = None  # where some evict
+    cursor_t: Any = None  # which victim of its row a token overwrites, -1 for none
+    pages: Any = None  # those of the store in the plan, where their importance begins anew
+    select: "Selection | None" = None
+    slots_lth: Tensor | None = None  # as `slot_t`, by layer and head, where some evict
     tokens: dict[str, Tensor] = field(default_factory=dict)  # what else there is of each token
 
-    def begin(self, snapshot: bool, **tokens: Tensor) -> None:
-        """Once it is on the device: advance lengths; take what there is of its tokens."""
-        if self.again:
-            self.plan.length.index_add_(0, self.plan.leaf.clamp(min=0).long(), self.grow)
-        if snapshot:  # the next pass advances the lengths before this one has run on all layers
-            self.plan = replace(self.plan, length=self.plan.length.clone())
+    def begin(self, skip_t: Tensor | None, **tokens: Tensor) -> None:
+        """Once it is on the device: take what there is of its tokens; nothing becomes of those that
+        are skipped."""
+        if self.plan is None:
+            self.plan = self.arrays.plan()
+        else:
+            self.plan = replace(self.plan, length=self.length)
         self.tokens = {name: self.of(x) for name, x in tokens.items()}
+        if self.pages is not None:
+            self.pages = self.pages.long()
+        if skip_t is not None:
+            self.slot_t = torch.where(skip_t, -1, self.slot_t)
+            if self.cursor_t is not None:
+                self.cursor_t = torch.where(skip_t, -1, self.cursor_t)
 
     def of(self, x: Tensor) -> Tensor:
         """The entries of the tokens that take part."""
         return x if self.token is None else x[self.token]
+
+
+class Arrays:
+    """Those of a plan."""
+
+    def __init__(self, plan: dict, pages: tuple[int, ...]) -> None:
+        self._of = plan["page_size"], pages
+        vars(self).update({name: plan[name] for name in Plan.TENSORS}, length=plan["length"].copy())
+
+    def plan(self) -> Plan:
+        """Once they are on the device."""
+        return Plan.of(tuple(getattr(self, name) for name in Plan.TENSORS), *self._of)
+
+
+@dataclass
+class Selection:
+    """Rows that need new victims, and the positions of the tokens that do."""
+
+    rows: Any
+    now: Any
 
 
 class Store:
@@ -69,16 +97,18 @@ class Store:
         if self.budget is not None:
             drop = config.drop or max(1, config.budget // 8)
             self.drop = min(max(1, round(drop * factor)), self.budget - config.recent)
+        self.last_only = self.budget is not None and policy_of(config.policy).mass == "step"
         self.forest, self.journal = Forest(pages or 0, config.page_size), journal
         self.layers: dict[int, KVPages] = {}
-        self.victims: dict[int, Tensor] = {}  # [rows, heads, drop] slots of the row's own, by layer
+        self.victims: Tensor | None = None  # [layers, rows, heads, drop] which of a row's own slots
         self.left = np.zeros(0, np.int32)  # victims not yet overwritten, by row
         self.scrambled = np.zeros(0, bool)  # rows whose slots are no longer in order
-        self.table: Tensor | None = None  # [rows, budget] flat slots of full rows
+        self.table: Tensor | None = None  # see `own_slots`
+        self._in_table: np.ndarray | None = None  # rows that are in it as they are now
         self.limits: dict[str, int] = {}  # how plans cut work
-        self._plan: Plan | None = None
+        self._plan: Plan | None = None  # on the device
         self._plan_key: tuple | None = None
-        self._pages: Tensor | None = None
+        self._arrays: dict = {}  # of the plan, on the host
 
     def kept(self, length: int) -> int:
         """How many tokens of a prompt of `length` tokens are kept."""
@@ -109,9 +139,10 @@ class Store:
         taken = self.forest.insert(slots, base, copies)
         self.left = np.concatenate([self.left, np.zeros(copies, np.int32)])
         self.scrambled = np.concatenate([self.scrambled, np.zeros(copies, bool)])
-        for layer, victims in self.victims.items():
-            none = victims.new_zeros(copies, *victims.shape[1:])
-            self.victims[layer] = torch.cat([victims, none])
+        if self.victims is not None:
+            layers, _, *rest = self.victims.shape
+            none = self.victims.new_zeros(layers, copies, *rest)
+            self.victims = torch.cat([self.victims, none], 1)
         return taken
 
     def pages_of(self, layer: int, heads: int, d: int, dtype: torch.dtype) -> KVPages:
@@ -129,37 +160,48 @@ class Store:
         return self.layers[layer]
 
     def passes(
-        self, counts: np.ndarray, beside: Callable[[np.ndarray], list[dict]], version: tuple
+        self,
+        counts: np.ndarray,
+        position: np.ndarray,
+        beside: Callable[[np.ndarray], list[dict]],
+        version: tuple,
+        whole: bool = False,
     ) -> list[Pass]:
         """Take slots for `counts` tokens per row; one by one where a row exceeds its budget or the
         policy looks at the last token alone.
 
-        `beside` gives the plans of what rows read besides, for some tokens per row; it depends on
-        `version`.
+        Args:
+            counts: tokens per row.
+            position: of each of them.
+            beside: gives the plans of what rows read besides, for some tokens per row.
+            version: what `beside` depends on.
+            whole: a plan that is there already is brought to the device again.
         """
-        last_only = policy_of(self.config.policy).mass == "step"  # so each must be the last once
         if self.budget is None or not (
             (self.forest.own_lengths() + counts > self.budget).any()
-            or (last_only and (counts > 1).any())
+            or (self.last_only and (counts > 1).any())  # each must be the last once
         ):
-            row_t = np.repeat(np.arange(len(counts)), counts)
-            return [self._pass(None, row_t, counts, counts, beside, version)]
+            return [self._pass(None, counts, counts, beside, version, whole)]
         passes = []
         start = np.cumsum(counts) - counts
         for i in range(counts.max()):
             active = counts > i
             row_t = np.flatnonzero(active)
             full = (self.forest.own_lengths() >= self.budget) & active
-            each = self._pass(start[row_t] + i, row_t, active & ~full, active, beside, version)
+            token = None if counts.max() == 1 else start[row_t] + i
+            each = self._pass(token, active & ~full, active, beside, version, whole)
             if full.any():
+                full_t = full[row_t]
                 slot_t = np.full(len(row_t), -1)
-                slot_t[~full[row_t]] = each.slot_t
+                slot_t[~full_t] = each.slot_t
                 empty = full & (self.left == 0)
                 self.left[empty] = self.drop
                 self.scrambled |= full
-                each.slot_t, each.evict = slot_t, np.flatnonzero(full[row_t])
-                each.cursor = self.drop - self.left[row_t[each.evict]]
-                each.select = np.flatnonzero(empty) if empty.any() else None
+                each.slot_t, each.row_t = slot_t, row_t
+                each.cursor_t = np.where(full_t, self.drop - self.left[row_t], -1)
+                if empty.any():
+                    rows = np.flatnonzero(empty)
+                    each.select = Selection(rows, position[start[rows] + i])
                 self.left[full] -= 1
             passes.append(each)
         return passes
@@ -167,35 +209,56 @@ class Store:
     def _pass(
         self,
         token: np.ndarray | None,
-        row_t: np.ndarray,
         grow: np.ndarray,
         counts: np.ndarray,
         beside: Callable[[np.ndarray], list[dict]],
         version: tuple,
+        whole: bool,
     ) -> Pass:
         grow, counts = grow.astype(np.int32), counts.astype(np.int32)
         slot_t = self.forest.append(grow)
         key = (self.forest.version, *version, counts.tobytes())
-        again = key == self._plan_key
-        if not again:
+        if key != self._plan_key:
             plan = self.forest.plan(counts, **self.limits)
             others = beside(counts)
-            self._plan = Plan.from_host([plan, *others] if others else plan, self.device)
-            self._plan_key, self._pages = key, self._plan.page[: len(plan["page"])]
-        return Pass(token, row_t, slot_t, grow, self._plan, self._pages, again and grow.any())
+            self._own_pages = plan["page"]  # before those of others
+            self._arrays = joined([plan, *others]) if others else plan
+            self._needed = pages_needed(self._arrays, self._arrays["page_size"])
+            self._plan, self._plan_key = None, key
+        else:
+            leaf, length = self._arrays["leaf"], self._arrays["length"]
+            np.add.at(length, leaf[leaf >= 0], grow[leaf >= 0])
+        each = Pass(token, slot_t)
+        if whole or self._plan is None:
+            each.arrays = Arrays(self._arrays, self._needed)
+            self._plan = None
+        else:
+            each.plan, each.length = self._plan, self._arrays["length"].copy()
+        if self.last_only:
+            each.pages = self._own_pages
+        return each
+
+    def begin(self, passes: list[Pass], skip_t: Tensor | None, **tokens: Tensor) -> None:
+        """Once passes are on the device; see `Pass.begin`."""
+        for each in passes:
+            each.begin(skip_t, **tokens)
+            self._plan = each.plan
+        if passes[0].cursor_t is not None:
+            passes[0].slots_lth = self.slots_of(passes[0], slice(None))
 
     def own_slots(self) -> Tensor:
-        """Flat slots [rows, budget] of every full row's own tokens; zeros for other rows."""
-        if self.table is None or self.table.shape[0] != self.forest.num_rows:
-            self.table = torch.zeros(
-                self.forest.num_rows, self.budget, dtype=torch.int64, device=self.device
-            )
-            self._in_table = np.zeros(self.forest.num_rows, bool)
-        new = (self.forest.own_lengths() >= self.budget) & ~self._in_table
-        for row in np.flatnonzero(new):
-            slots = self.forest.row_slots(row)[-self.budget :]
-            self.table[row] = torch.from_numpy(slots.astype(np.int64))
-        self._in_table |= new
+        """Flat slots [rows or more, budget] of every full row's own tokens."""
+        rows = self.forest.num_rows
+        if self._in_table is None or len(self._in_table) != rows:
+            self._in_table = np.zeros(rows, bool)
+            if self.table is None or len(self.table) < rows:
+                self.table = torch.zeros(rows, self.budget, dtype=torch.int64, device=self.device)
+        new = np.flatnonzero((self.forest.own_lengths() >= self.budget) & ~self._in_table)
+        if len(new):
+            slots = np.stack([self.forest.row_slots(row)[-self.budget :] for row in new])
+            index, slots = at_once([new, slots], self.device)
+            self.table[index.long()] = slots.long()
+            self._in_table[new] = True
         return self.table
 
     def gather(self, index: np.ndarray) -> None:
@@ -215,10 +278,9 @@ class Store:
             moves = torch.from_numpy(np.stack(slots)).to(self.device)
             for pages in self.layers.values():
                 compact_kv(*moves.expand(-1, -1, pages.k.shape[1]), pages, impl=self.config.impl)
-        self.left, self.scrambled, self.table = self.left[index], self.scrambled[index], None
-        row = torch.from_numpy(index).to(self.device).long()
-        for layer, victims in self.victims.items():
-            self.victims[layer] = victims[row]
+        self.left, self.scrambled, self._in_table = self.left[index], self.scrambled[index], None
+        if self.victims is not None:
+            self.victims = self.victims[:, at_once([index], self.device)[0].long()]
 
     def crop(self, lengths: np.ndarray, slots: np.ndarray, cut: np.ndarray) -> None:
         """Cut the rows of `cut` to `lengths` tokens: `slots` slots of a path that is in order.
@@ -230,44 +292,70 @@ class Store:
         shared = self.forest.lengths() - self.forest.own_lengths()
         self.scrambled &= ~cut | (slots > shared)
         emptied = np.flatnonzero(cut & self.scrambled)
+        if len(emptied):
+            index, end = at_once([emptied, lengths[emptied]], self.device)
+            slot_ns, end = self.own_slots()[index.long()], end[:, None, None]
         for pages in self.layers.values() if len(emptied) else ():
-            where = self._where(pages, emptied)
+            where = _split(pages, slot_ns)
             self.journal.note(pages, ("position",), where)
             position = pages.position[where]
-            end = torch.from_numpy(lengths[emptied]).to(position.device)[:, None, None]
             pages.position[where] = torch.where(position >= end, EMPTY, position)
         target = np.where(cut & ~self.scrambled, slots, self.forest.lengths())
         self.forest.crop(target.astype(np.int32))
-        self.table = None
+        self._in_table = None
 
-    def victims_of(self, layer: int, step: Pass) -> Tensor:
-        """Flat slots [tokens that evict, heads] to overwrite, which are noted; new victims where
-        none are left."""
-        pages = self.layers[layer]
+    def renew(self, step: Pass, layers: Iterable[int]) -> None:
+        """Choose new victims in `layers` for the rows of a pass that have none left."""
         table = self.own_slots()
-        rows, heads = table.shape[0], pages.k.shape[1]
-        if layer not in self.victims:
-            shape = (rows, heads, self.drop)
-            self.victims[layer] = torch.zeros(shape, dtype=torch.int32, device=table.device)
-        victims = self.victims[layer]
-        if step.select is not None:
-            victims = victims.index_copy(0, step.select.long(), self._select(layer, step))
-            self.victims[layer] = victims
-        row = step.row_t[step.evict]
-        slot = table[row].gather(1, victims[row, :, step.cursor].long())
-        head = torch.arange(heads, device=slot.device)
-        where = slot // pages.page_size, head, slot % pages.page_size
-        self.journal.note(pages, CONTENT, where)
-        return slot
+        if self.victims is None:
+            heads = max(pages.k.shape[1] for pages in self.layers.values())
+            shape = len(self.layers), self.forest.num_rows, heads, self.drop
+            self.victims = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        if step.select is None:
+            return
+        rows, now = step.select.rows.long(), step.select.now
+        for layer in layers:
+            chosen, number = self._select(layer, table[rows], now), self.number(layer)
+            self.journal.note(self, ("victims",), (number, rows))
+            self.victims[number, rows, : chosen.shape[1]] = chosen
 
-    def _select(self, layer: int, step: Pass) -> Tensor:
-        """The `drop` own tokens [rows that select, heads, drop] that the policy values least."""
+    def number(self, layer: int) -> int:
+        """Of a layer among those of this store."""
+        return list(self.layers).index(layer)
+
+    def slots_of(self, step: Pass, numbers: slice) -> Tensor:
+        """Where the tokens of a pass go, [layers, t, heads]: to a victim, or where the forest
+        appended."""
+        row, cursor = step.row_t.long(), step.cursor_t[:, None, None]
+        victim = self.victims[numbers].transpose(0, 1)[row, :, :, step.cursor_t.clamp(min=0).long()]
+        slot = self.own_slots()[row[:, None, None], victim.long()]
+        return torch.where(cursor < 0, step.slot_t[:, None, None], slot).transpose(0, 1)
+
+    def slots(self, layer: int, step: Pass) -> Tensor:
+        """Where a pass writes in a layer, [t] or [t, heads]; what it overwrites is noted."""
+        if step.cursor_t is None:
+            return step.slot_t
+        pages, number = self.layers[layer], self.number(layer)
+        if step.slots_lth is None:  # not the first pass: it looks at what those before have done
+            self.renew(step, [layer])
+            slot_th = self.slots_of(step, slice(number, number + 1))[0]
+        else:
+            slot_th = step.slots_lth[number]
+        heads = pages.k.shape[1]
+        slot_th = slot_th[:, :heads]
+        if self.journal.open:
+            head = torch.arange(heads, device=slot_th.device)
+            where = slot_th // pages.page_size, head, slot_th % pages.page_size
+            self.journal.note(pages, CONTENT, where)
+        return slot_th
+
+    def _select(self, layer: int, slot_ns: Tensor, now: Tensor) -> Tensor:
+        """The `drop` own tokens [n, heads, drop] of rows with these slots that the policy values
+        least."""
         config, pages = self.config, self.layers[layer]
-        where = self._where(pages, step.select)
+        self.journal.note(pages, SIGNALS)
+        where = _split(pages, slot_ns)
         position = pages.position[where].transpose(1, 2)  # [n, h, s]
-        now = step.row_t.new_zeros(self.forest.num_rows)
-        now[step.row_t] = step.tokens["position_t"]
-        now = now[step.select]
         zeros = torch.zeros_like(position)
         mass, low, idle = zeros.float(), zeros, zeros
         if pages.importance is not None:
@@ -283,14 +371,12 @@ class Store:
             impl=config.impl,
         )  # fmt: skip
 
-    def _where(self, pages: KVPages, rows: Tensor | np.ndarray) -> tuple:
-        """Index of all own slots of full rows: [n, s] by head."""
-        table = self.own_slots()
-        slot = table[torch.as_tensor(rows, device=table.device)]
-        return slot // pages.page_size, slice(None), slot % pages.page_size
-
     def tensors(self) -> list[Tensor]:
-        """What the store keeps on the device besides pages and victims."""
-        # A plan's tensors are parts of one.
-        plan = [] if self._plan is None else [self._plan.item]
-        return [*plan, *([] if self.table is None else [self.table])]
+        """What the store keeps on the device besides pages."""
+        plan = () if self._plan is None else (self._plan.item, self._plan.length)
+        return [x for x in (*plan, self.table, self.victims) if x is not None]
+
+
+def _split(pages: KVPages, slot_ns: Tensor) -> tuple:
+    """Index of flat slots in pages: [n, s] by head."""
+    return slot_ns // pages.page_size, slice(None), slot_ns % pages.page_size

@@ -7,7 +7,6 @@ import numpy as np
 from torch import Tensor
 
 from ._host import Forest
-from .ops.quant import KVPages
 
 CONTENT = ("k", "v", "k_scale", "v_scale", "position")
 SIGNALS = ("importance", "history")
@@ -30,17 +29,15 @@ class Journal:
             transaction.stepped = True
         return again
 
-    def note(
-        self, pages: KVPages, names: tuple[str, ...], index: Tensor | tuple | None = None
-    ) -> None:
-        """Keep `index` of these tensors of `pages`, or all, which is about to be written."""
+    def note(self, part: Any, names: tuple[str, ...], index: Tensor | tuple | None = None) -> None:
+        """Keep `index` of these tensors of `part`, or all, which is about to be written."""
         if not self.open:
             return
         for name in names:
-            x = getattr(pages, name)
+            x = getattr(part, name)
             if x is not None:
                 # An index made of tensors copies.
-                entry = pages, name, index, x.clone() if index is None else x[index]
+                entry = part, name, index, x.clone() if index is None else x[index]
                 for transaction in self.open:
                     transaction.overwritten.append(entry)
 
@@ -55,7 +52,7 @@ class Transaction:
 
     def __init__(self, journal: Journal, states: list[tuple[Any, dict[str, Any]]]) -> None:
         self._journal, self._states = journal, states
-        self.overwritten: list[tuple[KVPages, str, Any, Tensor]] = []
+        self.overwritten: list[tuple[Any, str, Any, Tensor]] = []
         self.stepped = False
         journal.open.add(self)
 
@@ -63,9 +60,10 @@ class Transaction:
         """Put everything back."""
         if self not in self._journal.open:
             return
-        for pages, name, index, old in reversed(self.overwritten):
+        for part, name, index, old in reversed(self.overwritten):
             where = slice(len(old)) if index is None else index  # the pool may have grown since
-            getattr(pages, name)[where] = old
+            if (x := getattr(part, name)) is not None:  # an undo before has unmade it
+                x[where] = old
         for part, state in self._states:
             vars(part).update(state)
         self.close()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import inf
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..reference import attention as reference
 from . import Impl, Op, check
 from .quant import FLOATS, KVPages, check_frame, check_pages
+from .upload import at_once
 
 MOST_STORES = 4
 TILE_ROWS = 64  # query rows of a work item on a GPU
@@ -90,7 +91,7 @@ class Plan:
         if self._checked is None or any(map(operator.is_not, made_for, self._checked[1])):
             check(not self.item.is_meta, "item is on meta: a plan without ids cannot be checked")
             arrays = {n: x.cpu().numpy() for n, x in zip(self.TENSORS, tensors, strict=True)}
-            checked = _pages(arrays, self.page_size), made_for
+            checked = pages_needed(arrays, self.page_size), made_for
             object.__setattr__(self, "_checked", checked)
 
     @property
@@ -111,16 +112,17 @@ class Plan:
                 first.
             device: where it is brought to, all at once.
         """
-        arrays = arrays if isinstance(arrays, dict) else _joined(arrays)
+        arrays = arrays if isinstance(arrays, dict) else joined(arrays)
         page_size = arrays.get("page_size")
-        pages = _pages(arrays, page_size)
-        tensors = _at_once([arrays[name] for name in cls.TENSORS], torch.device(device))
-        return cls._of(tuple(tensors), page_size, pages)
+        pages = pages_needed(arrays, page_size)
+        tensors = at_once([arrays[name] for name in cls.TENSORS], torch.device(device))
+        return cls.of(tuple(tensors), page_size, pages)
 
     @classmethod
-    def _of(
+    def of(
         cls, tensors: tuple[Tensor, ...], page_size: int | tuple, pages: tuple[int, ...]
     ) -> "Plan":
+        """A plan of tensors in the order of TENSORS, whose arrays are known to need `pages`."""
         return cls(*tensors, page_size, (pages, _but_length(tensors, page_size)))
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -129,7 +131,7 @@ class Plan:
 
     def to(self, device: torch.device | str) -> "Plan":
         tensors = tuple(x.to(device) for x in self.tensors())
-        return Plan._of(tensors, self.page_size, self.pages)
+        return Plan.of(tensors, self.page_size, self.pages)
 
     def reserve(self, **sizes: int) -> "Plan":
         """The same plan in new tensors with room for others: what a CUDA graph is captured with.
@@ -149,7 +151,7 @@ class Plan:
             size = max(sizes.pop(name, 0), x.shape[0], least)
             room.append(x.new_zeros(size, *x.shape[1:]))
         check(not sizes, lambda: f"a plan has no {', '.join(sizes)}")
-        return Plan._of(tuple(room), self.page_size, pages).copy_(self)
+        return Plan.of(tuple(room), self.page_size, pages).copy_(self)
 
     def copy_(self, other: "Plan") -> "Plan":
         """Become `other` in place; what it does not fill is no work.
@@ -182,44 +184,12 @@ class Plan:
         return self
 
 
-def _at_once(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
-    """Bring arrays to a device in one copy, as int32: parts of one tensor, at addresses that are
-    multiples of 16 bytes, for which kernels are compiled."""
-    sizes = [n for x in arrays for n in (x.size, -x.size % 4)]
-    packed = np.zeros(sum(sizes), np.int32)
-    at = 0
-    for x in arrays:
-        packed[at : at + x.size] = x.reshape(-1)
-        at += x.size + -x.size % 4
-    whole = torch.from_numpy(packed)
-    if device.type == "cuda":
-        whole = whole.pin_memory()
-    parts = whole.to(device, non_blocking=True).split(sizes)[::2]
-    return [
-        part if x.ndim == 1 else part.view(x.shape) for x, part in zip(arrays, parts, strict=True)
-    ]
-
-
-def on_device(device: torch.device, *records: Any) -> None:
-    """Replace the NumPy arrays among the attributes of `records` by int32 tensors on `device`, all
-    in one copy."""
-    found = [
-        (vars(record), name, x)
-        for record in records
-        for name, x in vars(record).items()
-        if isinstance(x, np.ndarray)
-    ]
-    tensors = _at_once([x for *_, x in found], device)
-    for (attributes, name, _), x in zip(found, tensors, strict=True):
-        attributes[name] = x
-
-
 def _several(x: int | tuple[int, ...]) -> tuple[int, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
-def _joined(plans: Sequence[dict]) -> dict:
-    """The arrays of one plan over the stores of `plans`."""
+def joined(plans: Sequence[dict]) -> dict:
+    """The arrays of one plan over the stores of `plans`, as `Plan.from_host` makes it."""
     starts = {
         name: np.cumsum([0, *(len(plan[name]) for plan in plans)])
         for name in ("first", "page", "token", "part")
@@ -257,7 +227,7 @@ def _host() -> ModuleType:
     return _host
 
 
-def _pages(arrays: dict, page_size: int | tuple[int, ...]) -> tuple[int, ...]:
+def pages_needed(arrays: dict, page_size: int | tuple[int, ...]) -> tuple[int, ...]:
     """How many pages of each store a plan needs; raises unless it points nowhere else."""
     check(
         all(isinstance(size, int) and 0 < size < 2**31 for size in _several(page_size)),

@@ -1,0 +1,106 @@
+"""Arrays of the host, brought to a device as int32, all in one copy."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What arrays are filled up with where there is room for more: 0, the last entry, or this.
+SKIPPED = {"position_t": -1, "slot_t": -1, "also_t": -1, "cursor_t": -1}
+
+
+def at_once(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """The arrays on `device`: parts of one tensor, at addresses that are multiples of 16 bytes, for
+    which kernels are compiled."""
+    sizes = [x.size for x in arrays]
+    whole = _packed(arrays, sizes, device)
+    return _parts(whole.to(device, non_blocking=True), sizes, [x.shape for x in arrays])
+
+
+def on_device(device: torch.device, *records: Any, room: "Room | None" = None) -> None:
+    """Replace the NumPy arrays among the attributes of `records` by int32 tensors on `device`; by
+    those of `room` if there is one, which then hold them."""
+    found = [
+        (vars(record), name, x)
+        for record in records
+        for name, x in vars(record).items()
+        if isinstance(x, np.ndarray)
+    ]
+    arrays = [x for *_, x in found]
+    if room is None:
+        tensors = at_once(arrays, device)
+    else:
+        tensors = room.put([name for _, name, _ in found], arrays)
+    for (attributes, name, _), x in zip(found, tensors, strict=True):
+        attributes[name] = x
+
+
+class Room:
+    """Tensors at fixed addresses that take other arrays at each step: what a CUDA graph reads.
+
+    Arrays with an entry per token, whose names end in "_t", are filled up to `tokens` entries; all
+    others to a power of two. Where they do not fit, or are others, the tensors are made anew.
+    """
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tokens, self._device = tokens, device
+        self._names: list[str] = []
+        self._sizes: list[int] = []
+        self._tensors: list[Tensor] = []
+
+    def put(self, names: list[str], arrays: list[np.ndarray]) -> list[Tensor]:
+        """The tensors that hold `arrays` now."""
+        fits = names == self._names and all(
+            x.size <= size for x, size in zip(arrays, self._sizes, strict=True)
+        )
+        if not fits:
+            self._names = names
+            self._sizes = [self._room(name, x) for name, x in zip(names, arrays, strict=True)]
+        full = [_filled(*each) for each in zip(names, arrays, self._sizes, strict=True)]
+        packed = _packed(full, self._sizes, self._device)
+        if not fits:
+            self._whole = torch.empty_like(packed, device=self._device, pin_memory=False)
+            shapes = [(-1, *x.shape[1:]) for x in arrays]
+            self._tensors = _parts(self._whole, self._sizes, shapes)
+        self._whole.copy_(packed, non_blocking=True)
+        return self._tensors
+
+    def _room(self, name: str, x: np.ndarray) -> int:
+        if name == "part_indptr":
+            return self.tokens + 1
+        if name.endswith("_t"):
+            return self.tokens * (x.size // max(len(x), 1))
+        width = int(np.prod(x.shape[1:], dtype=int))
+        return width << max(len(x) - 1, 1).bit_length()
+
+
+def _filled(name: str, x: np.ndarray, size: int) -> np.ndarray:
+    full = np.full(size, SKIPPED.get(name, 0), np.int32)
+    if x.size and (name.endswith("indptr") or name == "pages"):
+        full[:] = x[-1]
+    full[: x.size] = x.reshape(-1)
+    return full
+
+
+def _packed(arrays: Iterable[np.ndarray], sizes: list[int], device: torch.device) -> Tensor:
+    packed = np.zeros(sum(map(_padded, sizes)), np.int32)
+    at = 0
+    for x, size in zip(arrays, sizes, strict=True):
+        packed[at : at + x.size] = x.reshape(-1)
+        at += _padded(size)
+    whole = torch.from_numpy(packed)
+    return whole.pin_memory() if device.type == "cuda" else whole
+
+
+def _parts(whole: Tensor, sizes: list[int], shapes: list[tuple]) -> list[Tensor]:
+    parts = whole.split([n for size in sizes for n in (size, _padded(size) - size)])[::2]
+    return [
+        part if len(shape) == 1 else part.view(shape)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def _padded(size: int) -> int:
+    return size + -size % 4
