@@ -103,6 +103,7 @@ class KVCache:
             self._recent = Recent(config.recent, *config.recent_formats, self.device, self._journal)
         self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_add_frame`
         self._seen = np.zeros(0, np.int32)
+        self.positions: Tensor | None = None  # [t] of the step's tokens, -1 for those skipped
         self._passes: dict[Store, list[Pass]] = {}
         self._filling: dict[Store, tuple[int, np.ndarray]] = {}
 
@@ -114,6 +115,11 @@ class KVCache:
     def lengths(self) -> Tensor:
         """[rows] tokens each row has seen, evicted ones too; int32, on the CPU."""
         return torch.from_numpy(self._seen.copy())
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest row has seen."""
+        return int(self._seen.max(initial=0))
 
     @property
     def announced(self) -> int:
@@ -291,22 +297,57 @@ class KVCache:
         for store, (first, *_) in self._passes.items():
             if first.cursor_t is not None:
                 store.renew(first, store.layers)
+        self.positions = self._tokens.position_t
         if room is None:
             self.begin()
-        return self._tokens.position_t
+        return self.positions
 
     def begin(self, skip_t: Tensor | None = None) -> None:
         """Let the layers attend in the step that `extend` has prepared; nothing is stored of the
         tokens that are skipped [t], and they see nothing."""
         tokens, step = self._tokens, self._step
+        self.positions = tokens.position_t
         if skip_t is not None:
-            tokens.position_t = torch.where(skip_t, -1, tokens.position_t)
-        named = dict(position_t=tokens.position_t, frame_t=tokens.frame_t)
+            self.positions = torch.where(skip_t, -1, tokens.position_t)
+        named = dict(position_t=self.positions, frame_t=tokens.frame_t)
         if step:
-            self._recent.begin(step, tokens.position_t, skip_t)
-            named |= dict(before_t=step.before_t, also_t=step.also_t)
+            self._recent.begin(step, self.positions, skip_t)
+            named |= dict(before_t=step.before_t, also_t=step.write_t)
         for store, passes in self._passes.items():
             store.begin(passes, skip_t, **named)
+
+    def selects(self, counts: np.ndarray) -> bool:
+        """Whether rows would choose new victims for so many tokens, at most one each."""
+        return any(store.selects(counts > 0) for store in self.stores)
+
+    def kinds(self, counts: np.ndarray) -> tuple[bool, ...]:
+        """What tells steps apart that are made of other operations: whether each store evicts."""
+        return tuple(bool(store.full(counts > 0).any()) for store in self.stores)
+
+    def addresses(self) -> list[tuple[int, torch.Size]]:
+        """And shapes of all that a step reads or writes besides what it makes."""
+        stores = [*self.stores, *filter(None, [self._sinks, self._recent])]
+        found = [*self._frame.values(), *(x for each in stores for x in each.lasting())]
+        for each in stores:
+            for pages in each.layers.values():
+                found += (x for x in pages.tensors() if x is not None)
+        return [(x.data_ptr(), x.shape) for x in found]
+
+    @contextmanager
+    def unnoted(self) -> Iterator[None]:
+        """What is written here is not put back by a transaction that is open."""
+        with self._journal.closed():
+            yield
+
+    @_change
+    def retract(self, rows: np.ndarray) -> None:
+        """Take back what the last step gave `rows`, whose tokens `begin` has skipped."""
+        for store in self.stores:
+            store.retract(rows)
+        if self._recent:
+            self._recent.retract(rows)
+        self._seen = self._seen.copy()
+        self._seen[rows] -= 1
 
     def _beside(self, store: Store, counts: np.ndarray, active: np.ndarray) -> list[dict]:
         """Plans of what rows read besides the pages of `store`, for `active` of the new tokens."""

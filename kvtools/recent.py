@@ -32,6 +32,7 @@ class Recent:
         # Positions [rows, slots] that are here; and one place more, for what is skipped.
         self._held = torch.zeros(1, dtype=torch.int32, device=device)
         self.start = np.zeros(0, np.int32)  # first position that is here, by row
+        self._before = self.start  # as it was before the last step
         self._step: Step | None = None
         self._read: tuple[Tensor, dict[int, Tensor]] = self._held, {}  # and as heads have it
 
@@ -86,6 +87,7 @@ class Recent:
         """Make room for `counts` tokens per row at `position`; `begin` must follow."""
         row = np.repeat(np.arange(len(counts)), counts)
         before = np.maximum(position - self.size + 1, self.start[row])
+        self._before = self.start.copy()
         np.maximum.at(self.start, row, before)
         slot, token = row * self.slots + position % self.slots, np.arange(len(row))
         if (counts <= 1).all():
@@ -93,12 +95,16 @@ class Recent:
         stays = token >= np.cumsum(counts)[row] - self.size
         return Step(before, token, slot[stays], token[stays])
 
+    def retract(self, rows: np.ndarray) -> None:
+        """Take back the last step from `rows`; it wrote nothing there."""
+        self.start = self.start.copy()
+        self.start[rows] = self._before[rows]
+
     def begin(self, step: "Step", position_t: Tensor, skip_t: Tensor | None) -> None:
         """Let the layers attend in `step`, which is on the device now."""
         self._step, self._position_t, self._again = step, position_t, self.journal.step()
-        if skip_t is not None:
-            step.also_t = torch.where(skip_t, -1, step.also_t)
-        read, slot = self._held, step.ring.long()
+        step.begin(skip_t)
+        read, slot = self._held, step.slot.long()
         self.journal.note(self, ("_held",), slot)
         if step.token is not None:  # what is here now is read before it is overwritten
             read, position_t = read.clone(), position_t[step.token]
@@ -147,15 +153,19 @@ class Recent:
 
     def _note(self, pages: KVPages) -> tuple:
         """What the step overwrites, and where."""
-        slot = self._step.ring
+        slot = self._step.slot
         where = slot // self.slots, slice(None), slot % self.slots
         self.journal.note(pages, CONTENT[:4], where)
         return where
 
+    def lasting(self) -> list[Tensor]:
+        """What steps read besides pages and what the host brings."""
+        return [self._held]
+
     def tensors(self) -> list[Tensor]:
         """What is kept on the device besides pages."""
         read = [] if self._read[0] is self._held else [self._read[0]]
-        return [self._held, *read, *([] if self._step is None else [self._step.also_t])]
+        return [self._held, *read, *([] if self._step is None else [self._step.write_t])]
 
     def gather(self, index: np.ndarray) -> None:
         """Make the rows rows[index]; each has its own page."""
@@ -184,6 +194,8 @@ class Step:
     slot: Any = None  # where rows get several: slots of the ring, of the tokens that stay
     token: Any = None  # and which ones stay
 
-    @property
-    def ring(self) -> Tensor:
-        return self.also_t if self.token is None else self.slot
+    def begin(self, skip_t: Tensor | None) -> None:
+        """Once it is on the device."""
+        self.write_t = self.also_t if skip_t is None else torch.where(skip_t, -1, self.also_t)
+        if self.token is None:
+            self.slot = self.write_t

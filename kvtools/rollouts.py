@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .cache import Index
 from .config import CacheConfig
-from .hf import Session, plugged
+from .hf import Decoder, Flight, Graph, Session, plugged, usable
 from .ops.sampling import drawn, row_seeds, sample
 from .transaction import Transaction
 
@@ -19,6 +19,7 @@ Processor = Callable[[list[list[int]], Tensor], Tensor]
 # What a call may change.
 STATE = (
     "tokens", "logprobs", "prompt_lengths", "seeds", "finished", "_ready", "_first", "_seeded",
+    "_flights",
 )  # fmt: skip
 
 
@@ -38,6 +39,10 @@ class Rollouts:
             logits.
         pages: pages per pool, fixed; None lets the pools grow.
         probe: see `kvtools.generate`.
+        graph: "auto" lets `generate` run ahead of the host on a CUDA device: its steps are captured
+            in CUDA graphs, and their tokens are read while the next one runs. With a `processor`,
+            or for a model that cannot be captured (a warning says why), steps run one by one, as
+            they do with False. Tokens are the same.
 
     Attributes:
         tokens: of each row, prompt included.
@@ -69,11 +74,15 @@ class Rollouts:
         processor: Processor | None = None,
         pages: int | None = None,
         probe: bool = True,
+        graph: Graph = "auto",
     ) -> None:
         self._session = Session(
             model, config or CacheConfig(), pages=pages, probe=probe,
             texts=lambda row: self.tokens[row],
         )  # fmt: skip
+        usable(self._session, graph)
+        self._graph, self._decoder = graph, None  # with what it was made for
+        self._flights: list[Flight] = []  # launched, not yet read
         self.kv, self.device = self._session.kv, self._session.device
         self.filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if eos_token_id is None:
@@ -192,19 +201,111 @@ class Rollouts:
         """
         start = [len(tokens) for tokens in self.tokens]
         most = np.broadcast_to(np.asarray(max_new_tokens, np.int64), self.rows)
-        growing = np.flatnonzero(~self.finished & (most > 0))
+
+        def grows(row: int) -> bool:
+            new = self.tokens[row][start[row] :]
+            if self.finished[row] or len(new) >= most[row]:
+                return False
+            return not (new and self._pauses(new, until))
+
+        growing = [row for row in range(self.rows) if grows(row)]
         with plugged(self._session.door):
-            step = 0
-            while len(growing):
-                self.step(growing)
-                step += 1
-                growing = np.array(
-                    [r for r in growing if step < most[r] and not self._pauses(r, start[r], until)],
-                    np.int64,
-                )
+            ahead = self._ahead(until) if growing else None
+            while growing:
+                if ahead is None or self._behind(growing):
+                    self.step(growing)
+                else:
+                    self._launch(ahead, growing, start, most, wait=callable(until))
+                growing = [row for row in growing if grows(row)]
                 if progress is not None:
                     progress(len(growing))
         return [tokens[begin:] for tokens, begin in zip(self.tokens, start, strict=True)]
+
+    def _ahead(self, until: Until | None) -> Decoder | None:
+        """What runs ahead of the host until rows have got one of these tokens; None if nothing
+        can."""
+        if self._processor is not None or not usable(self._session, self._graph):
+            return None
+        stops = self.eos | (set() if until is None or callable(until) else set(until))
+        key = tuple(sorted(stops)), tuple(self.filters.items())
+        if self._decoder is None or self._decoder[0] != key:
+            self._decoder = key, Decoder(self._session, self.filters, stops)
+        self._decoder[1].begin()
+        return self._decoder[1]
+
+    def _behind(self, rows: list[int]) -> bool:
+        """Whether a row waits for something else than what follows its last token."""
+        lengths, flying = self.kv.lengths.numpy(), self._flying()
+        return any(
+            self._ready[row] is not None
+            or len(self.tokens[row]) + (row in flying) != lengths[row] + 1
+            for row in rows
+        )
+
+    def _flying(self) -> set[int]:
+        """Rows with a token to come from steps that were launched."""
+        return {row for flight in self._flights for row in flight.live_rows.tolist()}
+
+    def _launch(
+        self, decoder: Decoder, growing: list[int], start: list[int], most: np.ndarray, wait: bool
+    ) -> None:
+        """Launch a step of the rows that grow, and then read the one before; or this alone, where
+        more cannot be known before."""
+        flying = self._flying()
+        rows = [
+            row for row in growing
+            if len(self.tokens[row]) - start[row] + (row in flying) < most[row]
+        ]  # fmt: skip
+        rows = np.array(rows, np.int64)
+        counts = np.zeros(self.rows, np.int32)
+        counts[rows] = 1
+        if self._flights and (wait or self.kv.selects(counts)):
+            rows = rows[:0]
+        try:
+            with self._change(landed=False):
+                before, after = self._flights, []
+                if len(rows):
+                    tokens = [-1 if row in flying else self.tokens[row][-1] for row in rows]
+                    after = [decoder.launch(rows, np.array(tokens), self.seeds[rows])]
+                finished = self._land(before, after)
+                self._commit(_flights=after, finished=finished)
+        except BaseException:
+            self._land_all()
+            raise
+
+    def _land(self, flights: Sequence[Flight], after: Sequence[Flight]) -> np.ndarray:
+        """Read what steps have drawn, and take rows that stopped from those launched `after`;
+        returns `finished`."""
+        finished = self.finished.copy()
+        for flight in flights:
+            rows, tokens, logprobs = (x.tolist() for x in flight.read())
+            drawn(tokens, [len(self.logprobs[row]) for row in rows], rows)
+            for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+                self.tokens[row].append(token)
+                self.logprobs[row].append(logprob)
+                finished[row] = token in self.eos
+            stopped = [
+                row for row, token in zip(rows, tokens, strict=True) if token in flight.stops
+            ]
+            for later in after:
+                self.kv.retract(later.drop(stopped))
+        return finished
+
+    def _land_all(self) -> None:
+        """Read what was launched when an error came. Where a row's logits are no distribution, its
+        step is taken back."""
+        while self._flights:
+            with self._change(landed=False):
+                (flight,) = self._flights
+                finished = self.finished
+                rows, tokens, _ = flight.read()
+                if -1 in tokens:
+                    lengths = self.kv.lengths.numpy()
+                    lengths[rows] -= 1
+                    self.kv.crop(lengths)
+                else:
+                    finished = self._land([flight], [])
+                self._commit(_flights=[], finished=finished)
 
     def gather(self, index: Index) -> None:
         """Make the rows rows[index]: fork, prune, reorder, select, resample. See `KVCache.gather`.
@@ -284,10 +385,12 @@ class Rollouts:
         return logits[torch.from_numpy(order).to(logits.device)]
 
     @contextmanager
-    def _change(self) -> Iterator[Transaction]:
+    def _change(self, landed: bool = True) -> Iterator[Transaction]:
         """What happens inside is undone unless it is committed: at once, or where an interrupt hits
-        just that, when the next change begins."""
+        just that, when the next change begins. Steps that were launched are read before."""
         self._recover()
+        if landed:
+            self._land_all()
         state = {name: vars(self)[name] for name in STATE}
         transaction = self.kv.transaction()
         self._before = before = transaction, state, [len(tokens) for tokens in self.tokens]
@@ -341,12 +444,9 @@ class Rollouts:
         flat = torch.tensor([token for some in new for token in some], device=self.device)
         return self._session.extend(flat, counts)
 
-    def _pauses(self, row: int, start: int, until: Until | None) -> bool:
-        if self.finished[row]:
-            return True
+    def _pauses(self, new: list[int], until: Until | None) -> bool:
         if until is None:
             return False
-        new = self.tokens[row][start:]
         return bool(until(new)) if callable(until) else new[-1] in until
 
 

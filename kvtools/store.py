@@ -32,23 +32,18 @@ class Pass:
     cursor_t: Any = None  # which victim of its row a token overwrites, -1 for none
     pages: Any = None  # those of the store in the plan, where their importance begins anew
     select: "Selection | None" = None
-    slots_lth: Tensor | None = None  # as `slot_t`, by layer and head, where some evict
-    tokens: dict[str, Tensor] = field(default_factory=dict)  # what else there is of each token
+    slots: Tensor | None = None  # [t] where they go; where some evict [layers, t, heads]
+    tokens: dict[str, Tensor] = field(default_factory=dict)  # what else each token has
 
-    def begin(self, skip_t: Tensor | None, **tokens: Tensor) -> None:
-        """Once it is on the device: take what there is of its tokens; nothing becomes of those that
-        are skipped."""
-        if self.plan is None:
+    def begin(self, **tokens: Tensor) -> None:
+        """Once it is on the device: take what there is of its tokens. May be called again."""
+        if self.arrays is not None:
             self.plan = self.arrays.plan()
-        else:
-            self.plan = replace(self.plan, length=self.length)
+        elif self.length is not None:
+            self.plan, self.length = replace(self.plan, length=self.length), None
         self.tokens = {name: self.of(x) for name, x in tokens.items()}
         if self.pages is not None:
             self.pages = self.pages.long()
-        if skip_t is not None:
-            self.slot_t = torch.where(skip_t, -1, self.slot_t)
-            if self.cursor_t is not None:
-                self.cursor_t = torch.where(skip_t, -1, self.cursor_t)
 
     def of(self, x: Tensor) -> Tensor:
         """The entries of the tokens that take part."""
@@ -106,6 +101,7 @@ class Store:
         self.table: Tensor | None = None  # see `own_slots`
         self._in_table: np.ndarray | None = None  # rows that are in it as they are now
         self.limits: dict[str, int] = {}  # how plans cut work
+        self._evicted = np.zeros(0, bool)  # by row, in the last pass
         self._plan: Plan | None = None  # on the device
         self._plan_key: tuple | None = None
         self._arrays: dict = {}  # of the plan, on the host
@@ -181,13 +177,14 @@ class Store:
             (self.forest.own_lengths() + counts > self.budget).any()
             or (self.last_only and (counts > 1).any())  # each must be the last once
         ):
+            self._evicted = np.zeros(len(counts), bool)
             return [self._pass(None, counts, counts, beside, version, whole)]
         passes = []
         start = np.cumsum(counts) - counts
         for i in range(counts.max()):
             active = counts > i
             row_t = np.flatnonzero(active)
-            full = (self.forest.own_lengths() >= self.budget) & active
+            full = self._evicted = self.full(active)
             token = None if counts.max() == 1 else start[row_t] + i
             each = self._pass(token, active & ~full, active, beside, version, whole)
             if full.any():
@@ -205,6 +202,25 @@ class Store:
                 self.left[full] -= 1
             passes.append(each)
         return passes
+
+    def full(self, active: np.ndarray) -> np.ndarray:
+        """[rows] those of `active` whose next token evicts."""
+        if self.budget is None:
+            return np.zeros(len(active), bool)
+        return active & (self.forest.own_lengths() >= self.budget)
+
+    def selects(self, active: np.ndarray) -> bool:
+        """Whether rows of `active` have no victim left for their next token."""
+        return bool((self.full(active) & (self.left == 0)).any())
+
+    def retract(self, rows: np.ndarray) -> None:
+        """Take back the last pass, of one token per row, from `rows`; it wrote nothing there."""
+        evicted = np.zeros(len(self.left), bool)
+        evicted[rows] = self._evicted[rows]
+        self.left[evicted] += 1
+        grown = np.zeros(len(self.left), np.int32)
+        grown[rows] = ~self._evicted[rows]
+        self.forest.crop(self.forest.lengths() - grown)
 
     def _pass(
         self,
@@ -239,12 +255,17 @@ class Store:
         return each
 
     def begin(self, passes: list[Pass], skip_t: Tensor | None, **tokens: Tensor) -> None:
-        """Once passes are on the device; see `Pass.begin`."""
+        """Once passes are on the device; nothing is written of tokens that are skipped."""
         for each in passes:
-            each.begin(skip_t, **tokens)
+            each.begin(**tokens)
             self._plan = each.plan
-        if passes[0].cursor_t is not None:
-            passes[0].slots_lth = self.slots_of(passes[0], slice(None))
+        first = passes[0]
+        first.slots = first.slot_t
+        if first.cursor_t is not None:
+            first.slots = self.slots_of(first, slice(None))
+        if skip_t is not None:
+            skip = skip_t if first.cursor_t is None else skip_t[:, None]
+            first.slots = torch.where(skip, -1, first.slots)
 
     def own_slots(self) -> Tensor:
         """Flat slots [rows or more, budget] of every full row's own tokens."""
@@ -334,13 +355,13 @@ class Store:
     def slots(self, layer: int, step: Pass) -> Tensor:
         """Where a pass writes in a layer, [t] or [t, heads]; what it overwrites is noted."""
         if step.cursor_t is None:
-            return step.slot_t
+            return step.slot_t if step.slots is None else step.slots
         pages, number = self.layers[layer], self.number(layer)
-        if step.slots_lth is None:  # not the first pass: it looks at what those before have done
+        if step.slots is None:  # not the first pass: it looks at what those before have done
             self.renew(step, [layer])
             slot_th = self.slots_of(step, slice(number, number + 1))[0]
         else:
-            slot_th = step.slots_lth[number]
+            slot_th = step.slots[number]
         heads = pages.k.shape[1]
         slot_th = slot_th[:, :heads]
         if self.journal.open:
@@ -371,10 +392,14 @@ class Store:
             impl=config.impl,
         )  # fmt: skip
 
+    def lasting(self) -> list[Tensor]:
+        """What steps read besides pages and what the host brings."""
+        return [x for x in (self.table, self.victims) if x is not None]
+
     def tensors(self) -> list[Tensor]:
         """What the store keeps on the device besides pages."""
         plan = () if self._plan is None else (self._plan.item, self._plan.length)
-        return [x for x in (*plan, self.table, self.victims) if x is not None]
+        return [*plan, *self.lasting()]
 
 
 def _split(pages: KVPages, slot_ns: Tensor) -> tuple:

@@ -1,5 +1,7 @@
 """Changes of a cache that can be taken back."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
@@ -28,6 +30,15 @@ class Journal:
         for transaction in self.open:
             transaction.stepped = True
         return again
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Nothing is noted here."""
+        before, self.open = self.open, WeakSet()
+        try:
+            yield
+        finally:
+            self.open = before
 
     def note(self, part: Any, names: tuple[str, ...], index: Tensor | tuple | None = None) -> None:
         """Keep `index` of these tensors of `part`, or all, which is about to be written."""

@@ -5,6 +5,7 @@ function. `door`: whether a model can be right, decided by what its code does. `
 over a cache, and the probe that compares it with itself. `generate`: the loop, and `patch`.
 """
 
+from .decode import Decoder, Flight, Graph, usable
 from .door import Unsupported
 from .generate import generate, patch
 from .plug import CACHE, PagedCache, plugged
@@ -12,6 +13,9 @@ from .session import Session, check_model
 
 __all__ = [
     "CACHE",
+    "Decoder",
+    "Flight",
+    "Graph",
     "PagedCache",
     "Session",
     "Unsupported",
@@ -19,4 +23,5 @@ __all__ = [
     "generate",
     "patch",
     "plugged",
+    "usable",
 ]

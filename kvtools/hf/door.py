@@ -55,6 +55,7 @@ class Door:
             token. Found by the probe.
         shared: layers take what others have cached.
         probed: the model has been compared with itself.
+        uncaptured: no CUDA graph can hold a step of it.
     """
 
     kind: str
@@ -69,6 +70,7 @@ class Door:
     loose: bool = False
     shared: bool = False
     probed: bool = False
+    uncaptured: bool = False
     windows: dict[int, int] = field(default_factory=dict)
 
     @property

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -221,6 +221,17 @@ class Session:
         grow[total:] = [len(x) for x in own]
         out = self._step(torch.cat(own), grow).split(grow[total:].tolist())
         return torch.cat([x[-n:] for x, n in zip(out, counts, strict=True)])
+
+    def decode(self, tokens: Tensor, skip_t: Tensor) -> Tensor:
+        """Logits [t, v] after one token each of the rows that `kv.extend` has room for; nothing
+        becomes of those that are skipped. For a model that takes positions."""
+        self.kv.begin(skip_t)
+        positions = self.kv.positions.clamp(min=0)[:, None].long()
+        return self._forward(tokens[:, None], positions, False, self.kv.longest - 1).flatten(0, 1)
+
+    def modules(self) -> Iterator[torch.nn.Module]:
+        """Of the model."""
+        return inner(self._runner).modules()
 
     def _step(self, tokens: Tensor, counts: np.ndarray) -> Tensor:
         """One forward: what follows each new token."""

@@ -1,5 +1,6 @@
 """Arrays of the host, brought to a device as int32, all in one copy."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,10 +43,13 @@ class Room:
 
     Arrays with an entry per token, whose names end in "_t", are filled up to `tokens` entries; all
     others to a power of two. Where they do not fit, or are others, the tensors are made anew.
+
+    Attributes:
+        made: how often that was.
     """
 
     def __init__(self, tokens: int, device: torch.device) -> None:
-        self.tokens, self._device = tokens, device
+        self.tokens, self.made, self._device = tokens, 0, device
         self._names: list[str] = []
         self._sizes: list[int] = []
         self._tensors: list[Tensor] = []
@@ -62,8 +66,11 @@ class Room:
         packed = _packed(full, self._sizes, self._device)
         if not fits:
             self._whole = torch.empty_like(packed, device=self._device, pin_memory=False)
-            shapes = [(-1, *x.shape[1:]) for x in arrays]
-            self._tensors = _parts(self._whole, self._sizes, shapes)
+            shapes = [
+                (size // math.prod(x.shape[1:]), *x.shape[1:])
+                for size, x in zip(self._sizes, arrays, strict=True)
+            ]
+            self._tensors, self.made = _parts(self._whole, self._sizes, shapes), self.made + 1
         self._whole.copy_(packed, non_blocking=True)
         return self._tensors
 
@@ -71,9 +78,8 @@ class Room:
         if name == "part_indptr":
             return self.tokens + 1
         if name.endswith("_t"):
-            return self.tokens * (x.size // max(len(x), 1))
-        width = int(np.prod(x.shape[1:], dtype=int))
-        return width << max(len(x) - 1, 1).bit_length()
+            return self.tokens * math.prod(x.shape[1:])
+        return math.prod(x.shape[1:]) << max(len(x) - 1, 1).bit_length()
 
 
 def _filled(name: str, x: np.ndarray, size: int) -> np.ndarray:
