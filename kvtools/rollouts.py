@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from .cache import Index
 from .config import CacheConfig
 from .hf import Decoder, Flight, Graph, Session, plugged, usable
 from .ops.sampling import drawn, row_seeds, sample
+from .ops.upload import on_device, seed_words, seeds_of
 from .transaction import Transaction
 
 Until = Collection[int] | Callable[[list[int]], bool]
@@ -162,17 +164,19 @@ class Rollouts:
         if not len(active):
             return
         with self._change():
-            ready = self._fed(active)
+            position = np.array([len(self.tokens[row]) for row in active])
+            draw = _Draw(position, seed_words(self.seeds[active]))
+            ready = self._fed(active, draw)
             logits = _logits([ready[row] for row in active])
             if self._processor is not None:
                 logits = self._processor([list(self.tokens[row]) for row in active], logits)
-            position = torch.tensor([len(self.tokens[row]) for row in active], device=self.device)
-            seed = torch.from_numpy(self.seeds[active]).to(self.device)
             token, logprob, _ = sample(
-                logits, seed, position, **self.filters, impl=self.kv.config.impl
-            )
+                logits, seeds_of(draw.seed_t), draw.position_t, **self.filters,
+                impl=self.kv.config.impl,
+            )  # fmt: skip
             steps = [len(self.logprobs[row]) for row in active]
-            tokens, logprobs = drawn(token.tolist(), steps, active.tolist()), logprob.tolist()
+            tokens, logprobs = torch.stack([token.double(), logprob.double()]).tolist()
+            tokens = drawn(tokens, steps, active.tolist())
             finished = self.finished.copy()
             for row, token, logprob in zip(active, tokens, logprobs, strict=True):
                 self.tokens[row].append(token)
@@ -287,7 +291,7 @@ class Rollouts:
             stopped = [
                 row for row, token in zip(rows, tokens, strict=True) if token in flight.stops
             ]
-            for later in after:
+            for later in after if stopped else ():
                 self.kv.retract(later.drop(stopped))
         return finished
 
@@ -425,29 +429,39 @@ class Rollouts:
             raise IndexError(f"rows holds {row}; there are rows 0 to {self.rows - 1}")
         return distinct, order
 
-    def _fed(self, active: np.ndarray) -> list[tuple[Tensor, int] | None]:
-        """`_ready` once the model has seen all of rows `active`."""
+    def _fed(self, active: np.ndarray, draw: "_Draw") -> list[tuple[Tensor, int] | None]:
+        """`_ready` once the model has seen all of rows `active`; brings `draw` to the device."""
         ready = list(self._ready)
         unfed = np.array([row for row in active if ready[row] is None], np.int64)
-        if len(unfed):
-            logits = self._extend(unfed)
-            for i, row in enumerate(unfed):
-                ready[row] = logits, i
+        if not len(unfed):
+            on_device(self.device, draw)
+            return ready
+        logits = self._extend(unfed, (), draw)
+        for i, row in enumerate(unfed):
+            ready[row] = logits, i
         return ready
 
-    def _extend(self, rows: np.ndarray, tokens: Sequence[int] = ()) -> Tensor:
+    def _extend(self, rows: np.ndarray, tokens: Sequence[int], *more: Any) -> Tensor:
         """Run what the model has not seen of `rows`, and then `tokens`: logits [len(rows), v]."""
         lengths = self.kv.lengths.numpy()
         new = [[*self.tokens[row][lengths[row] :], *tokens] for row in rows]
         counts = np.zeros(self.rows, np.int32)
         counts[rows] = [len(some) for some in new]
-        flat = torch.tensor([token for some in new for token in some], device=self.device)
-        return self._session.extend(flat, counts)
+        flat = np.array([token for some in new for token in some])
+        return self._session.extend(flat, counts, *more)
 
     def _pauses(self, new: list[int], until: Until | None) -> bool:
         if until is None:
             return False
         return bool(until(new)) if callable(until) else new[-1] in until
+
+
+@dataclass
+class _Draw:
+    """What a draw needs of its rows: arrays, which `on_device` brings there."""
+
+    position_t: Any  # of the token that is drawn
+    seed_t: Any
 
 
 def _logits(ready: list[tuple[Tensor, int]]) -> Tensor:

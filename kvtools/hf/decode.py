@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops.sampling import sample
-from ..ops.upload import Room
+from ..ops.upload import Room, seed_words, seeds_of
 from .session import Session
 
 Graph = Literal["auto", False]
@@ -149,14 +149,13 @@ class Decoder:
         kv, size = self.session.kv, _bucket(len(rows))
         before = np.zeros(0, np.int64) if self._last is None else self._last.rows
         place = np.where(tokens < 0, np.searchsorted(before, rows), -1 - tokens)
-        seed_t = np.ascontiguousarray(seeds).view(np.int32).reshape(-1, 2)
         counts = np.zeros(kv.rows, np.int32)
         counts[rows] = 1
         with torch.inference_mode(False), torch.no_grad():
             if not self._state or len(self._state[0]) < size:
                 self._grow(size)
             step = self._steps.setdefault((size, *kv.kinds(counts)), _Step(Room(size, kv.device)))
-            inputs = _Inputs(place, seed_t)
+            inputs = _Inputs(place, seed_words(seeds))
             kv.extend(counts, inputs, room=step.room)
             with kv.unnoted():
                 self._run(step, lambda: self._body(inputs, size))
@@ -183,7 +182,7 @@ class Decoder:
         skip_t = (kv.positions < 0) | ((place >= 0) & stopped[last])
         logits = self.session.decode(ids, skip_t)
         drawn, logprob, _ = sample(
-            logits, inputs.seed_t.view(torch.int64)[:, 0], kv.positions.clamp(min=0) + 1,
+            logits, seeds_of(inputs.seed_t), kv.positions.clamp(min=0) + 1,
             **self._filters, impl=kv.config.impl,
         )  # fmt: skip
         failed = ((drawn < 0) & ~skip_t).any()

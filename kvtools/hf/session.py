@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..cache import KVCache
 from ..config import CacheConfig
+from ..ops.upload import on_device
 from .door import Door, Unsupported, decoder_of, device_of, door_of, inner, refusal
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
 
@@ -132,13 +134,19 @@ class Session:
 
     @torch.no_grad()
     def extend(
-        self, tokens: Tensor, counts: np.ndarray | None = None, *, every: bool = False
+        self,
+        tokens: Tensor | np.ndarray,
+        counts: np.ndarray | None = None,
+        *more: Any,
+        every: bool = False,
     ) -> Tensor:
         """Give the rows new tokens.
 
         Args:
-            tokens: [rows] one token each; or, with `counts`, [sum(counts)] row by row.
+            tokens: [rows] one token each; or, with `counts`, [sum(counts)] row by row. On the
+                device, or an array, which is brought there with all that the step needs.
             counts: [rows] tokens per row, zero for rows that wait.
+            more: records whose arrays are brought there, too; see `on_device`.
             every: return what follows every new token, not each row's last alone.
 
         Returns:
@@ -155,9 +163,11 @@ class Session:
         groups = self.door.groups(before, np.where(turned, 0, counts))
         with self.kv.transaction():
             if len(groups) == 1 and not turned.any():
-                out = self._step(tokens, counts)
+                out = self._step(tokens, counts, *more)
             else:
-                out = self._by_groups(tokens, counts, groups, turned)
+                record = _Tokens(tokens)
+                on_device(self.device, record, *more)
+                out = self._by_groups(record.tokens.long(), counts, groups, turned)
         if self.head and not every and counts.max() > 1:
             last = counts[counts > 0].cumsum() - 1
             out = out[torch.from_numpy(last).to(out.device)]
@@ -233,10 +243,11 @@ class Session:
         """Of the model."""
         return inner(self._runner).modules()
 
-    def _step(self, tokens: Tensor, counts: np.ndarray) -> Tensor:
+    def _step(self, tokens: Tensor | np.ndarray, counts: np.ndarray, *more: Any) -> Tensor:
         """One forward: what follows each new token."""
         past, live = int(self.kv.lengths.numpy()[counts > 0].max()), int((counts > 0).sum())
-        position_t = self.kv.extend(counts)
+        record = _Tokens(tokens)
+        position_t, tokens = self.kv.extend(counts, record, *more), record.tokens.long()
         longest = int(counts.max())
         # Ragged rows go in as one, without padding: attention alone tells rows apart.
         width = longest if longest * live == len(tokens) else len(tokens)
@@ -255,6 +266,11 @@ class Session:
         with plugged(self.door), running(self.cache, Forward(self.door, self.kv, filling, past)):
             out = self._runner(input_ids=ids, **options)
         return out.logits if self.head else _output(out)
+
+
+@dataclass
+class _Tokens:
+    tokens: Any
 
 
 def _output(out: Any) -> Tensor:

@@ -38,6 +38,16 @@ def on_device(device: torch.device, *records: Any, room: "Room | None" = None) -
         attributes[name] = x
 
 
+def seed_words(seeds: np.ndarray) -> np.ndarray:
+    """int64 [n] as int32 [n, 2]; see `seeds_of`."""
+    return np.ascontiguousarray(seeds, np.int64).view(np.int32).reshape(-1, 2)
+
+
+def seeds_of(words: Tensor) -> Tensor:
+    """The int64 [n] of which `words` came to the device."""
+    return words.view(torch.int64)[:, 0]
+
+
 class Room:
     """Tensors at fixed addresses that take other arrays at each step: what a CUDA graph reads.
 
