@@ -223,6 +223,7 @@ class Rollouts:
                 growing = [row for row in growing if grows(row)]
                 if progress is not None:
                     progress(len(growing))
+            self._land_all()
         return [tokens[begin:] for tokens, begin in zip(self.tokens, start, strict=True)]
 
     def _ahead(self, until: Until | None) -> Decoder | None:
@@ -272,7 +273,7 @@ class Rollouts:
                     tokens = [-1 if row in flying else self.tokens[row][-1] for row in rows]
                     after = [decoder.launch(rows, np.array(tokens), self.seeds[rows])]
                 finished = self._land(before, after)
-                self._commit(_flights=after, finished=finished)
+                self._commit(_flights=[x for x in after if x.live.any()], finished=finished)
         except BaseException:
             self._land_all()
             raise

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import (
+    EosTokenCriteria,
     GenerateDecoderOnlyOutput,
     GenerationConfig,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MinPLogitsWarper,
     StoppingCriteriaList,
     StopStringCriteria,
@@ -26,6 +28,7 @@ from transformers.generation import (
 
 from ..config import CacheConfig
 from ..ops.sampling import drawn, row_seeds, sample
+from .decode import Decoder, Graph, usable
 from .door import device_of, door_of
 from .plug import CACHE, plugged
 from .session import Session, check_model
@@ -40,6 +43,7 @@ def generate(
     kv_config: CacheConfig | None = None,
     streamer: Any = None,
     probe: bool = True,
+    graph: Graph = "auto",
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """The decoding loop of `model.generate(custom_generate=kvtools.generate, kv_config=...)`.
@@ -57,6 +61,11 @@ def generate(
             `patch`.
         probe: False to run a model unseen: otherwise its first call compares some tokens with the
             model's own path.
+        graph: "auto" lets steps run ahead of the host on a CUDA device, captured in CUDA graphs,
+            where temperature, top_k, top_p and min_p are all that stands between logits and tokens,
+            lengths and EOS tokens all that ends rows, and nothing but tokens is asked for: the
+            host's own processors, criteria and streamers are waited for. A model that cannot be
+            captured is named by a warning. False: never. Tokens are the same.
         The rest is given by `generate`.
 
     Returns:
@@ -78,7 +87,7 @@ def generate(
     with plugged(check_model(model, probe=probe)):
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kv_config,
-            streamer, model_kwargs,
+            streamer, graph, model_kwargs,
         )  # fmt: skip
 
 
@@ -105,6 +114,7 @@ def _generate(
     config: GenerationConfig,
     kv_config: CacheConfig | None,
     streamer: Any,
+    graph: Graph,
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     device, rows = device_of(model), input_ids.shape[0]
@@ -126,13 +136,19 @@ def _generate(
     logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
 
     impl = session.kv.config.impl
+    seeds = np.zeros(rows, np.int64)
     if config.do_sample:
-        seed_b = torch.from_numpy(row_seeds(int(torch.randint(2**62, ())), rows)).to(device)
+        seeds = row_seeds(int(torch.randint(2**62, ())), rows)
+        seed_b = torch.from_numpy(seeds).to(device)
     length_b = torch.tensor([len(prompts[i]) for i in row_prompt], device=device)
     filters = _fused(logits_processor) if config.do_sample else None
     want_scores = config.return_dict_in_generate and config.output_scores
     want_logits = config.return_dict_in_generate and config.output_logits
     all_scores, all_logits = () if want_scores else None, () if want_logits else None
+    ahead = None
+    if not (want_scores or want_logits or streamer) and usable(session, graph):
+        greedy = None if logits_processor else {"temperature": 0.0}
+        ahead = _ahead(session, filters if config.do_sample else greedy, stopping_criteria)
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
     active = torch.arange(rows, device=device)
@@ -170,6 +186,14 @@ def _generate(
             stay = (~done).nonzero()[:, 0]
             session.kv.gather(stay)
             active = active[stay]
+        if ahead is not None:
+            decoder, longest = ahead
+            tokens, left = input_ids[active, -1].cpu().numpy(), longest - input_ids.shape[1]
+            new = np.full((rows, left), pad)
+            width = _finish(decoder, tokens, active.cpu().numpy(), seeds, new)
+            new = torch.from_numpy(new[:, :width]).to(input_ids)
+            input_ids = torch.cat([input_ids, new], 1)
+            break
         logits = session.extend(input_ids[active, -1])
     if streamer is not None:
         streamer.end()
@@ -178,6 +202,53 @@ def _generate(
     return GenerateDecoderOnlyOutput(
         sequences=input_ids, scores=all_scores, logits=all_logits, **{CACHE: session.cache}
     )
+
+
+def _ahead(
+    session: Session, filters: dict[str, float] | None, criteria: StoppingCriteriaList
+) -> tuple[Decoder, int] | None:
+    """What can run ahead of the host, and the length at which all rows end; None if these filters
+    or criteria keep it from that."""
+    lengths = [x.max_length for x in criteria if type(x) is MaxLengthCriteria]
+    ends = [x.eos_token_id.reshape(-1).tolist() for x in criteria if type(x) is EosTokenCriteria]
+    if filters is None or not lengths or len(lengths) + len(ends) != len(criteria):
+        return None
+    return Decoder(session, filters, [x for each in ends for x in each]), min(lengths)
+
+
+def _finish(
+    decoder: Decoder, tokens: np.ndarray, active: np.ndarray, seeds: np.ndarray, new: np.ndarray
+) -> int:
+    """Let rows grow to their end, ahead of the host.
+
+    Args:
+        decoder: over the rows of the cache.
+        tokens: that each of them feeds next.
+        active: which row of the batch each is.
+        seeds: by row of the batch.
+        new: [rows, most] where tokens are written to.
+
+    Returns:
+        How many columns were.
+    """
+    decoder.begin()
+    kv, live, flight, done, begun = decoder.session.kv, np.arange(len(active)), None, 0, 0
+    while True:
+        launched, counts = None, np.zeros(kv.rows, np.int32)
+        counts[live] = 1
+        if len(live) and begun < new.shape[1] and not (flight and kv.selects(counts)):
+            launched, begun = decoder.launch(live, tokens[live], seeds[active[live]]), begun + 1
+            tokens[:] = -1
+        if flight is not None:
+            rows, chosen, _ = flight.read()
+            new[active[rows], done] = drawn(chosen, done + 1, active[rows])
+            stopped = rows[np.isin(chosen, list(flight.stops))]
+            live, done = np.setdiff1d(live, stopped), done + 1
+            if launched is not None and len(stopped):
+                kv.retract(launched.drop(stopped))
+        flight = launched if launched is not None and launched.live.any() else None
+        if flight is None and (not len(live) or begun == new.shape[1]):
+            return done
 
 
 def _refuse(
@@ -287,7 +358,11 @@ _patching = threading.Lock()
 
 @contextmanager
 def patch(
-    model: PreTrainedModel, config: CacheConfig | None = None, *, probe: bool = True
+    model: PreTrainedModel,
+    config: CacheConfig | None = None,
+    *,
+    probe: bool = True,
+    graph: Graph = "auto",
 ) -> Iterator[PreTrainedModel]:
     """Make `model.generate` run through `kvtools.generate`, for code that calls it itself.
 
@@ -295,14 +370,14 @@ def patch(
         model: a decoder-only transformers model, possibly compiled; other models are not affected,
             and neither are copies of this one.
         config: how keys and values are kept; default `CacheConfig()`, exact.
-        probe: see `generate`.
+        probe, graph: see `generate`.
 
     Counts in all threads, as the model does. Undone on exit, also after an error. Patches may be
     nested and overlap; the newest one counts.
     """
     check_model(model, probe=probe)
     core = getattr(model, "_orig_mod", model)
-    entry = (config, probe)
+    entry = (config, dict(probe=probe, graph=graph))
     with _patching:
         if not hasattr(type(core), "_kvtools_patches"):
             core.__class__ = _patched(type(core))
@@ -343,7 +418,7 @@ def _patched(base: type) -> type:
 
 
 def _patched_generate(
-    model: Any, stock: Any, config: CacheConfig | None, probe: bool, args: tuple, kwargs: dict
+    model: Any, stock: Any, config: CacheConfig | None, options: dict, args: tuple, kwargs: dict
 ) -> Any:
     if kwargs.get("custom_generate") is not None:
         raise ValueError(
@@ -372,7 +447,7 @@ def _patched_generate(
             target.generation_config = _without_strings(model.generation_config)
 
     def loop(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return generate(model, *args, kv_config=config, streamer=streamer, probe=probe, **kwargs)
+        return generate(model, *args, kv_config=config, streamer=streamer, **options, **kwargs)
 
     run = stock if target is model else type(target).generate.__get__(target)
     return run(*args, custom_generate=loop, **kwargs)

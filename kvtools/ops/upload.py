@@ -30,6 +30,8 @@ def on_device(device: torch.device, *records: Any, room: "Room | None" = None) -
         if isinstance(x, np.ndarray)
     ]
     arrays = [x for *_, x in found]
+    if not arrays:
+        return
     if room is None:
         tensors = at_once(arrays, device)
     else:

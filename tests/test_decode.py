@@ -1,0 +1,322 @@
+"""Steps ahead of the host, captured by the recorder in a CUDA graph's place."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from interrupts import Interrupt
+from models import fresh_model, tiny_model
+
+import kvtools
+from kvtools import CacheConfig, Rollouts
+from kvtools.hf import decode
+from kvtools.ops.upload import Room, on_device
+from kvtools.testing import Recorder
+
+EOS = [5, 77, 9]
+CONFIGS = {
+    "exact": CacheConfig(),
+    "balanced": CacheConfig.preset("balanced"),
+    "history": CacheConfig(bits=4, budget=24, recent=8, sinks=2),
+    "last": CacheConfig(budget=24, recent=8, policy="tova"),
+    "ring": CacheConfig(bits=4, budget=24, recent=6, sinks=2, recent_bits=8, policy="snapkv"),
+    "layers": CacheConfig(bits=8, budget=40, recent=6, layer_budget="later", policy="streaming"),
+}
+
+
+class Captured:
+    """In the place of CUDA graphs."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, device):
+        return self.capture
+
+    def capture(self, run):
+        with Recorder() as recorder:
+            run()
+        self.captures += 1
+
+        def replay():
+            self.replays += 1
+            recorder.replay()
+
+        return replay
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    captured = Captured()
+    monkeypatch.setattr(decode, "capturer", captured)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield captured
+
+
+def prompts(*lengths):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(10, 256, (n,), generator=generator).tolist() for n in lengths]
+
+
+def started(config, model="llama", **options):
+    model = tiny_model(model) if isinstance(model, str) else model
+    options = dict(temperature=0.9, eos_token_id=EOS, seed=3) | options
+    rollouts = Rollouts(model, config, **options)
+    rollouts.prefill(prompts(20, 33, 7), 2)
+    return rollouts
+
+
+def same(a, b):
+    assert a.tokens == b.tokens
+    assert torch.equal(a.kv.lengths, b.kv.lengths) and (a.finished == b.finished).all()
+    for ours, theirs in zip(a.logprobs, b.logprobs, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-3)  # a code may fall to the other side
+
+
+@pytest.mark.parametrize("model,config", [
+    ("llama", "exact"), ("llama", "balanced"), ("llama", "history"), ("llama", "last"),
+    ("qwen3", "exact"), ("qwen3", "ring"), ("gemma3", "exact"), ("gemma3", "layers"),
+    ("gptoss", "exact"), ("gptoss", "balanced"),
+])  # fmt: skip
+def test_rollouts(model, config, graphs):
+    """Rows that end by a token, by their number of tokens, and not; forks, and more of the same."""
+    both = []
+    for graph in (False, "auto"):
+        rollouts = started(CONFIGS[config], model, graph=graph)
+        rollouts.generate([40, 40, 3, 40, 17, 40])
+        rollouts.gather([0, 0, 1, 3, 5, 2])
+        rollouts.generate(20)
+        both.append(rollouts)
+    same(*both)
+    assert both[0].finished.any() and not both[0].finished.all()
+    assert graphs.replays > 2 * graphs.captures > 0
+
+
+@pytest.mark.parametrize("config", ["exact", "ring"])
+@pytest.mark.parametrize("kind", ["tokens", "callable", "progress"])
+def test_until(kind, config, graphs):
+    both = []
+    for graph in (False, "auto"):
+        rollouts, told = started(CONFIGS[config], graph=graph), []
+        until = {"tokens": set(range(40, 90)), "callable": lambda new: sum(new) % 7 == 0}.get(kind)
+        for _ in range(6):
+            rollouts.generate(9, until, told.append)
+        both.append(rollouts)
+        assert told[-1] == 0
+    same(*both)
+    assert graphs.replays
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"do_sample": True, "top_k": 50, "temperature": 0.8}, {"eos_token_id": [*range(60, 99)]},
+    {"do_sample": True, "top_p": 0.9, "eos_token_id": [*range(60, 64)]},
+])  # fmt: skip
+@pytest.mark.parametrize("config", ["exact", "history"])
+def test_generate(options, config, graphs):
+    ids = torch.tensor(prompts(30, 30, 30))
+    mask = torch.ones_like(ids)
+    mask[1, :11] = 0
+    both = []
+    for graph in (False, "auto"):
+        torch.manual_seed(1)
+        with kvtools.patch(tiny_model(), CONFIGS[config], graph=graph) as model:
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=40,
+                                 return_dict_in_generate=True, **options)  # fmt: skip
+            both.append(out.sequences)
+    assert torch.equal(*both) and graphs.replays
+
+
+@pytest.mark.parametrize("options", [
+    {"repetition_penalty": 1.2}, {"output_scores": True}, {"max_time": 1e9},
+])  # fmt: skip
+def test_what_the_host_has_to_see(options, graphs):
+    """It is waited for: nothing runs ahead."""
+    ids = torch.tensor(prompts(30))
+    with kvtools.patch(tiny_model()) as model:
+        model.generate(ids, max_new_tokens=8, return_dict_in_generate=True, **options)
+    rollouts = started(CONFIGS["exact"], processor=lambda tokens, logits: logits)
+    rollouts.generate(8)
+    assert not graphs.captures
+
+
+def test_what_changes_in_the_model(graphs):
+    """A value in place is seen by replays; a parameter, a module, a hook make graphs anew."""
+    model, twin = fresh_model(), fresh_model()
+    both = started(CONFIGS["exact"], twin, graph=False), started(CONFIGS["exact"], model)
+
+    def grow():
+        for rollouts in both:
+            rollouts.generate(6)
+        same(*both)
+
+    grow()
+    for change in (
+        lambda m: m.lm_head.weight.data.mul_(0.5),
+        lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(m.lm_head.weight.flip(0))),
+        lambda m: setattr(m.model.layers[1].mlp, "act_fn", torch.nn.Tanh()),
+        lambda m: m.model.norm.register_forward_hook(lambda module, args, out: out * 0.7),
+        lambda m: setattr(m.model.norm, "variance_epsilon", 10.0),
+    ):
+        for each in (model, twin):
+            with torch.no_grad():
+                change(each)
+        grow()
+
+
+def test_pools_that_grow_and_prompts_that_come(graphs):
+    """What lies elsewhere is not read where it was."""
+    both = []
+    for graph in (False, "auto"):
+        rollouts = started(CacheConfig(page_size=4, bits=8), graph=graph, eos_token_id=())
+        rollouts.generate(30)
+        rollouts.prefill(prompts(50), 3)
+        rollouts.generate(30)
+        rollouts.crop([len(tokens) - 5 for tokens in rollouts.tokens])
+        rollouts.generate(9)
+        rollouts.peek([3, 4], [0, 1])
+        rollouts.generate(9)
+        both.append(rollouts)
+    same(*both)
+
+
+def test_logits_that_are_no_distribution(graphs):
+    """Rows and step are named, a step late; rows are as before that step, and go on."""
+    model, calls = fresh_model(), []
+
+    def spoil(module, args, out):
+        # By what rows are fed, so that a graph can hold it.
+        return torch.where((args[0][:, -1:, :1] * bad).isnan(), torch.nan, out)
+
+    bad = torch.zeros(1)
+    model.lm_head.register_forward_hook(spoil)
+    ours, twin = started(CONFIGS["exact"], model), started(CONFIGS["exact"], graph=False)
+    ours.generate(8)
+
+    def progress(left):
+        calls.append(left)
+        if len(calls) == 4:
+            bad.fill_(torch.nan)
+
+    with pytest.raises(ValueError, match=r"no token can be drawn for row 0 at step \d+"):
+        ours.generate(30, progress=progress)
+    assert 3 <= len(ours.tokens[0]) - 28 <= 6
+    bad.zero_()
+    twin.generate(40)
+    ours.generate([40 - len(x) for x in ours.logprobs])
+    assert ours.tokens == twin.tokens
+
+
+@pytest.mark.parametrize("config", ["exact", "balanced"])
+def test_interrupts(config, graphs):
+    """Anywhere; then rows say what undisturbed ones say."""
+    twin = started(CONFIGS[config], graph=False, eos_token_id=EOS)
+    twin.generate(24)
+    rng = np.random.default_rng(0)
+    ours = started(CONFIGS[config])
+    ours.generate(4)
+    with Interrupt() as whole:
+        started(CONFIGS[config]).generate(4)
+    for at in rng.integers(1, whole.seen, 12):
+        try:
+            with Interrupt(at):
+                ours.generate([min(6, 24 - len(x)) for x in ours.logprobs])
+        except KeyboardInterrupt:
+            pass
+    ours.generate([24 - len(x) for x in ours.logprobs])
+    assert ours.tokens == twin.tokens
+    for store in ours.kv.stores:
+        store.forest.check()
+
+
+def test_a_model_that_looks_at_values(graphs):
+    """It is named once, with the call, and run step by step."""
+    model = fresh_model()
+    model.model.norm.register_forward_hook(lambda m, args, out: out * (1 + 0 * out.sum().item()))
+    twin = started(CONFIGS["exact"], graph=False)
+    ours = started(CONFIGS["exact"], model)
+    with pytest.warns(UserWarning, match="llama is run step by step.*_local_scalar_dense"):
+        ours.generate(12)
+    ours.generate(5)
+    twin.generate(17)
+    assert ours.tokens == twin.tokens and not graphs.captures
+
+
+def test_a_model_whose_frequencies_follow_lengths(graphs):
+    config = fresh_model().config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = type(fresh_model())(config).eval()
+    with pytest.warns(UserWarning, match="rotary frequencies depend on how long rows are"):
+        started(CONFIGS["exact"], model)
+    started(CONFIGS["exact"], model).generate(3)
+    assert not graphs.captures
+
+
+@pytest.mark.parametrize("fault,call", [
+    (lambda x: x.sum().item(), "_local_scalar_dense"),
+    (lambda x: torch.tensor([1.0, 2.0]), "lift_fresh"),
+    (lambda x: x[x > 0], "aten.index"),
+])  # fmt: skip
+def test_faults_are_refused(fault, call, graphs, monkeypatch):
+    attend = kvtools.cache.KVCache.attend
+
+    def faulty(self, layer, q, *args, **kwargs):
+        fault(q)
+        return attend(self, layer, q, *args, **kwargs)
+
+    monkeypatch.setattr(kvtools.cache.KVCache, "attend", faulty)
+    with pytest.warns(UserWarning, match=f"cannot be captured.*{call}.*test_decode.py"):
+        started(CONFIGS["exact"], fresh_model()).generate(6)
+
+
+def test_a_plan_that_moves_is_not_replayed(graphs, monkeypatch):
+    """Were it not seen that it does, the recorder would refuse."""
+    put = Room.put
+
+    def moved(self, names, arrays):
+        self._names = None
+        return put(self, names, arrays)
+
+    monkeypatch.setattr(Room, "put", moved)
+    started(CONFIGS["exact"]).generate(8)
+    assert not graphs.captures
+    monkeypatch.setattr(Room, "made", property(lambda self: 0, lambda self, n: None), raising=False)
+    with pytest.raises(RuntimeError, match="freed or moved"):
+        started(CONFIGS["exact"]).generate(8)
+
+
+def test_options():
+    with pytest.raises(ValueError, match="graph=True: expected 'auto' or False"):
+        Rollouts(tiny_model(), graph=True)
+
+
+class Record:
+    def __init__(self, **arrays):
+        vars(self).update(arrays)
+
+
+def test_room():
+    """What is there is filled up; what does not fit makes it anew."""
+    room = Room(4, torch.device("cpu"))
+
+    def put(tokens, nodes):
+        record = Record(
+            slot_t=np.arange(tokens), frame_t=np.arange(tokens) + 5, kind="no array",
+            page_indptr=np.arange(nodes + 1), item=np.arange(6 * nodes).reshape(nodes, 6),
+            part_indptr=np.arange(tokens + 1),
+        )  # fmt: skip
+        on_device(torch.device("cpu"), record, room=room)
+        return record
+
+    first = put(3, 3)
+    assert first.slot_t.tolist() == [0, 1, 2, -1] and first.frame_t.tolist() == [5, 6, 7, 0]
+    assert first.page_indptr.tolist() == [0, 1, 2, 3] and first.part_indptr.tolist() == [
+        0, 1, 2, 3, 3,
+    ]  # fmt: skip
+    assert first.item.shape == (4, 6) and first.item[3].tolist() == [0] * 6
+    second = put(4, 2)
+    assert room.made == 1 and second.slot_t.data_ptr() == first.slot_t.data_ptr()
+    assert first.slot_t.tolist() == [0, 1, 2, 3] and first.page_indptr.tolist() == [0, 1, 2, 2]
+    assert second.item[1:].tolist() == [[6, 7, 8, 9, 10, 11], [0] * 6, [0] * 6]
+    assert put(4, 5).item.shape == (8, 6) and room.made == 2
