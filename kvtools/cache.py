@@ -392,8 +392,7 @@ class KVCache:
             q, k, v = (step.of(x) for x in (q_thd, k_thd, v_thd))
             also, before_t = None, step.tokens.get("before_t")
             slot = store.slots(layer, step)
-            if step.pages is not None:  # only of the rows in this pass: others have not stepped
-                pages.importance.index_fill_(0, step.pages, 0)
+            step.forget(pages.importance)
             if self._recent:
                 also = step.tokens["also_t"], stores[-1]
             position_t, frames = step.tokens["position_t"], {}
@@ -401,7 +400,7 @@ class KVCache:
                 frames = dict(frame=self._frame[layer], frame_t=step.tokens["frame_t"])
             append_kv(k, v, slot, pages, position_t, also=also, impl=config.impl, **frames)
             out, _ = tree_attention(
-                q, position_t, stores, step.plan, before_t=before_t, **frames, **options
+                q, position_t, stores, step.ready, before_t=before_t, **frames, **options
             )
             if out_thd is not None:
                 out_thd[step.token] = out
@@ -423,7 +422,7 @@ class KVCache:
         store = self._store[layer]
         (step,), pages = self._passes[store], store.layers[layer]
         options = dict(options, impl=self.config.impl)
-        return tree_attention(q_thd, step.tokens["position_t"], pages, step.plan, **options)[0]
+        return tree_attention(q_thd, step.tokens["position_t"], pages, step.ready, **options)[0]
 
     @_change
     def gather(self, index: Index) -> None:

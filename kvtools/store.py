@@ -30,20 +30,35 @@ class Pass:
     arrays: "Arrays | None" = None  # of a plan that is not there
     row_t: Any = None  # where some evict
     cursor_t: Any = None  # which victim of its row a token overwrites, -1 for none
-    pages: Any = None  # those of the store in the plan, where their importance begins anew
+    pages: Any = None  # of which importance begins anew
+    owner: Any = None  # the token of each of them
     select: "Selection | None" = None
     slots: Tensor | None = None  # [t] where they go; where some evict [layers, t, heads]
     tokens: dict[str, Tensor] = field(default_factory=dict)  # what else each token has
+    ready: Plan | None = None
 
-    def begin(self, **tokens: Tensor) -> None:
-        """Once it is on the device: take what there is of its tokens. May be called again."""
+    def begin(self, skip_t: Tensor | None, **tokens: Tensor) -> None:
+        """Once it is on the device: take what there is of its tokens. Nothing is noted of those
+        that are skipped, in a pass of one token per row. May be called again."""
+        self.ready = self.plan
         if self.arrays is not None:
-            self.plan = self.arrays.plan()
+            self.ready = self.arrays.plan(skip_t)
         elif self.length is not None:
-            self.plan, self.length = replace(self.plan, length=self.length), None
+            self.ready = replace(self.plan, length=self.length)
         self.tokens = {name: self.of(x) for name, x in tokens.items()}
         if self.pages is not None:
-            self.pages = self.pages.long()
+            skipped = None if skip_t is None else skip_t[self.owner.long()][:, None, None]
+            self.anew = self.pages.long(), skipped
+
+    def forget(self, importance: Tensor) -> None:
+        """Let the importance of its rows, and of no others, begin anew."""
+        if self.pages is None:
+            return
+        pages, skipped = self.anew
+        if skipped is None:
+            importance.index_fill_(0, pages, 0)
+        else:
+            importance[pages] = torch.where(skipped, importance[pages], 0)
 
     def of(self, x: Tensor) -> Tensor:
         """The entries of the tokens that take part."""
@@ -57,9 +72,13 @@ class Arrays:
         self._of = plan["page_size"], pages
         vars(self).update({name: plan[name] for name in Plan.TENSORS}, length=plan["length"].copy())
 
-    def plan(self) -> Plan:
-        """Once they are on the device."""
-        return Plan.of(tuple(getattr(self, name) for name in Plan.TENSORS), *self._of)
+    def plan(self, skip_t: Tensor | None) -> Plan:
+        """Once they are on the device; what skipped tokens read is nobody's own."""
+        tensors = {name: getattr(self, name) for name in Plan.TENSORS}
+        if skip_t is not None:
+            first = self.token[self.token_indptr[:-1].clamp(max=len(self.token) - 1).long()]
+            tensors["own"] = torch.where(skip_t[first.long()], 0, self.own)
+        return Plan.of(tuple(tensors.values()), *self._of)
 
 
 @dataclass
@@ -221,6 +240,7 @@ class Store:
         grown = np.zeros(len(self.left), np.int32)
         grown[rows] = ~self._evicted[rows]
         self.forest.crop(self.forest.lengths() - grown)
+        self._in_table = None
 
     def _pass(
         self,
@@ -237,7 +257,13 @@ class Store:
         if key != self._plan_key:
             plan = self.forest.plan(counts, **self.limits)
             others = beside(counts)
-            self._own_pages = plan["page"]  # before those of others
+            if self.last_only:
+                own = np.flatnonzero(plan["own"])
+                begin, end = plan["page_indptr"][own], plan["page_indptr"][own + 1]
+                index = [np.arange(*each) for each in zip(begin, end, strict=True)]
+                self._own_pages = plan["page"][np.concatenate([np.zeros(0, int), *index])]
+                token = plan["token"][plan["token_indptr"][own]]
+                self._owner = np.repeat(token, end - begin)
             self._arrays = joined([plan, *others]) if others else plan
             self._needed = pages_needed(self._arrays, self._arrays["page_size"])
             self._plan, self._plan_key = None, key
@@ -251,14 +277,14 @@ class Store:
         else:
             each.plan, each.length = self._plan, self._arrays["length"].copy()
         if self.last_only:
-            each.pages = self._own_pages
+            each.pages, each.owner = self._own_pages, self._owner
         return each
 
     def begin(self, passes: list[Pass], skip_t: Tensor | None, **tokens: Tensor) -> None:
         """Once passes are on the device; nothing is written of tokens that are skipped."""
         for each in passes:
-            each.begin(**tokens)
-            self._plan = each.plan
+            each.begin(skip_t, **tokens)
+            self._plan = each.ready
         first = passes[0]
         first.slots = first.slot_t
         if first.cursor_t is not None:

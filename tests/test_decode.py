@@ -94,19 +94,30 @@ def test_rollouts(model, config, graphs):
     assert graphs.replays > 2 * graphs.captures > 0
 
 
-@pytest.mark.parametrize("config", ["exact", "ring"])
-@pytest.mark.parametrize("kind", ["tokens", "callable", "progress"])
+def state(rollouts):
+    """What a row that stood still must not have changed."""
+    kv = rollouts.kv
+    kept = [[kv.kept(layer, row) for row in range(kv.rows)] for layer in (0, kv.layers - 1)]
+    hosts = [(store.left.tolist(), store.forest.lengths().tolist()) for store in kv.stores]
+    return kept, hosts, kv._recent and kv._recent.start.tolist()
+
+
+@pytest.mark.parametrize("kind,config", [
+    ("tokens", "exact"), ("tokens", "ring"), ("tokens", "history"), ("callable", "ring"),
+    ("progress", "exact"),
+])  # fmt: skip
 def test_until(kind, config, graphs):
-    both = []
+    """Rows that pause, at any time of their victims, hold what those hold that nothing followed."""
+    both, until = [], None
+    if kind != "progress":
+        until = set(range(40, 90)) if kind == "tokens" else lambda new: sum(new) % 7 == 0
     for graph in (False, "auto"):
-        rollouts, told = started(CONFIGS[config], graph=graph), []
-        until = {"tokens": set(range(40, 90)), "callable": lambda new: sum(new) % 7 == 0}.get(kind)
-        for _ in range(6):
-            rollouts.generate(9, until, told.append)
-        both.append(rollouts)
+        rollouts, told = started(CONFIGS[config], graph=graph, eos_token_id=()), []
+        both.append((rollouts, [rollouts.generate(9, until, told.append) and state(rollouts)
+                                for _ in range(12)]))  # fmt: skip
         assert told[-1] == 0
-    same(*both)
-    assert graphs.replays
+    same(both[0][0], both[1][0])
+    assert both[0][1] == both[1][1] and graphs.replays
 
 
 @pytest.mark.parametrize("options", [
@@ -311,12 +322,12 @@ def test_room():
 
     first = put(3, 3)
     assert first.slot_t.tolist() == [0, 1, 2, -1] and first.frame_t.tolist() == [5, 6, 7, 0]
-    assert first.page_indptr.tolist() == [0, 1, 2, 3] and first.part_indptr.tolist() == [
+    assert first.page_indptr.tolist() == [0, 1, 2, 3, 3] and first.part_indptr.tolist() == [
         0, 1, 2, 3, 3,
     ]  # fmt: skip
     assert first.item.shape == (4, 6) and first.item[3].tolist() == [0] * 6
     second = put(4, 2)
     assert room.made == 1 and second.slot_t.data_ptr() == first.slot_t.data_ptr()
-    assert first.slot_t.tolist() == [0, 1, 2, 3] and first.page_indptr.tolist() == [0, 1, 2, 2]
+    assert first.slot_t.tolist() == [0, 1, 2, 3] and first.page_indptr.tolist() == [0, 1, 2, 2, 2]
     assert second.item[1:].tolist() == [[6, 7, 8, 9, 10, 11], [0] * 6, [0] * 6]
     assert put(4, 5).item.shape == (8, 6) and room.made == 2

@@ -116,8 +116,7 @@ class Decoder:
     Args:
         session: whose rows get tokens.
         filters: of `sample`.
-        stops: tokens after which a row stands still, whatever it is launched with. So do all rows
-            after one whose logits are no distribution.
+        stops: tokens after which a row stands still, whatever it is launched with.
     """
 
     def __init__(
@@ -185,8 +184,7 @@ class Decoder:
             logits, seeds_of(inputs.seed_t), kv.positions.clamp(min=0) + 1,
             **self._filters, impl=kv.config.impl,
         )  # fmt: skip
-        failed = ((drawn < 0) & ~skip_t).any()
-        stopped[:size] = skip_t | (drawn[:, None] == self._stops).any(1) | failed
+        stopped[:size] = skip_t | (drawn[:, None] == self._stops).any(1)
         token[:size] = drawn.clamp(min=0)
         out[0, :size], out[1, :size] = drawn, logprob.double().view(torch.int64)
 

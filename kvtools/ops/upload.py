@@ -91,12 +91,19 @@ class Room:
             return self.tokens + 1
         if name.endswith("_t"):
             return self.tokens * math.prod(x.shape[1:])
-        return math.prod(x.shape[1:]) << max(len(x) - 1, 1).bit_length()
+        if name.endswith("indptr"):
+            return _power(len(x) - 1) + 1
+        return _power(len(x)) * math.prod(x.shape[1:])
+
+
+def _power(n: int) -> int:
+    """The least power of two that is no less than `n`, and 2."""
+    return 1 << max(n - 1, 1).bit_length()
 
 
 def _filled(name: str, x: np.ndarray, size: int) -> np.ndarray:
     full = np.full(size, SKIPPED.get(name, 0), np.int32)
-    if x.size and (name.endswith("indptr") or name == "pages"):
+    if x.size and (name.endswith("indptr") or name in ("pages", "owner")):
         full[:] = x[-1]
     full[: x.size] = x.reshape(-1)
     return full
