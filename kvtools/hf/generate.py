@@ -54,6 +54,9 @@ def generate(
     on the batch that it sits in, not where rotary frequencies depend on the length (dynamic,
     longrope) either.
 
+    With `compile_config`, or of a model whose forward is compiled, steps after the prompt are one
+    compiled graph (docs/models.md).
+
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact.
         streamer: as for `generate`, which does not hand it to a custom loop: pass
@@ -370,8 +373,8 @@ def patch(
     """Make `model.generate` run through `kvtools.generate`, for code that calls it itself.
 
     Args:
-        model: a decoder-only transformers model, possibly compiled; other models are not affected,
-            and neither are copies of this one.
+        model: a decoder-only transformers model; what torch.compile returned decodes compiled.
+            Other models are not affected, and neither are copies of this one.
         config: how keys and values are kept; default `CacheConfig()`, exact.
         probe, graph: see `generate`.
 

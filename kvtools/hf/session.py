@@ -67,7 +67,8 @@ class Session:
         compiled: what runs steps of one token per row instead of `model`.
 
     Of a model that torch.compile has been given, or a part of it, steps of one token per row run
-    compiled; prompts, and steps of several tokens, do not.
+    compiled; prompts, and steps of several tokens, do not. What cannot be compiled runs eagerly,
+    with one RuntimeWarning that says why.
     """
 
     def __init__(
