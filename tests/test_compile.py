@@ -113,7 +113,7 @@ def decoder(model, **options):
 
 
 def layer(model, **options):
-    model.model.layers[1].compile(**options, dynamic=True)  # its rows are not ours to mark
+    model.model.layers[0].compile(**options, dynamic=True)  # its rows are not ours to mark
     return model
 
 
