@@ -29,7 +29,8 @@ class Rollouts:
     """Sampled continuations of prompts, one per row.
 
     Args:
-        model: a decoder-only transformers model.
+        model: a decoder-only transformers model; given to torch.compile, steps of one token per row
+            run compiled.
         config: how keys and values are kept; default exact.
         temperature, top_k, top_p, min_p: as for `kvtools.sample`; temperature 0 is greedy.
         eos_token_id: tokens that finish a row; default those of the model's generation config, ()

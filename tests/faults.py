@@ -43,10 +43,10 @@ class Fault(NamedTuple):
     tests: str  # pytest's arguments
 
 
-DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, ROLLOUTS, PRM, SEARCH, CLI = (
+DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, ROLLOUTS, PRM, SEARCH, CLI, COMPILE = (
     f"tests/test_{name}.py -k "
     for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "rollouts",
-                 "prm", "search", "cli")
+                 "prm", "search", "cli", "compile")
 )  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
@@ -67,6 +67,13 @@ FAULTS = [
     Fault("the probe believes everything", "kvtools/hf/session.py",
           "    return int(wrong.min()) if len(wrong) else None", "    return None",
           DOOR + "probe"),
+    Fault("lengths are part of a compiled graph", "kvtools/hf/session.py",
+          "            forward.past = positions.max()\n", "", COMPILE + "any_rows"),
+    Fault("the compiler may replay attention without the host", "kvtools/hf/plug.py",
+          "    tags=(torch.Tag.cudagraph_unsafe,),\n", "", COMPILE + "told"),
+    Fault("prompts come to the compiler", "kvtools/hf/session.py",
+          "        run = self._runner if filling or ids.shape[1] > 1 else self._decode",
+          "        run = self._decode", COMPILE + "eagerly"),
     Fault("values smaller than keys", "kvtools/hf/plug.py",
           "[..., :d], None", "[..., :wide], None", DOOR + "smaller"),
     Fault("autocast is not seen", "kvtools/hf/plug.py",

@@ -78,6 +78,15 @@ class Door:
         """How many there are to cache."""
         return len(self.cached)
 
+    @property
+    def uncompiled(self) -> str | None:
+        """Why a forward over our cache cannot be compiled, if so."""
+        if self.dynamic:
+            return "its rotary frequencies are computed anew as texts grow (dynamic rope)"
+        if self.loose:
+            return "its attention takes keys and values that it computes from the cached ones"
+        return None
+
     def groups(self, before: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
         """Rows that may share a forward, among those with a token to come."""
         rows = np.flatnonzero(counts)
@@ -169,6 +178,30 @@ def inner(model: Any) -> Any:
     """What a wrapper that looks like the model holds: torch.compile's, peft's."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def eager_of(module: Any) -> Any:
+    """`module` without what torch.compile put around it or around a part of it; everything else is
+    shared. Itself where nothing is compiled.
+
+    torch.compiler.set_stance would count in other threads.
+    """
+    if hasattr(module, "_orig_mod"):
+        return eager_of(module._orig_mod)
+    held = module._modules
+    parts = {name: x if x is None else eager_of(x) for name, x in held.items()}
+    forward = vars(module).get("forward")
+    stock = getattr(forward, "_torchdynamo_orig_callable", forward)
+    same = stock is forward and module._compiled_call_impl is None
+    if same and all(x is held[name] for name, x in parts.items()):
+        return module
+    bare = object.__new__(type(module))
+    bare.__dict__ = dict(vars(module), _modules=parts, _compiled_call_impl=None)
+    if getattr(stock, "__self__", None) is module:
+        bare.forward = stock.__func__.__get__(bare)
+    elif stock is not None:
+        bare.forward = stock
+    return bare
 
 
 def device_of(model: Any) -> torch.device:

@@ -54,6 +54,9 @@ def generate(
     on the batch that it sits in, not where rotary frequencies depend on the length (dynamic,
     longrope) either.
 
+    With `compile_config`, or of a model whose forward is compiled, steps after the prompt are one
+    compiled graph (docs/models.md).
+
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact.
         streamer: as for `generate`, which does not hand it to a custom loop: pass
@@ -126,9 +129,13 @@ def _generate(
     def text(row: int) -> list[int]:
         return input_ids[active[row], prompt_length - int(length_b[active[row]]) :].tolist()
 
+    compiled = None
+    if config.compile_config is not None and not config.disable_compile:
+        compiled = model.get_compiled_call(config.compile_config)
     session = Session(
-        model, CacheConfig() if kv_config is None else kv_config, probe=False, texts=text
-    )
+        model, CacheConfig() if kv_config is None else kv_config, probe=False, texts=text,
+        compiled=compiled,
+    )  # fmt: skip
     logits_pv = torch.stack(
         [session.prefill(prompt, int((row_prompt == i).sum())) for i, prompt in enumerate(prompts)]
     )
@@ -272,7 +279,6 @@ def _refuse(
         "negative_prompt_ids": asked.get("negative_prompt_ids") is not None,
         "use_cache=False": kwargs.get("use_cache") is False and own.use_cache is not False,
         "prefill_chunk_size": config.prefill_chunk_size is not None,
-        "compile_config": config.compile_config is not None,
         "cache_implementation": asked.get("cache_implementation") is not None
         or config.cache_implementation not in (None, getattr(own, "cache_implementation", None)),
         "past_key_values (cache)": asked.get(CACHE) is not None,
@@ -367,8 +373,8 @@ def patch(
     """Make `model.generate` run through `kvtools.generate`, for code that calls it itself.
 
     Args:
-        model: a decoder-only transformers model, possibly compiled; other models are not affected,
-            and neither are copies of this one.
+        model: a decoder-only transformers model; what torch.compile returned decodes compiled.
+            Other models are not affected, and neither are copies of this one.
         config: how keys and values are kept; default `CacheConfig()`, exact.
         probe, graph: see `generate`.
 
@@ -377,7 +383,7 @@ def patch(
     """
     check_model(model, probe=probe)
     core = getattr(model, "_orig_mod", model)
-    entry = (config, dict(probe=probe, graph=graph))
+    entry = (model, config, dict(probe=probe, graph=graph))
     with _patching:
         if not hasattr(type(core), "_kvtools_patches"):
             core.__class__ = _patched(type(core))
@@ -402,7 +408,8 @@ def _patched(base: type) -> type:
         stock = base.generate.__get__(self) if own is None else own
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            return _patched_generate(self, stock, *type(self)._kvtools_patches[-1], args, kwargs)
+            wrapper, *options = type(self)._kvtools_patches[-1]
+            return _patched_generate(self, wrapper, stock, *options, args, kwargs)
 
         return run
 
@@ -418,8 +425,9 @@ def _patched(base: type) -> type:
 
 
 def _patched_generate(
-    model: Any, stock: Any, config: CacheConfig | None, options: dict, args: tuple, kwargs: dict
-) -> Any:
+    model: Any, wrapper: Any, stock: Any, config: CacheConfig | None, options: dict, args: tuple,
+    kwargs: dict,
+) -> Any:  # fmt: skip
     if kwargs.get("custom_generate") is not None:
         raise ValueError(
             "custom_generate cannot be combined with kvtools.patch: use one of the two"
@@ -447,7 +455,7 @@ def _patched_generate(
             target.generation_config = _without_strings(model.generation_config)
 
     def loop(_: Any, *args: Any, **kwargs: Any) -> Any:
-        return generate(model, *args, kv_config=config, streamer=streamer, **options, **kwargs)
+        return generate(wrapper, *args, kv_config=config, streamer=streamer, **options, **kwargs)
 
     run = stock if target is model else type(target).generate.__get__(target)
     return run(*args, custom_generate=loop, **kwargs)

@@ -43,7 +43,7 @@ class Forward:
         door: of the model.
         kv: where keys and values go.
         filling: a prompt's prefill; afterwards rows attend to what is stored.
-        past: tokens that the longest row had before.
+        past: tokens that the longest row had before; a tensor where it is no part of a graph.
         given: in a loose door, layer of the last update, until an attention takes it.
         masks: by storage, each mask made in this forward and its window, or why it has none.
     """
@@ -51,7 +51,7 @@ class Forward:
     door: "Door"
     kv: KVCache
     filling: bool
-    past: int
+    past: int | Tensor
     given: int | None = None
     masks: dict[int, tuple[int | Unsupported, Any]] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class _Layer(CacheLayerMixin):
         handle = _Handle(forward, self.index, key_states, value_states)
         return handle, handle
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self) -> int | Tensor:
         if self.flow.forward is not None:
             return self.flow.forward.past
         return int(self.flow.kv.lengths.max()) if self.flow.kv.rows else 0
@@ -217,8 +217,9 @@ def _attend(
         if value is not key:
             _touched("keys and values are told apart")
         layer, first, key.taken = key.layer, not key.taken, True
-        key.forward.door.shared |= not first
         forward, key, value = key.forward, key.k, key.v
+        if not first:
+            forward.door.shared = True
     elif forward is not None and forward.door.loose:
         layer, forward.given = forward.given, None
         if layer is None:
@@ -249,11 +250,39 @@ def _attend(
                 forward.kv.fill(layer, *(x[0, :, :length] for x in (q, k, v)), **options)
             return out
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [rows, tokens, heads, D]
-        if first:
-            out_thd = forward.kv.attend(layer, *(x.flatten(0, 1) for x in (q, k, v)), **options)
-        else:
-            out_thd = forward.kv.attend_again(layer, q.flatten(0, 1), **options)
+        attend = _OPERATOR if torch.compiler.is_compiling() else _attend_rows
+        out_thd = attend(layer, first, *(x.flatten(0, 1) for x in (q, k, v)), **options)
     return out_thd.view(*q.shape[:3], wide)[..., :d], None
+
+
+def _attend_rows(
+    layer: int, first: bool, q_thd: Tensor, k_thd: Tensor, v_thd: Tensor, **options: Any
+) -> Tensor:
+    """Attention of new tokens in the forward that this thread runs. Of layers that share keys and
+    values the first stores them."""
+    kv = _here.forward.kv
+    if first:
+        return kv.attend(layer, q_thd, k_thd, v_thd, **options).contiguous()
+    return kv.attend_again(layer, q_thd, **options).contiguous()
+
+
+# What torch.compile sees of it: the cache behind it is no part of a graph, so that neither rows nor
+# lengths are. A step must not be dropped, nor replayed without the host, which plans it. Layers
+# need no order besides their own: each takes hidden states that come from those before it.
+_LIBRARY = torch.library.Library("kvtools", "FRAGMENT")
+_LIBRARY.define(
+    "attend_rows(int layer, bool first, Tensor q_thd, Tensor k_thd, Tensor v_thd, *, float scale, "
+    "int sliding, float softcap, Tensor? sink_h) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
+)
+_LIBRARY.impl("attend_rows", _attend_rows, "CompositeExplicitAutograd")
+_OPERATOR = torch.ops.kvtools.attend_rows.default
+torch.fx.node.has_side_effect(_OPERATOR)
+
+
+@torch.library.register_fake("kvtools::attend_rows", lib=_LIBRARY)
+def _(layer: int, first: bool, q_thd: Tensor, *args: Any, **options: Any) -> Tensor:
+    return q_thd.new_empty(q_thd.shape)
 
 
 def _options(

@@ -2,8 +2,10 @@
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from ..cache import KVCache
 from ..config import CacheConfig
 from ..ops.upload import on_device
-from .door import Door, Unsupported, decoder_of, device_of, door_of, inner, refusal
+from .door import Door, Unsupported, decoder_of, device_of, door_of, eager_of, inner, refusal
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
 
 PROBE = 5  # tokens
@@ -45,7 +47,7 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
         )
     if probe and not door.probed:
         try:
-            _probe(inner(model), door)
+            _probe(eager_of(inner(model)), door)
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
@@ -62,6 +64,11 @@ class Session:
         probe: see `check_model`.
         texts: tokens of a row, by its number; some models encode them again when a row outgrows
             their first rotary frequencies (longrope).
+        compiled: what runs steps of one token per row instead of `model`.
+
+    Of a model that torch.compile has been given, or a part of it, steps of one token per row run
+    compiled; prompts, and steps of several tokens, do not. What cannot be compiled runs eagerly,
+    with one RuntimeWarning that says why.
     """
 
     def __init__(
@@ -73,6 +80,7 @@ class Session:
         head: bool = True,
         probe: bool = True,
         texts: Callable[[int], Sequence[int]] | None = None,
+        compiled: Callable | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
@@ -83,7 +91,7 @@ class Session:
                 "CacheConfig() only"
             )
         runner = model if head else model.base_model
-        self._start(runner, door, config, device_of(model), pages, head, texts)
+        self._start(runner, door, config, device_of(model), pages, head, texts, compiled)
 
     def _start(
         self,
@@ -94,8 +102,14 @@ class Session:
         pages: int | None = None,
         head: bool = False,
         texts: Callable[[int], Sequence[int]] | None = None,
+        compiled: Callable | None = None,
     ) -> "Session":
-        self._runner, self.door, self.head, self._texts = runner, door, head, texts
+        self._model, self.door, self.head, self._texts = runner, door, head, texts
+        self._runner = eager_of(runner)
+        self._decode = runner if compiled is None else compiled
+        if self._decode is not self._runner and door.uncompiled:
+            _warn(door.kind, door.uncompiled)
+            self._decode = self._runner
         self.device = device
         self.kv = KVCache(config, door.layers, device=device, pages=pages)
         self.cache = PagedCache(self.kv)
@@ -241,7 +255,7 @@ class Session:
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
-        return inner(self._runner).modules()
+        return inner(self._model).modules()
 
     def _step(self, tokens: Tensor | np.ndarray, counts: np.ndarray, *more: Any) -> Tensor:
         """One forward: what follows each new token."""
@@ -263,14 +277,28 @@ class Session:
         if self.head and last:
             options["logits_to_keep"] = 1
         self.door.renew()
-        with plugged(self.door), running(self.cache, Forward(self.door, self.kv, filling, past)):
-            out = self._runner(input_ids=ids, **options)
+        run = self._runner if filling or ids.shape[1] > 1 else self._decode
+        forward = Forward(self.door, self.kv, filling, past)
+        if run is not self._runner:  # one graph for any number of rows and tokens
+            for x in (ids, positions):
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+            forward.past = positions.max()
+        with plugged(self.door), running(self.cache, forward):
+            out = run(input_ids=ids, **options)
         return out.logits if self.head else _output(out)
 
 
 @dataclass
 class _Tokens:
     tokens: Any
+
+
+@cache
+def _warn(kind: str, reason: str) -> None:
+    """Say once that a compiled model runs eagerly."""
+    warnings.warn(
+        f"kvtools runs {kind} without torch.compile: {reason}", RuntimeWarning, stacklevel=5
+    )
 
 
 def _output(out: Any) -> Tensor:
