@@ -1,15 +1,16 @@
 """How fast tree_attention's kernels can be on an H100, from their machine code for sm_90.
 
-Of each loop over tiles of keys and values this counts what a tile costs every pipe, how long a warp
-takes for it by the compiler's own scheduling and the latencies below, and what is on its way from
-memory meanwhile. No GPU is needed, and none has confirmed it. Triton's loops are read from end to
-end; in csrc/cuda, whose kernels serve all formats, a lane is followed through the branches.
+Of each loop over tiles of keys and values this counts what a tile costs every pipe, plays how long
+the warps of a multiprocessor take for it by the compiler's own scheduling and the latencies below,
+and tells what is on its way from memory meanwhile. No GPU is needed, and none has confirmed it.
+Triton's loops are read from end to end; in csrc/cuda, whose kernels serve all formats, a lane is
+followed through the branches.
 
 It cannot see: bank conflicts, the instruction cache, bubbles behind branches, conflicts of register
 banks, TLBs, what heads find in L2, row conflicts and bursts of DRAM, queues near saturation, clocks
-under a power limit; nor more than one warp at a time, so that time per tile is the greater of a
-lone warp's and the busiest pipe's. Peaks are taken not to move, which most tiles do not. Times are
-of the attention kernel alone, to 30 % at best; ratios between variants of one kernel are better.
+under a power limit. All blocks of a multiprocessor are taken to have the same loop, and peaks not
+to move, which in most tiles they do not. Times are of the attention kernel alone, to 30 % at best;
+ratios between variants of one kernel are better.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import ctypes
 import heapq
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -139,47 +142,97 @@ def by_pipe(trace: Sequence[Instruction], warps: int) -> dict[str, float]:
 
 
 def latency(x: Instruction, far: str) -> float:
-    if x.name in ("LDG", "LD"):
+    if x.name in ("LDG", "LD", "LDGSTS"):
         return cycles("L2" if x.bytes == 4 else far)
     return cycles({"LDS": "LDS", "LDSM": "LDS", "LDC": "LDC", "SHFL": "SHFL"}.get(x.name, "other"))
 
 
-def chain(trace: Sequence[Instruction], far: str = "DRAM", tiles: int = 8) -> tuple[float, int]:
-    """Cycles of a tile for a warp that has the multiprocessor to itself, in the steady state; and
-    the bytes of a lane that copies have on their way at once. `far` is where keys and values are."""
-    now, ready, began = 0.0, [0.0] * 6, []
-    groups: list[tuple[float, int]] = []  # of copies: when they are there, their bytes
-    arrives, asked, most, multiplied = 0.0, 0, 0, 0.0
-    for i in range(tiles):
-        began.append(now)
-        for x in trace:
-            now = max([now, *(ready[w] for w in x.waits)])
-            done, been_read = x.barriers
-            if done < 6:
-                ready[done] = max(ready[done], now + latency(x, far))
-            if been_read < 6:
-                ready[been_read] = max(ready[been_read], now + cycles("read"))
-            if x.idle:
-                pass
-            elif x.name == "LDGSTS":
-                arrives = max(arrives, now + cycles("L2" if x.bytes == 4 else far))
-                asked += x.bytes
-                most = max(most, asked + sum(size for _, size in groups))
-            elif x.name == "LDGDEPBAR":
-                groups.append((arrives, asked))
-                asked = 0
-            elif x.name == "DEPBAR":
-                left = int(x.operands[-1], 16)
-                while len(groups) > left:
-                    now = max(now, groups.pop(0)[0])
-            elif x.name in ("BAR", "MEMBAR"):
-                now += cycles("barrier")
-            elif x.op.startswith("WARPGROUP.DEPBAR"):
-                now = max(now, multiplied)
-            elif PRODUCT.match(x.op) and product(x)[0] == "wgmma":
-                multiplied = max(multiplied, now) + product(x)[1] / cycles("wgmma")
-            now += x.stall
-    return (began[-1] - began[tiles // 2]) / (tiles - 1 - tiles // 2), most
+class Warp:
+    """What one of the warps of `simulate` waits for."""
+
+    def __init__(self, index: int, block: int) -> None:
+        self.scheduler, self.block, self.at = index % 4, block, 0
+        self.barriers = [0.0] * 6  # when each is free
+        self.groups: list[tuple[float, int]] = []  # of copies: when they are there, their bytes
+        self.arrives, self.asked, self.most, self.multiplied = 0.0, 0, 0, 0.0
+
+
+def simulate(
+    trace: Sequence[Instruction], warps: int, blocks: int, far: str = "DRAM", tiles: int = 6
+) -> tuple[float, int]:
+    """Cycles in which each of the blocks of a multiprocessor does a tile, in the steady state; and
+    the bytes of a lane that copies have on their way at once. Keys and values are in `far`."""
+    # Pipes of a scheduler hold up the next instruction for them, others have queues.
+    steps = []
+    widest = max((x.bytes for x in trace if x.name == "LDGSTS"), default=0)
+    for x in trace:
+        pipe, spent = cost(x, 1)
+        own = pipe in ("ALU", "IMAD", "FMA", "mma.sync")
+        steps.append((x, pipe, spent * 4 if own else spent, own, *x.barriers, latency(x, far)))
+    free = dict.fromkeys([*PIPES, *((pipe, i) for pipe in PIPES for i in range(4))], 0.0)
+    every = [Warp(i, i // warps) for i in range(warps * blocks)]
+    # When each may go on, since when it waits: who has waited longest is first.
+    queue = [(97.0 * warp.block, 0.0, i) for i, warp in enumerate(every)]
+    heapq.heapify(queue)
+    began: list[list[float]] = [[] for _ in range(blocks)]
+    there: list[list[int]] = [[] for _ in range(blocks)]  # at a barrier
+    while min(map(len, began)) < tiles:
+        now, since, i = heapq.heappop(queue)
+        warp = every[i]
+        x, pipe, spent, own, done, been_read, late = steps[warp.at]
+        start = max([now, free["issue", warp.scheduler], *(warp.barriers[w] for w in x.waits)])
+        if own:
+            start = max(start, free[pipe, warp.scheduler])
+        if x.name == "DEPBAR" and not x.idle:
+            left = int(x.operands[-1], 16)
+            while len(warp.groups) > left:
+                start = max(start, warp.groups.pop(0)[0])
+        elif x.op.startswith("WARPGROUP.DEPBAR"):
+            start = max(start, warp.multiplied)
+        if start > now:
+            heapq.heappush(queue, (start, since, i))
+            continue
+        if warp.at == 0 and i % warps == 0:
+            began[warp.block].append(now)
+        free["issue", warp.scheduler] = now + 1
+        served = now
+        if own:
+            free[pipe, warp.scheduler] = now + spent
+        elif spent:
+            served = free[pipe] = max(free[pipe], now) + spent
+        if done < 6:
+            warp.barriers[done] = max(warp.barriers[done], served + late)
+        if been_read < 6:
+            warp.barriers[been_read] = max(warp.barriers[been_read], served + cycles("read"))
+        after = now + x.stall
+        if x.idle:
+            pass
+        elif x.name == "LDGSTS":
+            codes = x.bytes in (8, 16, widest)  # and no table
+            warp.arrives = max(warp.arrives, served + (cycles(far) if codes else late))
+            warp.asked += x.bytes * codes
+            warp.most = max(warp.most, warp.asked + sum(size for _, size in warp.groups))
+        elif x.name == "LDGDEPBAR":
+            warp.groups.append((warp.arrives, warp.asked))
+            warp.asked = 0
+        elif pipe == "wgmma":
+            warp.multiplied = served
+        elif x.name == "MEMBAR":
+            after += cycles("barrier")
+        warp.at += 1
+        if warp.at == len(steps):
+            warp.at = 0
+        if x.name == "BAR" and not x.idle:
+            there[warp.block].append(i)
+            if len(there[warp.block]) == warps:
+                for other in there[warp.block]:
+                    heapq.heappush(queue, (after + cycles("barrier"), now, other))
+                there[warp.block].clear()
+        else:
+            heapq.heappush(queue, (after, now, i))
+    first = tiles // 2 - 1
+    steady = [(x[tiles - 1] - x[first]) / (tiles - 1 - first) for x in began]
+    return sum(steady) / blocks, max(warp.most for warp in every)
 
 
 def occupancy(registers: int, shared: int, warps: int) -> int:
@@ -208,7 +261,8 @@ class Kernel(NamedTuple):
         blocks = occupancy(self.registers, self.shared, self.warps)
         pipes = by_pipe(self.trace, self.warps)
         # Tiles for many rows are loaded for other rows, too: they are in L2.
-        lone, copied = chain(self.trace, "L2" if self.tile == "many" else "DRAM")
+        far = "L2" if self.tile == "many" else "DRAM"
+        simulated, copied = simulate(self.trace, self.warps, blocks, far)
         size = self.slots * slot_bytes(self.format, self.d)
         counts = Counter(product(x)[0] if PRODUCT.match(x.op) else PIPE_OF.get(x.name, "other")
                          for x in self.trace)  # fmt: skip
@@ -218,8 +272,8 @@ class Kernel(NamedTuple):
             "blocks": blocks, "instructions": len(self.trace), "of pipes": dict(counts),
             "bytes": size, "bytes asked for": asked * 32 * self.warps,
             "bytes in flight": copied * 32 * self.warps * blocks, "cycles of pipes": pipes,
-            "cycles of a lone warp": lone, "cycles of HBM": size / HBM_BYTES,
-            **rated(pipes, lone, blocks, size / HBM_BYTES),
+            "simulated cycles": simulated, "cycles of HBM": size / HBM_BYTES,
+            **rated(pipes, simulated, blocks, size / HBM_BYTES),
         }  # fmt: skip
 
 
@@ -228,16 +282,18 @@ def slot_bytes(format: str, d: int) -> int:
     return 4 * d if format == "none" else 2 * (width(format, d) + 2)
 
 
-def rated(pipes: dict[str, float], lone: float, blocks: int, hbm: float) -> dict[str, Any]:
-    """What bounds a tile, given cycles of each pipe, of a lone warp and of HBM, and the blocks of a
-    multiprocessor: the pipe and its ceiling as a share of the HBM rate; with latency, too, the
-    cycles in which each block does a tile, what binds, and the share."""
+def rated(pipes: dict[str, float], simulated: float, blocks: int, hbm: float) -> dict[str, Any]:
+    """What bounds a tile, given cycles of each pipe and of HBM, those in which each of the blocks
+    of a multiprocessor does one, and how many these are: the pipe and its ceiling as a share of the
+    HBM rate; with latency, too, the cycles, what binds, and the share."""
     pipe = max(pipes, key=pipes.__getitem__)
-    bounds = {"latency": lone, pipe: blocks * pipes[pipe], "HBM": blocks * hbm}
-    binds = max(bounds, key=bounds.__getitem__)
+    busy = blocks * pipes[pipe]
+    took = max(simulated, busy, blocks * hbm)
+    # A pipe that is never idle for long is what binds.
+    binds = "HBM" if took == blocks * hbm else pipe if took < busy / 0.9 else "latency"
     return {
-        "pipe": pipe, "ceiling": hbm / pipes[pipe], "binds": binds, "cycles": bounds[binds],
-        "rate": blocks * hbm / bounds[binds],
+        "pipe": pipe, "ceiling": hbm / pipes[pipe], "binds": binds, "cycles": took,
+        "rate": blocks * hbm / took,
     }  # fmt: skip
 
 
@@ -280,14 +336,19 @@ class Launch(ctypes.Structure):
     ]  # fmt: skip
 
 
+def nvcc(*args: str | Path) -> str:
+    found = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
+    return subprocess.check_output([found, *args], text=True)
+
+
 def of_cuda() -> Iterator[Kernel]:
     """The way through a tile of each format and head size, for one token and for 16."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(__file__).with_name("model_launch.cu")
-        subprocess.run(  # as setup.py does, for one architecture
-            ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-gencode=arch=compute_90a,code=sm_90a",
-             "-Xcompiler=-fPIC", "--shared", "--keep", "--keep-dir", folder, source,
-             "-o", f"{folder}/launch.so"], check=True,
+        nvcc(  # as setup.py does, for one architecture
+            "-std=c++17", "-O3", "-fmad=false", "-gencode=arch=compute_90a,code=sm_90a",
+            "-Xcompiler=-fPIC", "--shared", "--keep", "--keep-dir", folder, source,
+            "-o", f"{folder}/launch.so",
         )  # fmt: skip
         library = ctypes.CDLL(f"{folder}/launch.so")
         cubin = Path(folder, "model_launch.cubin")
@@ -446,7 +507,8 @@ def times_table(result: dict) -> list[list[str]]:
 
 def caption(result: dict) -> str:
     return (
-        f"H100, by the model alone: Triton {result['triton']}, nvcc {result['nvcc']}, heads of 128. "
+        f"H100, by the model alone: Triton {result['triton']}, nvcc {result['nvcc']}, heads of "
+        "128. "
         "Instructions of a warp for a tile of so many slots; blocks and KiB of copies on their way "
         "are a multiprocessor's."
     )
@@ -462,9 +524,8 @@ def main(argv: list[str] | None = None) -> int:
     console = Console()
     kernels = [x.figures() for found in (of_triton(), of_cuda()) for x in found]
     predicted = times(kernels, Path(__file__).with_name("results"))
-    said = subprocess.check_output(["nvcc", "--version"], text=True)
     result = {
-        "triton": triton.__version__, "nvcc": re.search(r"release ([\d.]+)", said)[1],
+        "triton": triton.__version__, "nvcc": re.search(r"release ([\d.]+)", nvcc("--version"))[1],
         "rates": {name: x._asdict() for name, x in RATES.items()}, "kernels": kernels,
         "times": predicted, "targets": judge(kernels, predicted),
     }  # fmt: skip

@@ -134,39 +134,56 @@ def disassemble(cubin: Path) -> dict[str, Function]:
 
 def parse(text: str) -> dict[str, Function]:
     """What nvdisasm -hex printed, by the name of the function."""
-    found = {}
-    for section in re.split(r"^\s*\.section\s+", text, flags=re.M)[1:]:
-        kind, _, name = section.partition(",")[0].rpartition(".")
-        kind, name = (
-            re.match(r"\.(text|nv\.constant2)\.(.+)", f"{kind}.{name}").groups()
-            if (section.startswith((".text.", ".nv.constant2.")))
-            else ("", "")
-        )
+    found: dict[str, Function] = {}
+    for section in re.split(r"^\s*\.section\s+", text, flags=re.M):
+        kind = re.match(r"\.(text|nv\.constant2)\.([^,]+)", section)
         if not kind:
             continue
-        function = found.setdefault(name, Function())
-        if kind == "nv.constant2":
+        function = found.setdefault(kind[2], Function())
+        if kind[1] != "text":
             function.tables = bytes(int(x, 16) for x in re.findall(r"\b0x([0-9a-f]{2})\b", section))
             continue
         for label, at, text, control in LINE.findall(section):
             if label:
                 function.labels[label] = len(function.code)
                 continue
-            guard, op, operands = re.match(r"(?:@(\S+)\s+)?(\S+)\s*(.*)", text, re.S).groups()
+            guard, op, rest = re.match(r"(?:@(\S+)\s+)?(\S+)\s*(.*)", text, re.S).groups()
+            operands = tuple(x.strip() for x in rest.split(",") if x.strip())
             function.code.append(
-                Instruction(int(at, 16), guard or "", op, tuple(
-                    x.strip() for x in operands.split(",") if x.strip()
-                ), int(control, 16) >> 41)
-            )  # fmt: skip
+                Instruction(int(at, 16), guard or "", op, operands, int(control, 16) >> 41)
+            )
     return found
 
 
-Value = int | float | None  # of a register, None where nothing is known
+Value = int | None  # of a register or a predicate, None where nothing is known
 BITS = 0xFFFFFFFF
+
+
+PREDICATE, REGISTER = re.compile(r"U?P[\dT]"), re.compile(r"U?R[\dZ]+")
+# Operands beyond the first that may be written too; and how many must be known to know more.
+WRITTEN = {
+    "IADD3": 2,
+    "LEA": 1,
+    "IMAD": 1,
+    "PLOP3": 1,
+    "LOP3": 1,
+    "SHFL": 1,
+    "ISETP": 1,
+    "FSETP": 1,
+}
+KNOWN = {
+    "IADD3": 3, "VIADD": 2, "LEA": 2, "LOP3": 3, "SHF": 3, "ISETP": 2, "FSETP": 2, "IMAD": 2,
+    "PRMT": 3, "VIMNMX": 2, "VIADDMNMX": 3, "P2R": 3,
+}  # fmt: skip
+SILENT = {"ST", "STG", "STS", "LDGSTS", "RED", "BAR", "DEPBAR"}
 
 
 def signed(x: int) -> int:
     return x - (1 << 32) if x >> 31 else x
+
+
+def real(x: int) -> float:
+    return float(np.uint32(x).view(np.float32))
 
 
 COMPARE: dict[str, Callable] = {
@@ -188,7 +205,6 @@ class Lane:
         self.function, self.read = function, read
         self.banks = {0: bytes(0x210) + parameters, 2: function.tables}
         self.values: dict[str, Value] = {}
-        self.guessed = 0  # branches
 
     def run(self, most: int) -> list[int]:
         """Indices of the instructions that it issues, `most` at the most."""
@@ -204,7 +220,6 @@ class Lane:
                     continue
                 if x.name == "BRA" and len(x.operands) > 1 and live:
                     live = self.predicate(x.operands[0])
-                self.guessed += live is None
                 if not live:
                     continue
                 if x.name == "EXIT":
@@ -267,170 +282,142 @@ class Lane:
             self.values[name] = values[0]
 
     def written(self, x: Instruction) -> list[tuple[str, int]]:
-        """What an instruction writes, and how many registers."""
-        if (
-            x.name in ("ST", "STG", "STS", "LDGSTS", "RED", "BAR", "DEPBAR", "R2P")
-            or not x.operands
-        ):
+        """What an instruction writes, its first operands, and how many registers of each."""
+        if x.name in SILENT or not x.operands:
             return []
         width = 4 if PRODUCT.match(x.op) or x.op.endswith((".128", ".4")) else 1
         if ".64" in x.op or ".WIDE" in x.op or x.op == "CS2R":
             width = 2
-        lead = [x.operands[0]]
-        # Carries, a second comparison, or a register behind a predicate.
-        extra = {"IADD3": 2, "LEA": 1, "IMAD": 1, "PLOP3": 1, "LOP3": 1, "SHFL": 1}
-        for y in x.operands[1 : 1 + extra.get(x.name.removeprefix("U"), "SETP" in x.name)]:
-            if not re.fullmatch(r"U?P[\dT]" if lead[0][-2:-1] != "P" or x.name[-4:] == "SETP"
-                                or "PLOP" in x.name else r"U?R[\dZ]+", y):  # fmt: skip
+        name, written = x.name.removeprefix("U"), [x.operands[0]]
+        # A carry, a second comparison; or the register of what begins with a predicate.
+        more = PREDICATE if "R" in written[0] or "SETP" in name or name == "PLOP3" else REGISTER
+        for y in x.operands[1 : 1 + WRITTEN.get(name, 0)]:
+            if not more.fullmatch(y):
                 break
-            lead.append(y)
-        return [(y, width if y[-1] != "T" and "R" in y else 1) for y in lead]
+            written.append(y)
+        return [(y, 1 if PREDICATE.fullmatch(y) else width) for y in written]
 
     def step(self, x: Instruction) -> None:
         written = self.written(x)
-        values = self.compute(x, written)
+        values = self.compute(x, x.operands[len(written) :], written[0][1] if written else 0)
         for i, (name, width) in enumerate(written):
             value = values[i] if values and i < len(values) else None
             self.put(name, list(value) if isinstance(value, tuple) else [value] * width)
 
-    def compute(self, x: Instruction, written: list) -> list | None:
-        """What is written, in order; None where nothing is known of it."""
-        name = x.name.removeprefix("U") if x.name != "UNKNOWN" else x.name
-        given = x.operands[len([w for w in written if w[0] in x.operands[: len(written)]]) :]
-        of = [self.get(y) for y in given]
-        known = lambda n: all(type(y) is int for y in of[:n])  # noqa: E731
-        carry = lambda y: self.predicate(y) if re.fullmatch(r"!?U?P[\dT]", y) else None  # noqa: E731
-        carries = [carry(y) for y in given if carry(y) is not None]
+    def compute(self, x: Instruction, given: Sequence[str], width: int) -> list | None:
+        """What is written, given the other operands; None where nothing is known of it."""
+        name, of = x.name.removeprefix("U"), [0 if y == "PR" else self.get(y) for y in given]
+        predicates = [
+            self.predicate(y) if PREDICATE.fullmatch(y.lstrip("!")) else None for y in given
+        ]
+        if name == "LDC":
+            return [tuple(self.get(given[0], i) for i in range(width))]
+        if name in ("LDG", "LD"):
+            return self.load(x, given[0], width)
+        if name in ("MOV", "S2R", "R2UR", "S2UR", "CS2R"):
+            return [(of[0],) * width]
+        if name in ("SHFL", "VOTE"):
+            return [True, of[0]] if name == "SHFL" else [predicates[-1]]
+        if name == "PLOP3":
+            a, b, c = predicates[:3]
+            return None if None in (a, b, c) else [int(given[3], 16) >> (a << 2 | b << 1 | c) & 1]
+        if name == "SEL":
+            return None if predicates[2] is None else [of[0] if predicates[2] else of[1]]
+        if name == "IMAD" and None in of[:2] and 0 in of[:2] and not x.op.startswith("IMAD.W"):
+            return [of[2]]
+        if None in of[: KNOWN.get(name, 1)]:
+            return None
+        carried = predicates[-2:] if ".X" in x.op else []
+        carry = sum(y or 0 for y in carried)
+        unsigned = ".U32" in x.op
 
-        if name in ("LDC", "LDG", "LD", "LDC"):
-            width = written[0][1]
-            if name == "LDC":
-                return [tuple(self.get(given[0], i) for i in range(width))]
-            match = re.match(r"(?:desc\[\w+\])?\[(R\d+)(?:\.\w+)?(?:\+(-?0x\w+))?\]", given[0])
-            base = self.pair(match[1]) if match else None
-            if base is None or x.bytes < 4:
-                return None
-            words = [self.read(base + int(match[2] or "0", 16) + 4 * i, 4) for i in range(width)]
-            return [tuple(None if w is None else int.from_bytes(w, "little") for w in words)]
-        if name in ("MOV", "S2R", "2UR", "R2UR", "S2UR", "CS2R"):
-            return [(of[0],) * written[0][1]]
-        if name == "SHFL":
-            return [True, of[0]]
-        if name == "VOTE":
-            return [carries[-1]] if carries else None
         if name == "IMAD":
-            if not known(2):
-                return [of[2]] if 0 in of[:2] and ".W" not in x.op and ".H" not in x.op else None
-            a, b = (of[:2] if ".U32" in x.op or ".WIDE" not in x.op and ".HI" not in x.op
-                    else map(signed, (y & BITS for y in of[:2])))  # fmt: skip
-            if ".WIDE" in x.op or ".HI" in x.op:
-                c = self.pair(given[2])
-                if c is None:
-                    return None
-                total = a * b + c
-                if ".HI" in x.op:
-                    return [total >> 32]
-                return [(total & BITS, total >> 32 & BITS), total >> 64 & 1 == 1]
-            if type(of[2]) is not int or ".X" in x.op and not carries:
+            wide = ".WIDE" in x.op or ".HI" in x.op
+            a, b = (y if unsigned or not wide else signed(y & BITS) for y in of[:2])
+            if not wide:
+                return None if of[2] is None else [a * b + of[2] + carry]
+            if (c := self.pair(given[2])) is None:
                 return None
-            return [a * b + of[2] + (carries[-1] if ".X" in x.op else 0)]
+            total = a * b + c
+            if ".HI" in x.op:
+                return [total >> 32]
+            return [(total & BITS, total >> 32 & BITS), total >> 64 & 1]
         if name in ("IADD3", "VIADD"):
-            if not known(3 if name == "IADD3" else 2):
-                return None
-            plus = sum(carries[-2:]) if ".X" in x.op else 0
-            if ".X" in x.op and any(carry(y) is None for y in given[3:]):
-                return None
-            total = sum(of[: 3 if name == "IADD3" else 2]) + plus
-            return [total, total >> 32 & 1 == 1, total >> 33 & 1 == 1]
+            total = sum(of[: KNOWN[name]]) + carry
+            return [total, total >> 32 & 1, total >> 33 & 1]
         if name == "LEA":
-            if not known(2):
+            high = ".HI" in x.op
+            extended = ".SX32" in x.op
+            upper = (BITS if of[0] >> 31 else 0) if extended else of[2]
+            shift = of[3] if high and not extended else of[2]
+            if None in (upper, shift):
                 return None
-            if ".HI" not in x.op:
-                total = (of[0] << of[2] & BITS) + of[1]
-                return [total, total >> 32 == 1]
-            wide = ".SX32" in x.op
-            if not wide and type(of[2]) is not int:
-                return None
-            top = (BITS if of[0] >> 31 else 0) if wide else of[2]
-            plus = carries[-1] if ".X" in x.op and carries else 0
-            shift = of[2 if wide else 3]
-            total = ((of[0] | top << 32) << shift >> 32 & BITS) + of[1] + plus
-            return [total, total >> 32 == 1]
+            part = (of[0] | upper << 32) << shift >> 32 & BITS if high else of[0] << shift & BITS
+            total = part + of[1] + carry
+            return [total, total >> 32 & 1]
         if name == "LOP3":
-            table, (a, b, c) = int(given[3], 16), of[:3]
-            if None in (a, b, c):
-                if table == 0xC0 and 0 in (a, b):
-                    return [0]
-                return None
-            result = 0
+            table, result = int(given[3], 16), 0
             for i in range(8):
                 if table >> i & 1:
-                    result |= (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+                    a, b, c = (y if i & bit else ~y for y, bit in zip(of, (4, 2, 1), strict=False))
+                    result |= a & b & c
             result &= BITS
-            return [result != 0, result] if "P" in written[0][0] else [result]
+            return [result != 0, result] if PREDICATE.fullmatch(x.operands[0]) else [result]
         if name == "SHF":
-            if type(of[1]) is not int or None in (of[0], of[2]):
-                return None
             both = of[0] | (signed(of[2]) if ".S" in x.op else of[2]) << 32
-            if ".L" in x.op:
-                return [(both << of[1]) >> (32 if ".HI" in x.op else 0)]
-            return [both >> of[1] >> (32 if ".HI" in x.op else 0)]
+            both = both << of[1] if ".L" in x.op else both >> of[1]
+            return [both >> (32 if ".HI" in x.op else 0)]
         if name in ("ISETP", "FSETP"):
-            how, join = x.op.split(".")[1], "OR" if ".OR" in x.op else "AND"
-            if not known(2) or how not in COMPARE:
+            how, either = x.op.split(".")[1], ".OR" in x.op
+            if how not in COMPARE:
                 return None
             a, b = (y & BITS for y in of[:2])
             if name == "FSETP":
-                a, b = (float(np.uint32(y).view(np.float32)) for y in (a, b))
-            elif ".U32" not in x.op:
+                a, b = map(real, (a, b))
+            elif not unsigned:
                 a, b = signed(a), signed(b)
             result = COMPARE[how](a, b)
-            if ".EX" in x.op:
-                below = carry(given[3])
-                if below is None:
-                    return None
-                if a == b:
-                    result = below
-            also = carry(given[2])
-            if also is None:
-                return [join == "OR"] if result == (join == "OR") else None
-            return [result or also if join == "OR" else result and also,
-                    not result or also if join == "OR" else not result and also]  # fmt: skip
-        if name == "PLOP3":
-            bits = [carry(y) for y in given[:3]]
+            if ".EX" in x.op and a == b:
+                result = predicates[3]  # of the lower halves
+            known, other = predicates[2], None if result is None else not result
+            return [joined(result, known, either), joined(other, known, either)]
+        if name == "P2R":
+            bits = [self.values.get(f"P{i}") if of[2] >> i & 1 else 0 for i in range(7)]
             if None in bits:
                 return None
-            return [bool(int(given[3], 16) >> (bits[0] << 2 | bits[1] << 1 | bits[2]) & 1)]
-        if name == "SEL":
-            chosen = carry(given[2])
-            return None if chosen is None else [of[0] if chosen else of[1]]
-        if name == "P2R" and type(of[1]) is int and type(of[2]) is int:
-            places = [i for i in range(7) if of[2] >> i & 1]
-            bits = [self.values.get(f"P{i}") for i in places]
-            if None in bits:
-                return None
-            return [of[1] & ~of[2] | sum(y << i for y, i in zip(bits, places, strict=True))]
-        if name == "PRMT" and known(3):
+            return [of[1] & ~of[2] | sum(y << i for i, y in enumerate(bits))]
+        if name == "PRMT":
             source = of[0] | of[2] << 32
-            picked = [source >> 8 * (of[1] >> 4 * i & 7) & 255 for i in range(4)]
-            return [sum(y << 8 * i for i, y in enumerate(picked))]
-        if name == "IABS" and known(1):
+            return [sum((source >> 8 * (of[1] >> 4 * i & 7) & 255) << 8 * i for i in range(4))]
+        if name == "IABS":
             return [abs(signed(of[0] & BITS))]
         if name in ("VIMNMX", "VIADDMNMX"):
-            count = 2 if name == "VIMNMX" else 3
-            least = carry(given[count])
-            if not known(count) or least is None:
-                return None
+            count = KNOWN[name]
             a, b = of[0] + (of[1] if count == 3 else 0) & BITS, of[count - 1] & BITS
-            if ".U32" not in x.op:
+            if not unsigned:
                 a, b = signed(a), signed(b)
-            return [min(a, b) if least else max(a, b)]
+            least = predicates[count]
+            return None if least is None else [min(a, b) if least else max(a, b)]
         # Integer division goes by way of floats.
-        if name in ("I2F", "I2FP") and known(1):
+        if name in ("I2F", "I2FP"):
             return [int(np.float32(of[0]).view(np.uint32))]
-        if x.op == "MUFU.RCP" and known(1):
-            return [int((np.float32(1) / np.uint32(of[0]).view(np.float32)).view(np.uint32))]
-        if name == "F2I" and known(1):
-            number = float(np.uint32(of[0]).view(np.float32))
-            return [int(number)] if abs(number) < 2**32 else None
+        if x.op == "MUFU.RCP" and of[0]:
+            return [int(np.float32(1 / real(of[0])).view(np.uint32))]
+        if name == "F2I":
+            return [int(real(of[0]))] if abs(real(of[0])) < 2**32 else None
         return None
+
+    def load(self, x: Instruction, place: str, width: int) -> list | None:
+        match = re.match(r"(?:desc\[\w+\])?\[(R\d+)(?:\.\w+)?(?:\+(-?0x\w+))?\]", place)
+        base = self.pair(match[1]) if match else None
+        if base is None or x.bytes < 4:
+            return None
+        words = [self.read(base + int(match[2] or "0", 16) + 4 * i, 4) for i in range(width)]
+        return [tuple(None if w is None else int.from_bytes(w, "little") for w in words)]
+
+
+def joined(a: bool | None, b: bool | None, either: bool) -> bool | None:
+    """a or b, or both of them: known where one decides."""
+    if either in (a, b):
+        return either
+    return None if None in (a, b) else not either
