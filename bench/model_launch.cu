@@ -54,8 +54,8 @@ extern "C" const void* kvtools_attend_launch(int format, int d, int heads, int g
   p.q.type = p.out.type = Type::bf16;
   for (auto* x : {&p.q, &p.out}) x->stride[0] = hq * d, x->stride[1] = d, x->stride[2] = 1;
   p.lse.stride[0] = hq, p.lse.stride[1] = 1;
-  const int32_t** const to[] = {&p.position, &p.page_indptr, &p.page, &p.first, &p.length,
-                                &p.base, &p.store, &p.token, &p.item};
+  const int32_t** const to[] = {&p.position, &p.page_indptr, &p.page,  &p.first, &p.length,
+                                &p.base,     &p.store,       &p.token, &p.item};
   for (auto* x : to) *x = *arrays++;
   p.items = 1, p.tokens = p.parts = tokens, p.heads_q = hq, p.scale = 0.125f;
   cuda::tree_attention(p, nullptr);
