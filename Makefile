@@ -117,6 +117,7 @@ cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures,
 resources: ext cuda $(OLDER:=.stamp) ## what kernels take of a GPU, compiled for each architecture by the newest Triton and torch 2.11's; what bounds attention
 	@$(PY) -m bench.resources --json bench/results/resources.json --cuda build/cuda/lib/kvtools/_C.abi3.so $(ARGS)
 	@$(if $(OLDER),$(OLDER)/bin/python -m bench.resources --archs 90 --json bench/results/resources-3.6.0.json $(ARGS))
+	@$(PY) -m bench.resources --archs gfx942 gfx950 --json bench/results/resources-amd.json $(ARGS)
 	@$(PY) -m bench.model --json bench/results/model.json --readme docs/kernels.md
 
 bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--rehearse runs the plan without one
