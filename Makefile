@@ -114,9 +114,11 @@ cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures,
 	@KVTOOLS_CUDA=1 $(PY) setup.py -q build --build-base build/cuda --build-lib build/cuda/lib
 	@cd build/cuda/lib && $(abspath $(PY)) -m pytest -q -p no:cacheprovider --rootdir $(CURDIR) $(CURDIR)/tests/test_layers.py
 
-resources: ext cuda $(OLDER:=.stamp) ## what kernels take of a GPU, compiled for each architecture by the newest Triton and torch 2.11's
+resources: ext cuda $(OLDER:=.stamp) ## what kernels take of a GPU, compiled for each architecture by the newest Triton and torch 2.11's; what bounds attention
 	@$(PY) -m bench.resources --json bench/results/resources.json --cuda build/cuda/lib/kvtools/_C.abi3.so $(ARGS)
 	@$(if $(OLDER),$(OLDER)/bin/python -m bench.resources --archs 90 --json bench/results/resources-3.6.0.json $(ARGS))
+	@$(PY) -m bench.resources --archs gfx942 gfx950 --json bench/results/resources-amd.json $(ARGS)
+	@$(PY) -m bench.model --json bench/results/model.json --readme docs/kernels.md
 
 bench-gpu: ext $(PACKAGE) ## measure everything on a CUDA device; ARGS=--rehearse runs the plan without one
 	@$(PY) -m bench.gpu --out bench/out/gpu $(ARGS)

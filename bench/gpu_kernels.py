@@ -321,7 +321,7 @@ def try_sizes(bench, name: str, shape: Shape, format: str) -> dict:
 
     step = bench_attention.inputs(shape, DTYPE, bench.device)
     kind = next(kind for kind, found in KINDS.items() if found == (DTYPE, format))
-    key = f"sm_{attention.capability()} {kind} {attention.block_d(shape.d)}"
+    key = f"{attention.architecture()} {kind} {attention.block_d(shape.d)}"
 
     def make(sizes: dict[str, int] | None) -> Callable[[], torch.Tensor]:
         position, pages, plan = step.pages(format)

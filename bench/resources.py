@@ -36,16 +36,25 @@ from triton.runtime.jit import JITFunction
 
 from kvtools import ops, results
 
-from .resources_cases import CUDA_MULTIPLY, EDGE_ARCH, EDGES, INTEGERS, ROWS, SPILLS, cases
+from .resources_cases import CUDA_MULTIPLY, EDGE_ARCH, EDGES, INTEGERS, ON_AMD, ROWS, SPILLS, cases
 from .targets import Targets
 
 # Shared memory that a program may have, in KiB, by architecture: for Triton, and of csrc/cuda.
 ARCHS = {80: 163, 90: 227, 100: 227}
 CUDA_ARCHS = {"80": 163, "90a": 227, "100": 227, "120": 99}
+AMD = {"gfx942": 64, "gfx950": 160}
 # Bytes of a thread that others spill where a version of Triton finds no better, and who has it.
 SPILLED = {"3.6.0": 64, "3.9.0": 40}  # the first is torch 2.11's
 PRODUCTS = re.compile(r"\b(?:wgmma\.mma_async|tcgen05\.mma|mma)\.")
+AMD_PRODUCTS = re.compile(r"\bv_mfma_")
 CUDA_PRODUCTS = re.compile(r"\b[HIQU]G?MMA\b")
+
+
+Arch = int | str  # of NVIDIA its number
+
+
+def named(arch: Arch) -> str:
+    return arch if arch in AMD else f"sm_{arch}"
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Binary:
     """What a kernel takes, and how many instructions for tensor cores it has."""
 
     registers: int  # of a thread
-    spilled: int  # bytes of a thread that are in memory
+    spilled: int  # bytes of a thread that are in memory; on AMD, its scratch
     shared: int  # bytes of a program
     products: int
 
@@ -61,13 +70,15 @@ class Binary:
 class Device:
     """What a launch asks of Triton's driver."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: Arch) -> None:
         self.arch = arch
 
     def get_current_target(self) -> GPUTarget:
+        if self.arch in AMD:
+            return GPUTarget("hip", self.arch, 64)
         return GPUTarget("cuda", self.arch, 32)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> Arch:
         return self.arch  # kernels are remembered by device
 
     def get_current_stream(self, device: int) -> int:
@@ -75,7 +86,7 @@ class Device:
 
 
 @contextmanager
-def compiling(arch: int, integer: int | None = None) -> Iterator[dict[tuple[str, str], Any]]:
+def compiling(arch: Arch, integer: int | None = None) -> Iterator[dict[tuple[str, str], Any]]:
     """Launches on CPU tensors compile for `arch` and run nothing, with `integer` for each integer
     argument if there is one. Yields what Triton compiled, by the name of the kernel and a hash."""
     found = {}
@@ -107,6 +118,14 @@ def usage_of(line: str) -> dict[str, int]:
 
 
 def read(compiled) -> Binary:
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        registers, spilled = (
+            int(re.search(rf"\.{name}:\s*(\d+)", text)[1])
+            for name in ("vgpr_count", "private_segment_fixed_size")
+        )
+        products = len(AMD_PRODUCTS.findall(text))
+        return Binary(registers, spilled, compiled.metadata.shared, products)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -147,7 +166,7 @@ def read_library(library: Path) -> dict[tuple[str, str], dict]:
     return found
 
 
-def build(row: str, index: int, arch: int, integer: int | None = None) -> dict:
+def build(row: str, index: int, arch: Arch, integer: int | None = None) -> dict:
     """Binaries of what a case launches, compiled; in a process of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
     warnings.simplefilter("ignore")
@@ -159,7 +178,7 @@ def build(row: str, index: int, arch: int, integer: int | None = None) -> dict:
             run(impl="triton")
     except Exception as error:
         numbers = "" if integer is None else f" where all integers are {integer}"
-        raise RuntimeError(f"{row}, {what}: does not compile for sm_{arch}{numbers}") from error
+        raise RuntimeError(f"{row}, {what}: does not compile for {named(arch)}{numbers}") from error
     return {key: read(compiled) for key, compiled in found.items()}
 
 
@@ -173,11 +192,14 @@ def edges(row: str) -> list[tuple[str, int, int, int]]:
 
 
 def build_all(
-    rows: list[str], archs: list[int], jobs: int, console: Console
+    rows: list[str], archs: list[Arch], jobs: int, console: Console
 ) -> dict[tuple[str, str], dict]:
     """Binaries by kernel and case, then by architecture; each under the first case that has it."""
-    tasks = [(row, i, arch) for row in rows for i in range(len(cases(row))) for arch in archs]
-    apart = [task for row in rows for task in edges(row)]
+    tasks = [
+        (row, i, arch) for row in rows for i, (what, _) in enumerate(cases(row)) for arch in archs
+        if arch not in AMD or what in EDGES[row] | ON_AMD
+    ]  # fmt: skip
+    apart = [task for row in rows for task in edges(row)] if set(archs) - AMD.keys() else []
     with (
         ProcessPoolExecutor(jobs, get_context("spawn")) as pool,
         Progress(console=console, transient=True) as progress,
@@ -201,7 +223,7 @@ def build_all(
                 nth = f" ({count[kernel]})" if count[kernel] > 1 else ""
                 found.setdefault((kernel, what + nth), {})[arch] = binary
     at_edges = {kernel for future in futures[len(tasks) :] for kernel, _ in future.result()}
-    if missing := {kernel for kernel, _ in found} - at_edges:
+    if apart and (missing := {kernel for kernel, _ in found} - at_edges):
         raise RuntimeError(f"EDGES has no case that launches {', '.join(sorted(missing))}")
     return found
 
@@ -223,10 +245,10 @@ def judge(
             spilled[by] = max(spilled.get(by, 0), binary.spilled)
             shared = max(shared, binary.shared)
         for by, most in spilled.items():
-            targets.add(f"sm_{arch}: bytes spilled{by}", most, 0 if by else spills)
-        targets.add(f"sm_{arch}: KiB shared", shared / 1024, limit)
+            targets.add(f"{named(arch)}: bytes spilled{by}", most, 0 if by else spills)
+        targets.add(f"{named(arch)}: KiB shared", shared / 1024, limit)
         off = sum(not products.get(kernel) for kernel in multiply)
-        targets.add(f"sm_{arch}: kernels off tensor cores", off, 0)
+        targets.add(f"{named(arch)}: kernels off tensor cores", off, 0)
     return targets
 
 
@@ -258,8 +280,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="results")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW",
                         help=f"of {', '.join(ROWS)}")  # fmt: skip
-    parser.add_argument("--archs", nargs="+", type=int, choices=ARCHS, default=list(ARCHS),
-                        metavar="SM", help=f"of {', '.join(map(str, ARCHS))}")  # fmt: skip
+    every = ARCHS | AMD
+    parser.add_argument("--archs", nargs="+", type=lambda x: int(x) if x.isdigit() else x,
+                        choices=every, default=list(ARCHS), metavar="ARCH",
+                        help=f"of {', '.join(map(str, every))}")  # fmt: skip
     parser.add_argument("--jobs", type=int, metavar="N", default=os.cpu_count(), help="processes")
     parser.add_argument("--cuda", type=Path, metavar="PATH", help="library with csrc/cuda")
     args = parser.parse_args(argv)
@@ -268,10 +292,11 @@ def main(argv: list[str] | None = None) -> int:
 
     console = Console()
     version = triton.__version__
-    archs = {arch: ARCHS[arch] for arch in args.archs}
+    archs = {arch: every[arch] for arch in args.archs}
     found = build_all(args.rows, args.archs, args.jobs, console)
     multiply = set().union(*(ROWS[row][1] for row in args.rows))
-    targets = judge(found, multiply, archs, SPILLED.get(version, 0))
+    spills = SPILLED.get(version, 0) if archs.keys() & ARCHS.keys() else 0
+    targets = judge(found, multiply, archs, spills)
     console.print(table(found, archs))
     of_cuda = {}
     if args.cuda:
@@ -285,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
 
         def rows(found):
             return [
-                {"kernel": kernel, "case": case} | {f"sm_{a}": asdict(b) for a, b in each.items()}
+                {"kernel": kernel, "case": case} | {named(a): asdict(b) for a, b in each.items()}
                 for (kernel, case), each in found.items()
             ]
 

@@ -32,6 +32,8 @@ EDGES = {
     "scoring": {"k=3 sigmoid prod fp32", "all options bf16"},
 }
 EDGE_ARCH, INTEGERS = 90, (1, 15, 16)
+# What is compiled for AMD besides: it takes ten times as long.
+ON_AMD = {f"{format} D={d}" for format in ("none", "fp8", "int4") for d in SIZES} | {"D=256 bf16"}
 
 Case = tuple[str, Callable]  # what it is, and a call that lacks its `impl`
 

@@ -53,7 +53,7 @@ def main() -> None:
 
     table = {}
     for kind, d in itertools.product(KINDS, (64, 128, 256)):
-        key = f"sm_{format.capability()} {kind} {d}"
+        key = f"{format.architecture()} {kind} {d}"
         dtype, code = KINDS[kind]
         cases = []
         for prompt, own in ((8192, 256), (0, 4096)):  # much shared, and nothing

@@ -276,6 +276,21 @@ FAULTS = [
           "rows, _ = particles.sweep(particles.restart(rows), n)", SEARCH + "gibbs"),
     Fault("wrong use and failure have one exit code", "kvtools/cli/__init__.py",
           "return 2 if isinstance(error, Usage) else 1", "return 1", CLI + "'wrong or model'"),
+    Fault("code that merely comes before counts as a loop", "bench/sass.py",
+          "            if dominators[n] >> head & 1:", "            if True:",
+          "tests/test_bench_model.py -k loop"),
+    Fault("a branch that nothing decides is taken", "bench/sass.py",
+          "                if not live:", "                if live is False:",
+          "tests/test_bench_model.py -k lane"),
+    Fault("fp32 products are NVIDIA's on AMD, too", "kvtools/kernels/format.py",
+          'input_precision="tf32x3" if is_cuda() else "ieee"', 'input_precision="tf32x3"',
+          "tests/test_bench.py -k test_resources"),
+    Fault("nobody waits for copies", "bench/model.py",
+          "            while len(warp.groups) > left:", "            while False:",
+          "tests/test_bench_model.py -k awaited"),
+    Fault("pipes of a scheduler have no end", "bench/model.py",
+          "            free[pipe, warp.scheduler] = now + spent",
+          "            free[pipe, warp.scheduler] = now", "tests/test_bench_model.py -k played"),
 ]  # fmt: skip
 
 

@@ -120,6 +120,14 @@ import triton
 import triton.language as tl
 
 from bench import resources
+from kvtools.kernels.format import dot
+
+
+@triton.jit
+def product(x_ptr, y_ptr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, dot(x, x, tl.zeros([16, 16], tl.float32)))
 
 
 @triton.jit
@@ -133,12 +141,18 @@ with resources.compiling(80) as found:
     for block in (128, 16384):
         copy[(1,)](x, x, block, num_warps=1)
 assert [kernel for kernel, _ in found] == ["copy", "copy"]
-print(json.dumps([asdict(resources.read(compiled)) for compiled in found.values()]))
+binaries = [asdict(resources.read(compiled)) for compiled in found.values()]
+for arch in (90, *resources.AMD):
+    with resources.compiling(arch) as found:
+        product[(1,)](x, x)
+    binaries += [asdict(resources.read(compiled)) for compiled in found.values()]
+print(json.dumps(binaries))
 """
 
 
 def test_resources(monkeypatch, tmp_path):
-    """A kernel whose numbers fit into registers, and one whose do not."""
+    """A kernel whose numbers fit into registers, and one whose do not; products of fp32 on NVIDIA
+    and AMD."""
     pytest.importorskip("triton")
     from bench import resources
 
@@ -148,7 +162,9 @@ def test_resources(monkeypatch, tmp_path):
     probe = tmp_path / "probe.py"
     probe.write_text(PROBE)
     said = subprocess.check_output([sys.executable, str(probe)], text=True, env=env)
-    good, spills = (resources.Binary(**x) for x in json.loads(said.splitlines()[-1]))
+    good, spills, *products = (resources.Binary(**x) for x in json.loads(said.splitlines()[-1]))
+    assert len(products) == 3 and all(x.products and x.registers for x in products)
+    assert not any(x.spilled for x in products)
     assert 0 < good.registers < 32 < spills.registers
     assert good.spilled == good.shared == good.products == 0 < spills.spilled
 

@@ -139,6 +139,8 @@ TABLES = {  # marker: page, module of bench, results
     "cpu": ("docs/cpu.md", "cpu", "cpu.json"),
     "prm": ("docs/scoring.md", "prm", "prm-cpu.json"),
     "demo": ("README.md", None, "demo-cpu.json"),
+    "model": ("docs/kernels.md", "model", "model.json"),
+    "model-times": ("docs/kernels.md", "model", "model.json"),
 }
 
 
@@ -152,8 +154,9 @@ def test_tables_are_those_of_the_results(name, tmp_path):
         rows, caption = [demo.COLUMNS, *demo.lines(result)], demo.caption(result)
     else:
         bench = pytest.importorskip(f"bench.{module}", exc_type=ImportError)
-        data = result if name == "prm" else result["cells"]
-        rows = bench.table(data, 8) if name == "search" else bench.table(data)
+        data = result["cells"] if "cells" in result and name != "prm" else result
+        table = bench.times_table if name == "model-times" else bench.table
+        rows = table(data, 8) if name == "search" else table(data)
         caption = bench.caption(result)
     copy = tmp_path / "page.md"
     copy.write_text((ROOT / page).read_text())

@@ -20,8 +20,8 @@ from .format import (
     Frame,
     Paged,
     Rows,
+    architecture,
     block_d,
-    capability,
     column_element,
     content,
     dot,
@@ -182,7 +182,7 @@ def _constants(
         k_dtypes.append(_dot_dtype(dtype, k_dtype, k_format))
         wide |= torch.float32 in (k_dtypes[i], _dot_dtype(dtype, v_dtype, v_format))
     planes = max(PLANES.get(x, 1) for store in stores for x in store[:2])
-    kind = f"sm_{capability()} {'wide' if wide else ('plain', 'coded', 'planes')[planes]}"
+    kind = f"{architecture()} {'wide' if wide else ('plain', 'coded', 'planes')[planes]}"
     shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
     first = stores[0]
     return Constants(
@@ -216,8 +216,10 @@ def _blocks(few: bool, d: int, wide: bool, planes: int) -> dict[str, int]:
         m, n, warps = (16, 16, 4) if planes else (32, 32, 8)
     elif few:
         m, n, warps = 16, 32 if planes == 2 else 64, 4
-    elif capability() < 90:
+    elif architecture() in ("sm_80", "sm_86", "sm_87", "sm_89"):
         m, n, warps = 32, 32, 4
+    if architecture().startswith("gfx"):
+        warps = min(warps, 4)  # of 64 lanes, that may have twice as many registers
     return dict(BLOCK_M=16 if few else m, BLOCK_N=n, num_warps=warps, num_stages=3)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .format import Paged, block_d, dot, log2, paged, slot_start, tanh
+from .format import Paged, architecture, block_d, dot, log2, paged, slot_start, tanh
 
 EMPTY = tl.constexpr(2**31 - 1)
 PROGRAMS = 264  # enough to fill a GPU
@@ -69,8 +69,9 @@ def key_scores(
         Window(heads, hq // heads, w, s, sinks, sliding or 2**31 - 1), scale, softcap or None,
     )  # fmt: skip
     # Both kernels must see the same scores, lest equal keys differ: no product is fused in one.
+    stages = 1 if architecture() == "gfx942" and d > 128 else 2  # it has 64 KiB shared
     options = dict(D=d, BLOCK_D=min(block_d(d), columns), BLOCK_G=block_g, ROWS=rows, KEYS=keys,
-                   num_warps=warps, num_stages=2, enable_fp_fusion=False)  # fmt: skip
+                   num_warps=warps, num_stages=stages, enable_fp_fusion=False)  # fmt: skip
     if tiles:
         _window_kernel[(b * heads, tiles, splits)](*args, state, **options)
     _key_scores_kernel[(b * heads, triton.cdiv(s, keys))](

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_cuda
 
 # How a page tensor is stored; integers of n bits are n.
 FLOAT, FP8 = 0, 1
@@ -79,11 +80,12 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def capability() -> int:
-    """Compute capability of the current device, 90 for Hopper, as which the interpreter counts."""
+def architecture() -> str:
+    """Of the current device: sm_90, gfx942. The interpreter counts as sm_90."""
     if INTERPRETED.value:
-        return 90
-    return triton.runtime.driver.active.get_current_target().arch
+        return "sm_90"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else target.arch
 
 
 def block_d(d: int) -> int:
@@ -286,7 +288,8 @@ def dot(a, b, acc):
     """a @ b + acc in fp32, of operands in one dtype."""
     if INTERPRETED:  # the interpreter multiplies the bits of bf16
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    # AMD's matrix cores take fp32 as it is, NVIDIA's as three products of parts.
+    return tl.dot(a, b, acc, input_precision="tf32x3" if is_cuda() else "ieee")
 
 
 @triton.jit
