@@ -17,7 +17,7 @@ from ..ops.upload import on_device
 from .door import Door, Unsupported, decoder_of, device_of, door_of, inner, refusal
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
 
-PROBE = 5  # tokens
+PROBE = 4  # tokens
 FEW = 256  # of a window that the probe goes past
 
 
