@@ -43,6 +43,7 @@ class Door:
         configs: those that its attention and masks look at, whose names are switched.
         stock: name of its own attention function.
         positions: its forward takes `position_ids`.
+        masks: its forward takes `attention_mask`, which hides padding.
         counted: it counts positions from the cache instead, so that a forward may hold rows of one
             length only. Found by the probe.
         cached: by layer, the window within which its own cache keeps tokens; 0 for all, None for
@@ -62,6 +63,7 @@ class Door:
     configs: list[Any]
     stock: str
     positions: bool
+    masks: bool
     cached: list[int | None]
     ropes: list[Callable[[np.ndarray], np.ndarray]]
     dynamic: list[torch.nn.Module]
@@ -83,6 +85,8 @@ class Door:
         rows = np.flatnonzero(counts)
         after = before[rows] + counts[rows]
         keys = [rope(after) for rope in self.ropes]
+        if self.switch < math.inf:
+            keys.append(self.past_switch(after))
         if self.counted:
             keys += [before[rows], counts[rows]]
         if not keys or not len(rows):
@@ -253,9 +257,10 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     cached = [
         getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers
     ]
+    takes = inspect.signature(core.forward).parameters
     return Door(
         kind, [x for x in found.values() if getattr(x, "_attn_implementation", None)], stock,
-        "position_ids" in inspect.signature(core.forward).parameters,
+        "position_ids" in takes, "attention_mask" in takes,
         cached or [0] * config.num_hidden_layers, ropes, dynamic,
         _switch(model, sorted(limits - {None})),
     )  # fmt: skip

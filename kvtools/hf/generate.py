@@ -129,9 +129,7 @@ def _generate(
     session = Session(
         model, CacheConfig() if kv_config is None else kv_config, probe=False, texts=text
     )
-    logits_pv = torch.stack(
-        [session.prefill(prompt, int((row_prompt == i).sum())) for i, prompt in enumerate(prompts)]
-    )
+    logits_pv = torch.stack(session.prefill(prompts, np.bincount(row_prompt)))
     session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
     logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
 
