@@ -221,10 +221,9 @@ class KVCache:
         """
         store, filling = self._store[layer], self._filling
         heads, length, d = k_hld.shape
-        if length != filling.length:
-            raise ValueError(
-                f"k_hld has {length} tokens, the prompt was announced with {filling.length}"
-            )
+        expected = 0 if filling is None else filling.length
+        if length != expected:
+            raise ValueError(f"k_hld has {length} tokens, the prompt was announced with {expected}")
         for each in filter(None, (store, self._sinks)):
             each.limits = limits(self.device, heads, q_hld.shape[0] // heads)
             each.pages_of(layer, heads, d, k_hld.dtype)
@@ -548,6 +547,8 @@ class KVCache:
             for pages in self._recent.layers.values():
                 suffix += _nbytes(pages.tensors()[:4])
             metadata += self._recent.tensors()
+        if self._filling:
+            metadata.append(self._filling.position)  # in one with all that it has
         parts = {"prefix": prefix, "suffix": suffix, "metadata": _nbytes(metadata)}
         return parts | {"total": sum(parts.values())}
 
@@ -659,9 +660,9 @@ class _Filling:
         self, first: int, lengths: np.ndarray, sinks: np.ndarray, kept: dict[Store, np.ndarray]
     ) -> None:
         self.first, self.length = first, int(lengths.sum())
-        self._start = lengths.cumsum() - lengths
-        ends = (self._start + lengths).tolist()
-        self.parts = list(zip(self._start.tolist(), ends, sinks.tolist(), strict=True))
+        ends = lengths.cumsum()
+        parts = (ends - lengths).tolist(), ends.tolist(), sinks.tolist()
+        self.parts = list(zip(*parts, strict=True))
         self.kept = {store: n.tolist() for store, n in kept.items()}
         self.position = np.concatenate([np.arange(n) for n in lengths])
         self.prompt = first + np.repeat(np.arange(len(lengths)), lengths)
@@ -669,11 +670,14 @@ class _Filling:
         self.rest = self.tokens(sinks, lengths)
 
     def tokens(self, begin: np.ndarray, end: np.ndarray) -> slice | np.ndarray:
-        """Those at positions [begin, end) of each prompt: a view where that is possible."""
-        parts = [slice(*x) for x in zip(self._start + begin, self._start + end, strict=True)]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([np.arange(self.length)[x] for x in parts])
+        """Those at positions [begin, end) of each prompt; a slice where it can be one."""
+        start = [part[0] for part in self.parts]
+        index = np.concatenate(
+            [np.arange(*x) for x in zip(start + begin, start + end, strict=True)]
+        )
+        if len(index) and index[-1] - index[0] < len(index):
+            return slice(int(index[0]), int(index[-1]) + 1)
+        return index
 
 
 @dataclass

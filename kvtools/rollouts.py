@@ -109,7 +109,7 @@ class Rollouts:
 
     def prefill(self, prompts: Iterable[Sequence[int] | Tensor], n: int = 1) -> None:
         """Add `n` rows for each prompt, in order; each distinct prompt of this call is run and
-        stored once.
+        stored once, those of similar lengths in one forward.
 
         Args:
             prompts: token ids, without padding.
