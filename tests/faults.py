@@ -43,10 +43,12 @@ class Fault(NamedTuple):
     tests: str  # pytest's arguments
 
 
-DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, ROLLOUTS, PRM, SEARCH, CLI = (
+(
+    DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, PRM, SEARCH, CLI,
+) = (
     f"tests/test_{name}.py -k "
-    for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "rollouts",
-                 "prm", "search", "cli")
+    for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
+                 "rollouts", "prm", "search", "cli")
 )  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
@@ -61,6 +63,21 @@ FAULTS = [
     Fault("windows of masks are not seen", "kvtools/hf/plug.py",
           "        window = forward.door.mask_window(kwargs)", "        window = 0",
           DOOR + "'window or causal'"),
+    Fault("padding is stored", "kvtools/hf/plug.py",
+          "                    q, k, v = (x[:, forward.tokens] for x in (q, k, v))",
+          "                    n = forward.kv._filling.length\n"
+          "                    q, k, v = (x[:, :n] for x in (q, k, v))",
+          PREFILL + "'one_forward or compressed'"),
+    Fault("padding is seen", "kvtools/hf/session.py",
+          "mask=mask if padded else None", "mask=torch.ones_like(mask) if padded else None",
+          PREFILL + "'one_forward or compressed'"),
+    Fault("prompts of all lengths share a forward", "kvtools/hf/session.py",
+          "                least = (1 - PADDING) * width if self.door.masks else width",
+          "                least = 0", PREFILL + "'bounded or share'"),
+    Fault("prompts that share a forward share a frame", "kvtools/cache.py",
+          "        self.prompt = first + np.repeat(np.arange(len(lengths)), lengths)",
+          "        self.prompt = first + np.repeat(0 * lengths, lengths)",
+          PREFILL + "'together or compressed'"),
     Fault("positions are always believed in", "kvtools/hf/session.py",
           "    for counted in [False, True] if door.positions else [True]:",
           "    for counted in [False]:", DOOR + "counted"),
