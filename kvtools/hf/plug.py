@@ -54,7 +54,7 @@ class Forward:
     kv: KVCache
     filling: bool
     past: int
-    tokens: slice | Tensor | None = None
+    tokens: Tensor | None = None
     padded: bool = False
     given: int | None = None
     masks: dict[int, tuple[int | Unsupported, Any]] = field(default_factory=dict)

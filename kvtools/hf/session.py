@@ -171,21 +171,21 @@ class Session:
         lengths = [len(x) for x in prompts]
         # Perhaps some padding more, that is far enough to switch frequencies.
         width = max(lengths) + (switched and max(lengths) <= self.door.switch)
-        padded = sum(lengths) < width * len(prompts)
         ids = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in prompts])
-        column = np.arange(width) - width + np.array(lengths)[:, None]
-        position = np.where(column < 0, self.door.switch if switched else 0, column)
-        position, mask, tokens = (
-            torch.from_numpy(x.astype(np.int64)).to(ids.device)
-            for x in (position, column >= 0, np.flatnonzero(column >= 0))
-        )
-        if len(prompts) == 1:
-            tokens = slice(width - lengths[0], None)
-        elif not padded:
-            tokens = None
+        position = torch.arange(width, device=ids.device).expand(ids.shape)
+        mask = tokens = None
+        if sum(lengths) < ids.numel():
+            position = position - width + torch.tensor(lengths, device=ids.device)[:, None]
+            mask = position >= 0
+            position = torch.where(mask, position, self.door.switch if switched else 0)
+            ends = width * np.arange(1, len(lengths) + 1)
+            tokens = np.concatenate(
+                [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]
+            )
+            tokens, mask = torch.from_numpy(tokens).to(ids.device), mask.long()
         self.kv.add_prompt(lengths, copies, switched)
-        forward = Forward(self.door, self.kv, True, 0, tokens, padded)
-        out = self._forward(ids, position, forward, mask=mask if padded else None)
+        forward = Forward(self.door, self.kv, True, 0, tokens, mask is not None)
+        out = self._forward(ids, position, forward, mask=mask)
         return [x[-1:] if self.head else x[-n:] for x, n in zip(out, lengths, strict=True)]
 
     @torch.no_grad()
@@ -295,7 +295,8 @@ class Session:
         becomes of those that are skipped. For a model that takes positions."""
         self.kv.begin(skip_t)
         positions = self.kv.positions.clamp(min=0)[:, None].long()
-        return self._forward(tokens[:, None], positions, False, self.kv.longest - 1).flatten(0, 1)
+        forward = Forward(self.door, self.kv, False, self.kv.longest - 1)
+        return self._forward(tokens[:, None], positions, forward).flatten(0, 1)
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
