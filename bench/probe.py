@@ -89,7 +89,7 @@ class ProbeSession:
         self.probe = probe
         self.run = Session(probe.model, CacheConfig(), head=False)
         prompt = probe.encode(probe.opening(question))
-        hidden_tm = self.run.prefill(torch.tensor(prompt), rows)
+        (hidden_tm,) = self.run.prefill([torch.tensor(prompt)], rows)
         self.tokens = len(prompt)
         self.margins: list[list[float]] = [[] for _ in range(rows)]
         # Tokens, and the last one's hidden state, after the question and after each step.

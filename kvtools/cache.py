@@ -101,11 +101,11 @@ class KVCache:
         self._recent = None
         if config.recent_formats is not None:
             self._recent = Recent(config.recent, *config.recent_formats, self.device, self._journal)
-        self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_add_frame`
+        self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_add_frames`
         self._seen = np.zeros(0, np.int32)
         self.positions: Tensor | None = None  # [t] of the step's tokens, -1 for those skipped
         self._passes: dict[Store, list[Pass]] = {}
-        self._filling: dict[Store, tuple[int, np.ndarray]] = {}
+        self._filling: _Filling | None = None
 
     @property
     def rows(self) -> int:
@@ -120,11 +120,6 @@ class KVCache:
     def longest(self) -> int:
         """Tokens that the longest row has seen."""
         return int(self._seen.max(initial=0))
-
-    @property
-    def announced(self) -> int:
-        """Tokens of the prompt that `fill` expects."""
-        return self._prompts[-1].length
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -153,33 +148,54 @@ class KVCache:
         return Transaction(self._journal, states)
 
     @_change
-    def add_prompt(self, length: int, copies: int = 1, switched: bool = False) -> None:
-        """Add `copies` rows over a new prompt of `length` tokens; `fill` must follow for every
-        layer. `switched` is a mark that its rows keep, for who stores keys of two kinds.
+    def add_prompt(
+        self,
+        length: int | Sequence[int],
+        copies: int | Sequence[int] = 1,
+        switched: bool = False,
+    ) -> None:
+        """Add `copies` rows over a new prompt of `length` tokens, or over each of several; `fill`
+        must follow for every layer. `switched` is a mark that their rows keep, for who stores keys
+        of two kinds.
 
         Raises:
             ValueError: `length` or `copies` is not positive.
             PoolExhausted: a fixed pool has too few pages. Nothing has changed.
         """
-        if length < 1:
-            raise ValueError(f"length={length}: a prompt needs at least one token")
-        if copies < 1:
-            raise ValueError(f"copies={copies}: a prompt needs at least one row")
-        sinks = min(self.config.sinks, length) if self._sinks else 0
-        kept = {store: store.kept(length) - sinks for store in self.stores}
+        lengths = np.atleast_1d(np.asarray(length, np.int64))
+        copies = np.broadcast_to(np.asarray(copies, np.int64), len(lengths))
+        if lengths.min() < 1:
+            raise ValueError(f"length={lengths.min()}: a prompt needs at least one token")
+        if copies.min() < 1:
+            raise ValueError(f"copies={copies.min()}: a prompt needs at least one row")
+        sinks = np.minimum(self.config.sinks if self._sinks else 0, lengths)
+        kept = {store: np.array([store.kept(n) for n in lengths.tolist()]) - sinks
+                for store in self.stores}  # fmt: skip
         wanted = {**kept, **({self._sinks: sinks} if self._sinks else {})}
         for store, slots in wanted.items():
-            store.reserve(-(-slots // store.config.page_size))
-        self._filling = {}
-        for store, slots in wanted.items():
-            base = sinks if store is not self._sinks else 0
-            self._filling[store] = slots, store.insert(slots, base, copies)
+            store.reserve(int((-(-slots // store.config.page_size)).sum()))
+        filling = _Filling(len(self._prompts), lengths, sinks, kept)
+        slots = []
+        for store, n in wanted.items():
+            base = sinks if store is not self._sinks else np.zeros_like(sinks)
+            each = zip(n.tolist(), base.tolist(), copies.tolist(), strict=True)
+            slots.append(np.concatenate([store.insert(*prompt) for prompt in each]))
+        filling.slot = np.concatenate(slots)
         if self._recent:
-            self._recent.add(length, sinks, copies)
-        in_order = all(slots + sinks == length for slots in kept.values())
-        self._prompts.append(_Prompt(length, sinks, in_order, switched))
-        self._prompt = np.concatenate([self._prompt, np.full(copies, len(self._prompts) - 1)])
-        self._seen = np.concatenate([self._seen, np.full(copies, length, np.int32)])
+            start, filling.ring = self._recent.add(lengths, sinks, copies)
+            filling.tail = filling.tokens(start, lengths)
+            filling.row = np.repeat(np.arange(len(lengths)), copies)
+        on_device(self.device, filling)
+        filling.slots = dict(zip(wanted, filling.slot.split([len(x) for x in slots]), strict=True))
+        self._filling = filling
+        in_order = np.all([n + sinks == lengths for n in kept.values()], axis=0)
+        self._prompts = self._prompts + [
+            _Prompt(*prompt, switched)
+            for prompt in zip(lengths.tolist(), sinks.tolist(), in_order.tolist(), strict=True)
+        ]
+        number = np.arange(filling.first, len(self._prompts))
+        self._prompt = np.concatenate([self._prompt, np.repeat(number, copies)])
+        self._seen = np.concatenate([self._seen, np.repeat(lengths, copies).astype(np.int32)])
 
     @_storing()
     def fill(
@@ -199,29 +215,49 @@ class KVCache:
         Args:
             layer: index of the layer.
             q_hld: queries of the prompt after RoPE; they judge which tokens are worth keeping.
-            k_hld, v_hld: keys after RoPE, and values.
+            k_hld, v_hld: keys after RoPE, and values. Of several prompts that were added together,
+                one after another.
             scale, softcap, sliding, sink_h: as for `tree_attention`.
         """
-        config, store, prompt = self.config, self._store[layer], self._prompts[-1]
+        store, filling = self._store[layer], self._filling
         heads, length, d = k_hld.shape
-        if length != prompt.length:
-            raise ValueError(
-                f"k_hld has {length} tokens, the prompt was announced with {prompt.length}"
-            )
+        expected = 0 if filling is None else filling.length
+        if length != expected:
+            raise ValueError(f"k_hld has {length} tokens, the prompt was announced with {expected}")
         for each in filter(None, (store, self._sinks)):
             each.limits = limits(self.device, heads, q_hld.shape[0] // heads)
             each.pages_of(layer, heads, d, k_hld.dtype)
-        if config.k_format != "none":
-            self._add_frame(layer, q_hld, k_hld, softcap, sink_h)
+        if self.config.k_format != "none":
+            self._add_frames(layer, q_hld, k_hld, softcap, sink_h)
         if self._sinks:
-            self._write(layer, self._sinks, k_hld, v_hld, slice(prompt.sinks))
+            self._write(layer, self._sinks, k_hld, v_hld, filling.sinks)
         if self._recent:
-            self._recent.fill(layer, k_hld, v_hld, partial(self._append, layer))
-        kept = self._filling[store][0]
-        if kept == length - prompt.sinks:
-            self._write(layer, store, k_hld, v_hld, slice(prompt.sinks, length))
+            prompt = filling.prompt[filling.tail]
+            append = partial(self._append, layer, prompt=prompt)
+            tail = (x[:, filling.tail] for x in (k_hld, v_hld))
+            self._recent.fill(layer, *tail, filling.ring, filling.row, append)
+        kept = filling.kept[store]
+        parts = list(zip(kept, filling.parts, strict=True))
+        if all(n == end - begin - sinks for n, (begin, end, sinks) in parts):
+            self._write(layer, store, k_hld, v_hld, filling.rest)
             return
-        policy = policy_of(config.policy)
+        how = dict(scale=scale, softcap=softcap, sliding=sliding, sink_h=sink_h)
+        index = [
+            begin + self._worth(layer, q_hld[:, begin:end], k_hld[:, begin:end], sinks, n, **how)
+            for n, (begin, end, sinks) in parts
+        ]
+        self._write(layer, store, k_hld, v_hld, torch.cat(index, 1))
+
+    def _worth(
+        self, layer: int, q_hld: Tensor, k_hld: Tensor, sinks: int, kept: int, **how: Any
+    ) -> Tensor:
+        """Which `kept` tokens [heads, kept] of a prompt each head keeps behind its sinks."""
+        config, policy = self.config, policy_of(self.config.policy)
+        heads, length, _ = k_hld.shape
+        position = torch.arange(length, device=k_hld.device, dtype=torch.int32)
+        candidates = position[sinks:].expand(1, heads, -1)
+        if kept == length - sinks:
+            return candidates[0].long()
         mass = k_hld.new_zeros(1, heads, length, dtype=torch.float32)
         low = torch.zeros_like(mass, dtype=torch.int32)
         if policy.observe:
@@ -229,23 +265,20 @@ class KVCache:
                 policy.observe
             ]
             mass, low = key_scores(
-                q_hld[None, :, -queries:], k_hld[None], sink_h=sink_h, sinks=prompt.sinks,
-                scale=scale, softcap=softcap, sliding=sliding, group=config.group, impl=config.impl,
+                q_hld[None, :, -queries:], k_hld[None], sinks=sinks, group=config.group,
+                impl=config.impl, **how,
             )  # fmt: skip
-        position = torch.arange(length, device=k_hld.device, dtype=torch.int32)
-        candidates = position[prompt.sinks :].expand(1, heads, -1)
-        mass, low = (x[:, :, prompt.sinks :] for x in (mass, low))
+        mass, low = (x[:, :, sinks:] for x in (mass, low))
         now = candidates.new_full((1,), length)
         score, tie = policy.rank(Candidates(candidates, mass, low, low, now, layer, prompt=True))
-        edge = int(PROTECTED * (kept + prompt.sinks))
+        edge = int(PROTECTED * (kept + sinks))
         victims = select_victims(
-            score, candidates, length - prompt.sinks - kept, tie_nhs=tie,
+            score, candidates, length - sinks - kept, tie_nhs=tie,
             protect_below_n=now.new_full((1,), max(config.sinks, edge)),
             protect_from_n=now - max(config.recent, edge), impl=config.impl,
         )  # fmt: skip
         keep = torch.ones_like(candidates, dtype=torch.bool).scatter_(2, victims.long(), False)
-        index = keep[0].nonzero()[:, 1].view(heads, kept) + prompt.sinks
-        self._write(layer, store, k_hld, v_hld, index)
+        return keep[0].nonzero()[:, 1].view(heads, kept) + sinks
 
     @_change
     def extend(self, counts: Index, *more: Any, room: Room | None = None) -> Tensor:
@@ -278,7 +311,7 @@ class KVCache:
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
         version = counts.tobytes(), self._sinks and self._sinks.forest.version
-        self._passes = {}
+        self._passes, self._filling = {}, None
         for store in self.stores:
             beside = partial(self._beside, store, counts)
             self._passes[store] = store.passes(
@@ -513,6 +546,8 @@ class KVCache:
             for pages in self._recent.layers.values():
                 suffix += _nbytes(pages.tensors()[:4])
             metadata += self._recent.tensors()
+        if self._filling:
+            metadata.append(self._filling.position)  # in one with all that it has
         parts = {"prefix": prefix, "suffix": suffix, "metadata": _nbytes(metadata)}
         return parts | {"total": sum(parts.values())}
 
@@ -535,10 +570,10 @@ class KVCache:
         seen = int(self._seen[row])
         return [sinks + sorted(p for p in head if p < seen) for head in position.T.tolist()]
 
-    def _add_frame(
+    def _add_frames(
         self, layer: int, q_hld: Tensor, k_hld: Tensor, softcap: float, sink_h: Tensor | None
     ) -> None:
-        """Choose how keys over the last prompt are stored, as (k - center) * gain.
+        """Choose how keys over each of the last prompts are stored, as (k - center) * gain.
 
         The center is the prompt's mean key, which softmax does not see once it is taken off all
         keys; zero where scores are compared with something else than each other: a soft cap, a sink
@@ -546,51 +581,102 @@ class KVCache:
         (E q² / E k²) ** 1/4, as in SmoothAttention (QServe, arXiv:2405.04532), but as a power of
         two, which rounds nothing.
         """
-        sinks = self._prompts[-1].sinks
-        rest = k_hld[:, sinks:]
-        center = rest.mean(1)
-        if softcap or sink_h is not None or not rest.shape[1]:
-            center = torch.zeros_like(k_hld[:, 0])
+        frames = []
         dtype = torch.promote_types(k_hld.dtype, torch.float32)
-        q2 = q_hld.to(dtype).square().mean(1).unflatten(0, (len(k_hld), -1)).mean(1)
-        k2 = (rest - center[:, None]).to(dtype).square().sum(1) / max(rest.shape[1], 1)
-        octaves = torch.log2(q2 / k2) / 4
-        octaves = torch.where((q2 > 0) & (k2 > 0), octaves, 0).round().clamp(-6, 6)
-        frame = torch.stack([center, torch.exp2(octaves).to(center.dtype)])[None]
-        held = self._frame.get(layer, frame[:0])
+        for begin, end, sinks in self._filling.parts:
+            rest = k_hld[:, begin + sinks : end]
+            center = rest.mean(1)
+            if softcap or sink_h is not None or not rest.shape[1]:
+                center = torch.zeros_like(k_hld[:, 0])
+            q2 = q_hld[:, begin:end].to(dtype).square().mean(1)
+            q2 = q2.unflatten(0, (len(k_hld), -1)).mean(1)
+            k2 = (rest - center[:, None]).to(dtype).square().sum(1) / max(rest.shape[1], 1)
+            octaves = torch.log2(q2 / k2) / 4
+            octaves = torch.where((q2 > 0) & (k2 > 0), octaves, 0).round().clamp(-6, 6)
+            frames.append(torch.stack([center, torch.exp2(octaves).to(center.dtype)]))
+        new = torch.stack(frames)
+        held = self._frame.get(layer, new[:0])
         # A filling that failed may have left this layer a prompt behind or ahead.
-        held = held[: len(self._prompts) - 1]
-        missing = frame.new_ones(len(self._prompts) - 1 - len(held), *frame.shape[1:])
-        self._frame[layer] = torch.cat([held, missing, frame])
+        held = held[: self._filling.first]
+        missing = new.new_ones(self._filling.first - len(held), *new.shape[1:])
+        self._frame[layer] = torch.cat([held, missing, new])
 
     def _append(
-        self, layer: int, k_hld: Tensor, v_hld: Tensor, slot: Tensor, pages: KVPages, *position: Any
+        self,
+        layer: int,
+        k_hld: Tensor,
+        v_hld: Tensor,
+        slot: Tensor,
+        pages: KVPages,
+        position: Tensor | None = None,
+        *,
+        prompt: Tensor,
     ) -> None:
-        """Write tokens of the last prompt."""
+        """Write tokens of prompts, whose numbers `prompt` has."""
         frames = {}
         if layer in self._frame:
-            last = torch.full_like(slot, len(self._prompts) - 1, dtype=torch.int32)
-            frames = dict(frame=self._frame[layer], frame_t=last)
+            frames = dict(frame=self._frame[layer], frame_t=prompt)
         k_thd, v_thd = k_hld.transpose(0, 1), v_hld.transpose(0, 1)
-        append_kv(k_thd, v_thd, slot, pages, *position, impl=self.config.impl, **frames)
+        append_kv(k_thd, v_thd, slot, pages, position, impl=self.config.impl, **frames)
 
     def _write(
         self, layer: int, store: Store, k_hld: Tensor, v_hld: Tensor, index: slice | Tensor
     ) -> None:
-        """Write the last prompt's tokens `index`, [heads, kept] or a slice for all heads."""
-        pages = store.layers[layer]
-        slots = torch.from_numpy(self._filling[store][1]).to(k_hld.device)
-        if isinstance(index, slice):
-            k, v = k_hld[:, index], v_hld[:, index]
-            position = torch.arange(k_hld.shape[1], device=k_hld.device, dtype=torch.int32)[index]
+        """Write tokens `index` of what `fill` got: [heads, kept], or for all heads alike."""
+        pages, filling = store.layers[layer], self._filling
+        slots, position = filling.slots[store], filling.position[index]
+        if position.dim() == 1:
+            k, v, prompt = k_hld[:, index], v_hld[:, index], filling.prompt[index]
             position = position.expand(k.shape[0], -1)
         else:
             wide = index[..., None].expand(-1, -1, k_hld.shape[-1])
-            k, v, position = k_hld.gather(1, wide), v_hld.gather(1, wide), index.to(torch.int32)
-        self._append(layer, k, v, slots, pages, None if pages.position is None else position[0])
+            k, v, prompt = k_hld.gather(1, wide), v_hld.gather(1, wide), filling.prompt[index[0]]
+        first = None if pages.position is None else position[0]
+        self._append(layer, k, v, slots, pages, first, prompt=prompt)
         if pages.position is not None:  # heads keep different tokens
             slots = slots.long()
             pages.position[slots // pages.page_size, :, slots % pages.page_size] = position.T
+
+
+class _Filling:
+    """Prompts that were added together, whose tokens `fill` gets one after another; `on_device`
+    brings the arrays there.
+
+    Attributes:
+        first: number of the first prompt.
+        length: tokens of all.
+        parts: of each its first token, its end, and how many are sinks.
+        kept: of each the tokens that a store keeps besides the sinks.
+        position: of each token.
+        prompt: of each token, the number of its prompt.
+        sinks, rest, tail: tokens that are sinks, that are not, and that are recent.
+        slot: of all that is kept, store by store, and so are `slots`.
+        ring: slots of recent tokens.
+        row: of each new row, which of these prompts it has.
+    """
+
+    def __init__(
+        self, first: int, lengths: np.ndarray, sinks: np.ndarray, kept: dict[Store, np.ndarray]
+    ) -> None:
+        self.first, self.length = first, int(lengths.sum())
+        ends = lengths.cumsum()
+        parts = (ends - lengths).tolist(), ends.tolist(), sinks.tolist()
+        self.parts = list(zip(*parts, strict=True))
+        self.kept = {store: n.tolist() for store, n in kept.items()}
+        self.position = np.concatenate([np.arange(n) for n in lengths])
+        self.prompt = first + np.repeat(np.arange(len(lengths)), lengths)
+        self.sinks = self.tokens(np.zeros_like(sinks), sinks)
+        self.rest = self.tokens(sinks, lengths)
+
+    def tokens(self, begin: np.ndarray, end: np.ndarray) -> slice | np.ndarray:
+        """Those at positions [begin, end) of each prompt; a slice where it can be one."""
+        start = [part[0] for part in self.parts]
+        index = np.concatenate(
+            [np.arange(*x) for x in zip(start + begin, start + end, strict=True)]
+        )
+        if len(index) and index[-1] - index[0] < len(index):
+            return slice(int(index[0]), int(index[-1]) + 1)
+        return index
 
 
 @dataclass

@@ -67,13 +67,12 @@ class _Fan:
 
     contenders: Sequence[Contender]
     rows: int = 0
-    announced: int = 0  # tokens of the prompt, as of `KVCache`
 
     def transaction(self) -> AbstractContextManager:
         return nullcontext()  # what fails ends the comparison
 
-    def add_prompt(self, length: int, copies: int = 1, switched: bool = False) -> None:
-        self.announced = length
+    def add_prompt(self, lengths: Sequence[int], copies: Any, switched: bool) -> None:
+        (length,) = lengths
         for contender in self.contenders:
             contender.add_prompt(length)
 
@@ -120,7 +119,7 @@ def compare(
         leader = Session(model, CacheConfig())
         leader.kv = leader.cache.kv = _Fan([exact, *contenders])
         for item in chosen:
-            leader.prefill(torch.tensor(item.prompt, device=model.device))
+            leader.prefill([torch.tensor(item.prompt, device=model.device)])
         fed = [torch.tensor(item.then[:-1], device=model.device) for item in chosen]
         seen = [len(item.prompt) + len(item.then) - 1 for item in chosen]
         truth: list[Tensor] = []

@@ -44,32 +44,47 @@ class Recent:
     def held(self, held: Tensor) -> None:
         self._held = torch.cat([held.reshape(-1), held.new_zeros(1)])
 
-    def add(self, length: int, first: int, copies: int) -> None:
-        """Add `copies` rows over a prompt of `length` tokens, of which the `first` stay elsewhere;
-        `fill` must follow."""
-        start = min(length, max(first, length - self.size))
-        position = torch.arange(start, length, dtype=torch.int32, device=self.held.device)
-        held = self.held.new_full((1, self.slots), EMPTY)
-        held[0, position.long() % self.slots] = position
-        self.held = torch.cat([self.held, held.expand(copies, -1)])
-        self.start = np.concatenate([self.start, np.full(copies, start, np.int32)])
-        self._prompt = copies, start, length
+    def add(
+        self, length: np.ndarray, first: np.ndarray, copies: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Add `copies` rows over each prompt of `length` tokens, of which the `first` stay
+        elsewhere; `fill` must follow.
 
-    def fill(self, layer: int, k_hld: Tensor, v_hld: Tensor, append: Callable) -> None:
-        """Store the last tokens of the prompt that was added, for each of its rows."""
-        copies, start, length = self._prompt
-        page = self._empty(1, self.slots, k_hld)
-        slot = torch.arange(start, length, device=k_hld.device) % self.slots
-        append(k_hld[:, start:], v_hld[:, start:], slot, page)
+        Returns:
+            Where the tokens of each prompt begin that are here, and their slots for `fill`.
+        """
+        start = np.minimum(length, np.maximum(first, length - self.size))
+        position = np.concatenate([np.arange(*x) for x in zip(start, length, strict=True)])
+        self._new = len(length)
+        slot = np.repeat(np.arange(self._new), length - start) * self.slots + position % self.slots
+        held = np.full(self._new * self.slots, EMPTY, np.int32)
+        held[slot] = position
+        held = held.reshape(-1, self.slots).repeat(copies, axis=0)
+        self.held = torch.cat([self.held, torch.from_numpy(held).to(self.held.device)])
+        self.start = np.concatenate([self.start, start.repeat(copies).astype(np.int32)])
+        return start, slot
+
+    def fill(
+        self,
+        layer: int,
+        k_hld: Tensor,
+        v_hld: Tensor,
+        slot: Tensor,
+        row: Tensor,
+        append: Callable,
+    ) -> None:
+        """Store the last tokens of the prompts that were added, at `slot` of a page for each; and
+        these as the pages of the new rows, of which `row` tells the prompts."""
+        page = self._empty(self._new, self.slots, k_hld)
+        append(k_hld, v_hld, slot, page)
         pages = self.layers.get(layer)
-        new = [None if x is None else x.expand(copies, *x.shape[1:]) for x in page.tensors()]
+        new = [None if x is None else x[row] for x in page.tensors()]
         if pages is not None:
-            rows = len(self.start) - copies
+            rows = len(self.start) - len(row)
             new = [
                 None if x is None else torch.cat([old[:rows], x])
                 for old, x in zip(pages.tensors(), new, strict=True)
             ]
-        new = [None if x is None else x.contiguous() for x in new]
         self.layers[layer] = KVPages(*new, recent=True)
 
     def _empty(self, pages: int, slots: int, like_hld: Tensor) -> KVPages:

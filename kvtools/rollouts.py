@@ -1,5 +1,6 @@
 """Rollouts of a model: rows over shared prompts that can be stepped, forked, pruned and rewound."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Rollouts:
 
     def prefill(self, prompts: Iterable[Sequence[int] | Tensor], n: int = 1) -> None:
         """Add `n` rows for each prompt, in order; each distinct prompt of this call is run and
-        stored once.
+        stored once, those of similar lengths in one forward.
 
         Args:
             prompts: token ids, without padding.
@@ -124,13 +125,14 @@ class Rollouts:
         if not all(ids):
             raise ValueError("prompts holds an empty prompt: each needs at least one token")
         with self._change():
-            logits, start, at = {}, {}, self.rows
-            for prompt in dict.fromkeys(map(tuple, ids)):
-                copies = n * sum(tuple(p) == prompt for p in ids)
-                logits[prompt] = self._session.prefill(
-                    torch.tensor(prompt, device=self.device), copies
-                )
-                start[prompt], at = at, at + copies
+            copies = {prompt: n * count for prompt, count in Counter(map(tuple, ids)).items()}
+            filled = self._session.prefill(
+                [torch.tensor(prompt, device=self.device) for prompt in copies], [*copies.values()]
+            )
+            # Copies: one row that stays must not keep the logits of all prompts.
+            logits = {prompt: x.clone() for prompt, x in zip(copies, filled, strict=True)}
+            end = self.rows + np.cumsum([*copies.values()], dtype=int)
+            start = dict(zip(copies, (end - [*copies.values()]).tolist(), strict=True))
             order = list(range(self.rows))
             for prompt in map(tuple, ids):
                 order += range(start[prompt], start[prompt] + n)

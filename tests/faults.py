@@ -43,10 +43,13 @@ class Fault(NamedTuple):
     tests: str  # pytest's arguments
 
 
-DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, ROLLOUTS, PRM, SEARCH, CLI, COMPILE = (
+(
+    DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, DECODE, PRM, SEARCH,
+    CLI, COMPILE,
+) = (
     f"tests/test_{name}.py -k "
-    for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "rollouts",
-                 "prm", "search", "cli", "compile")
+    for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
+                 "rollouts", "decode", "prm", "search", "cli", "compile")
 )  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
@@ -61,6 +64,22 @@ FAULTS = [
     Fault("windows of masks are not seen", "kvtools/hf/plug.py",
           "        window = forward.door.mask_window(kwargs)", "        window = 0",
           DOOR + "'window or causal'"),
+    Fault("padding is stored", "kvtools/hf/plug.py",
+          "                    q, k, v = (x[:, forward.tokens] for x in (q, k, v))",
+          "                    n = forward.kv._filling.length\n"
+          "                    q, k, v = (x[:, :n] for x in (q, k, v))",
+          PREFILL + "'one_forward or compressed'"),
+    Fault("padding is seen", "kvtools/hf/session.py",
+          "tokens, mask = torch.from_numpy(tokens).to(ids.device), mask.long()",
+          "tokens, mask = torch.from_numpy(tokens), torch.ones_like(mask).long()",
+          PREFILL + "'one_forward or compressed'"),
+    Fault("prompts of all lengths share a forward", "kvtools/hf/session.py",
+          "                least = (1 - PADDING) * width if self.door.masks else width",
+          "                least = 0", PREFILL + "'bounded or share'"),
+    Fault("prompts that share a forward share a frame", "kvtools/cache.py",
+          "        self.prompt = first + np.repeat(np.arange(len(lengths)), lengths)",
+          "        self.prompt = first + np.repeat(0 * lengths, lengths)",
+          PREFILL + "'together or compressed'"),
     Fault("positions are always believed in", "kvtools/hf/session.py",
           "    for counted in [False, True] if door.positions else [True]:",
           "    for counted in [False]:", DOOR + "counted"),

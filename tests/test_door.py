@@ -143,7 +143,7 @@ def test_longrope_is_encoded_again_when_rewound():
     assert rollouts.tokens == first
     with pytest.raises(Unsupported, match="longrope"):
         run = kvtools.hf.Session(model, kvtools.CacheConfig())
-        run.prefill(random_ids(1, 48)[0])
+        run.prefill([random_ids(1, 48)[0]])
         run.extend(random_ids(1, 1)[0])
 
 

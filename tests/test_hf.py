@@ -330,7 +330,7 @@ def test_each_distinct_prompt_once():
     options = dict(TOP1, num_return_sequences=3, max_new_tokens=4)
     with Counter(model) as seen:
         through("direct", model, ids[index], attention_mask=mask[index], **options)
-    assert seen.forwards == [40, 20, 33] + [15] * 3
+    assert seen.forwards == [2 * 40, 20] + [15] * 3  # those of 40 and 33 tokens together
 
 
 def test_finished_rows_stop():
@@ -342,7 +342,7 @@ def test_finished_rows_stop():
     assert len(set(unfinished)) > 1
     with Counter(model) as seen:
         through("direct", model, ids, **options)
-    assert seen.forwards == [PROMPT] * 4 + unfinished
+    assert seen.forwards == [4 * PROMPT] + unfinished
 
 
 def test_bytes():

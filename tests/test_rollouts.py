@@ -428,8 +428,8 @@ def test_processor_raises(config, step):
 
 
 def test_forward_raises():
-    """In a prompt's prefill: the rows before it are as they were, and go on."""
-    model, texts = tiny_model(), prompts(PROMPT, 9, 13)
+    """In the second forward of a prefill: the rows before it are as they were, and go on."""
+    model, texts = tiny_model(), prompts(PROMPT, 9, 30)
     r = rollouts(temperature=0)
     r.prefill(texts[:1])
     r.generate(2)

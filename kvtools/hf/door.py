@@ -43,6 +43,7 @@ class Door:
         configs: those that its attention and masks look at, whose names are switched.
         stock: name of its own attention function.
         positions: its forward takes `position_ids`.
+        masks: its forward takes `attention_mask`, which hides padding.
         counted: it counts positions from the cache instead, so that a forward may hold rows of one
             length only. Found by the probe.
         cached: by layer, the window within which its own cache keeps tokens; 0 for all, None for
@@ -62,6 +63,7 @@ class Door:
     configs: list[Any]
     stock: str
     positions: bool
+    masks: bool
     cached: list[int | None]
     ropes: list[Callable[[np.ndarray], np.ndarray]]
     dynamic: list[torch.nn.Module]
@@ -92,6 +94,8 @@ class Door:
         rows = np.flatnonzero(counts)
         after = before[rows] + counts[rows]
         keys = [rope(after) for rope in self.ropes]
+        if self.switch < math.inf:
+            keys.append(self.past_switch(after))
         if self.counted:
             keys += [before[rows], counts[rows]]
         if not keys or not len(rows):
@@ -270,7 +274,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
             raise Unsupported(f"it has layers of another kind ({type(layer).__name__})")
     found = {id(config): config}
     ropes, dynamic, limits = [], [], {getattr(config, "original_max_position_embeddings", None)}
-    for module in decoder.modules():
+    for module in _modules(decoder):
         each, kinds = vars(module).get("config"), vars(module).get("rope_type")
         if each is not None and id(each) not in found:
             found[id(each)] = each
@@ -286,9 +290,10 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     cached = [
         getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers
     ]
+    takes = inspect.signature(core.forward).parameters
     return Door(
         kind, [x for x in found.values() if getattr(x, "_attn_implementation", None)], stock,
-        "position_ids" in inspect.signature(core.forward).parameters,
+        "position_ids" in takes, "attention_mask" in takes,
         cached or [0] * config.num_hidden_layers, ropes, dynamic,
         _switch(model, sorted(limits - {None})),
     )  # fmt: skip
@@ -298,6 +303,17 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The part that embeds tokens and runs the layers."""
     found = model.get_decoder()  # some call their head a decoder
     return found if isinstance(found, PreTrainedModel) else model.base_model
+
+
+def _modules(part: torch.nn.Module) -> list[torch.nn.Module]:
+    """`part.modules()`, which spends most of its time on names, in another order."""
+    found, todo = {}, [part]
+    while todo:
+        module = todo.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            todo += module._modules.values()
+    return list(found.values())
 
 
 def _longrope_limit(config: Any, layer_type: str | None) -> int:

@@ -49,7 +49,8 @@ def generate(
     """The decoding loop of `model.generate(custom_generate=kvtools.generate, kv_config=...)`.
 
     Each distinct prompt of the batch is prefilled and stored once, for all rows that repeat it,
-    whether they come from `num_return_sequences` or from the caller. Finished rows leave the batch.
+    whether they come from `num_return_sequences` or from the caller; those of similar lengths share
+    a forward. Finished rows leave the batch.
     Sampling is `kvtools.sample`, seeded from torch's global generator: a row's tokens do not depend
     on the batch that it sits in, not where rotary frequencies depend on the length (dynamic,
     longrope) either.
@@ -136,9 +137,7 @@ def _generate(
         model, CacheConfig() if kv_config is None else kv_config, probe=False, texts=text,
         compiled=compiled,
     )  # fmt: skip
-    logits_pv = torch.stack(
-        [session.prefill(prompt, int((row_prompt == i).sum())) for i, prompt in enumerate(prompts)]
-    )
+    logits_pv = torch.stack(session.prefill(prompts, np.bincount(row_prompt)))
     session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
     logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
 

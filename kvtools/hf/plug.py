@@ -42,8 +42,10 @@ class Forward:
     Attributes:
         door: of the model.
         kv: where keys and values go.
-        filling: a prompt's prefill; afterwards rows attend to what is stored.
+        filling: the prefill of prompts; afterwards rows attend to what is stored.
         past: tokens that the longest row had before; a tensor where it is no part of a graph.
+        tokens: in a prefill, those of prompts among all that go in, row by row; None for all.
+        padded: others go in with them, which a mask has to hide.
         given: in a loose door, layer of the last update, until an attention takes it.
         masks: by storage, each mask made in this forward and its window, or why it has none.
     """
@@ -52,6 +54,8 @@ class Forward:
     kv: KVCache
     filling: bool
     past: int | Tensor
+    tokens: Tensor | None = None
+    padded: bool = False
     given: int | None = None
     masks: dict[int, tuple[int | Unsupported, Any]] = field(default_factory=dict)
 
@@ -226,6 +230,8 @@ def _attend(
             raise Unsupported("an attention takes keys and values that did not come from the cache")
     out = None
     if layer is None or forward.filling:
+        if layer is not None and forward.padded and attention_mask is None:
+            raise Unsupported("its attention sees padding: pass prompts one by one")
         own = attention_of(stock, module)
         out = own(module, query, key, value, attention_mask, **kwargs)
         if layer is None:
@@ -246,8 +252,10 @@ def _attend(
     with torch.autocast(place, enabled=False) if autocast else nullcontext():
         if forward.filling:
             if first:
-                length = forward.kv.announced
-                forward.kv.fill(layer, *(x[0, :, :length] for x in (q, k, v)), **options)
+                q, k, v = (x.transpose(0, 1).flatten(1, 2) for x in (q, k, v))
+                if forward.tokens is not None:
+                    q, k, v = (x[:, forward.tokens] for x in (q, k, v))
+                forward.kv.fill(layer, q, k, v, **options)
             return out
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [rows, tokens, heads, D]
         attend = _OPERATOR if torch.compiler.is_compiling() else _attend_rows

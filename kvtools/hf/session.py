@@ -19,8 +19,11 @@ from ..ops.upload import on_device
 from .door import Door, Unsupported, decoder_of, device_of, door_of, eager_of, inner, refusal
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
 
-PROBE = 5  # tokens
+PROBE = 4  # tokens
 FEW = 256  # of a window that the probe goes past
+# Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
+# padding; and a forward needs no more memory than one of a prompt of so many tokens.
+PADDING, TOKENS = 1 / 4, 8192
 
 
 def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
@@ -116,35 +119,88 @@ class Session:
         return self
 
     @torch.no_grad()
-    def prefill(self, prompt_l: Tensor, copies: int = 1) -> Tensor:
-        """Run one prompt through the model and add `copies` rows over it.
+    def prefill(self, prompts: Sequence[Tensor], copies: int | Sequence[int] = 1) -> list[Tensor]:
+        """Run prompts through the model and add `copies` rows over each, in order.
+
+        Prompts of similar lengths share a forward.
 
         Args:
-            prompt_l: token ids, at least one.
-            copies: rows to add.
+            prompts: token ids of each, at least one.
+            copies: rows to add; one number, or one for each prompt.
 
         Returns:
-            Logits after its last token [v]; or, without a head, hidden states of all its tokens [l,
-            m].
+            Of each prompt, logits after its last token [v]; or, without a head, hidden states of
+            all its tokens [l, m].
+
+        Raises:
+            ValueError: a prompt is empty, or copies are not positive.
 
         If anything fails the cache is as it was.
         """
         begin = time.perf_counter()
+        if not all(map(len, prompts)):
+            raise ValueError("prompts holds an empty prompt: each needs at least one token")
         with self.kv.transaction():
-            out = self._fill(prompt_l, copies, self.door.past_switch(len(prompt_l)))
+            out = self._prefill(prompts, np.broadcast_to(copies, len(prompts)))
         self.cache.timing["prefill_s"] += time.perf_counter() - begin
-        return out[-1] if self.head else out
+        return [x[-1] for x in out] if self.head else out
 
-    def _fill(self, prompt_l: Tensor, copies: int, switched: bool) -> Tensor:
-        """Prefill; what it stores is rotated as past the switch, or as before it."""
-        length = len(prompt_l)
-        position = torch.arange(length, device=prompt_l.device)
-        if switched and length <= self.door.switch:
-            # One token more, far enough to switch frequencies. No token sees it, nothing keeps it.
-            prompt_l = torch.cat([prompt_l, prompt_l[:1]])
-            position = torch.cat([position, position.new_tensor([self.door.switch])])
-        self.kv.add_prompt(length, copies, switched)
-        return self._forward(prompt_l[None], position[None], True, 0)[0]
+    def _prefill(
+        self, prompts: Sequence[Tensor], copies: np.ndarray, switched: bool | None = None
+    ) -> list[Tensor]:
+        """Of each prompt what `_fill` returns. What is stored is rotated as past the switch, or as
+        before it; None for what the length of a prompt says."""
+        lengths, rows = np.array([len(x) for x in prompts], np.int64), self.kv.rows
+        out, order = {}, []
+        for batch in self._batches(lengths):
+            side = self.door.past_switch(lengths[batch[0]]) if switched is None else switched
+            filled = self._fill([prompts[i] for i in batch], copies[batch], bool(side))
+            out.update(zip(batch, filled, strict=True))
+            order += batch
+        if order != sorted(order):
+            parts = np.split(rows + np.arange(copies.sum()), np.cumsum(copies[order])[:-1])
+            where = dict(zip(order, parts, strict=True))
+            self.kv.gather(np.concatenate([np.arange(rows), *(where[i] for i in sorted(order))]))
+        return [out[i] for i in range(len(prompts))]
+
+    def _batches(self, lengths: np.ndarray) -> list[list[int]]:
+        """Prompts that share a forward, the longest first."""
+        batches: list[list[int]] = []
+        for rows in self.door.groups(np.zeros_like(lengths), lengths):
+            width, batch = 0, []
+            for i in sorted(rows.tolist(), key=lambda i: -lengths[i]):
+                least = (1 - PADDING) * width if self.door.masks else width
+                if not batch or lengths[i] < least or width * (len(batch) + 1) > TOKENS:
+                    width, batch = lengths[i], []
+                    batches.append(batch)
+                batch.append(i)
+        return batches
+
+    def _fill(self, prompts: list[Tensor], copies: np.ndarray, switched: bool) -> list[Tensor]:
+        """Prefill in one forward: of each prompt its logits [1, v], or all hidden states [l, m].
+
+        Padding goes to the left, as `generate` has it: so every row ends with its last token, after
+        which alone logits are wanted, and where some models run their last layers alone.
+        """
+        lengths = [len(x) for x in prompts]
+        # Perhaps some padding more, that is far enough to switch frequencies.
+        width = max(lengths) + (switched and max(lengths) <= self.door.switch)
+        ids = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in prompts])
+        position = torch.arange(width, device=ids.device).expand(ids.shape)
+        mask = tokens = None
+        if sum(lengths) < ids.numel():
+            position = position - width + torch.tensor(lengths, device=ids.device)[:, None]
+            mask = position >= 0
+            position = torch.where(mask, position, self.door.switch if switched else 0)
+            ends = width * np.arange(1, len(lengths) + 1)
+            tokens = np.concatenate(
+                [np.arange(e - n, e) for e, n in zip(ends, lengths, strict=True)]
+            )
+            tokens, mask = torch.from_numpy(tokens).to(ids.device), mask.long()
+        self.kv.add_prompt(lengths, copies, switched)
+        forward = Forward(self.door, self.kv, True, 0, tokens, mask is not None)
+        out = self._forward(ids, position, forward, mask=mask)
+        return [x[-1:] if self.head else x[-n:] for x, n in zip(out, lengths, strict=True)]
 
     @torch.no_grad()
     def extend(
@@ -231,8 +287,10 @@ class Session:
         for i, (text, n) in enumerate(zip(texts, shared, strict=True)):
             prompts.setdefault(tuple(text[:n]), []).append(i)
         switched = not self.kv.switched[rows[0]]
-        for prompt, members in prompts.items():
-            self._fill(torch.tensor(prompt, device=tokens.device), len(members), switched)
+        self._prefill(
+            [torch.tensor(prompt, device=tokens.device) for prompt in prompts],
+            np.array([len(members) for members in prompts.values()]), switched,
+        )  # fmt: skip
         order = np.array([i for members in prompts.values() for i in members])
         if (order != np.arange(len(rows))).any():
             self.kv.gather([*range(total), *(total + np.argsort(order))])
@@ -251,7 +309,8 @@ class Session:
         becomes of those that are skipped. For a model that takes positions."""
         self.kv.begin(skip_t)
         positions = self.kv.positions.clamp(min=0)[:, None].long()
-        return self._forward(tokens[:, None], positions, False, self.kv.longest - 1).flatten(0, 1)
+        forward = Forward(self.door, self.kv, False, self.kv.longest - 1)
+        return self._forward(tokens[:, None], positions, forward).flatten(0, 1)
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
@@ -266,19 +325,26 @@ class Session:
         # Ragged rows go in as one, without padding: attention alone tells rows apart.
         width = longest if longest * live == len(tokens) else len(tokens)
         ids, positions = tokens.view(-1, width), position_t.view(-1, width)
-        return self._forward(ids, positions.long(), False, past, longest == 1).flatten(0, 1)
+        forward = Forward(self.door, self.kv, False, past)
+        return self._forward(ids, positions.long(), forward, longest == 1).flatten(0, 1)
 
     def _forward(
-        self, ids: Tensor, positions: Tensor, filling: bool, past: int, last: bool = True
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        forward: Forward,
+        last: bool = True,
+        mask: Tensor | None = None,
     ) -> Tensor:
         options: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
         if self.door.positions:
             options["position_ids"] = positions
+        if mask is not None:
+            options["attention_mask"] = mask
         if self.head and last:
             options["logits_to_keep"] = 1
         self.door.renew()
-        run = self._runner if filling or ids.shape[1] > 1 else self._decode
-        forward = Forward(self.door, self.kv, filling, past)
+        run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode
         if run is not self._runner:  # one graph for any number of rows and tokens
             for x in (ids, positions):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
@@ -364,7 +430,7 @@ def _first_wrong(
     run = Session.__new__(Session)._start(part, door, CacheConfig(), ids.device)
     try:
         n = len(ids) - 2
-        parts = [(torch.arange(n), run.prefill(ids[:n], 2))]
+        parts = [(torch.arange(n), *run.prefill([ids[:n]], 2))]
         where = torch.tensor([n, n, n + 1])
         parts.append((where, run.extend(ids[where.to(ids.device)], np.array([1, 2]))))
     except Unsupported as error:

@@ -72,7 +72,7 @@ class PRMSession:
         if held < 1:
             raise ValueError("the question gives no token; ask something")
         for run in self._runs:
-            run.prefill(torch.tensor(prompt[:held], device=prm.device), rows)
+            run.prefill([torch.tensor(prompt[:held], device=prm.device)], rows)
         self.tokens = held
         self._rows = [_Row((), prompt, held, {}, (held,), ((),))] * rows
 
