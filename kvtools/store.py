@@ -262,8 +262,7 @@ class Store:
                 begin, end = plan["page_indptr"][own], plan["page_indptr"][own + 1]
                 index = [np.arange(*each) for each in zip(begin, end, strict=True)]
                 self._own_pages = plan["page"][np.concatenate([np.zeros(0, int), *index])]
-                token = plan["token"][plan["token_indptr"][own]]
-                self._owner = np.repeat(token, end - begin)
+                self._owner = np.repeat(plan["token"][plan["token_indptr"][own]], end - begin)
             self._arrays = joined([plan, *others]) if others else plan
             self._needed = pages_needed(self._arrays, self._arrays["page_size"])
             self._plan, self._plan_key = None, key

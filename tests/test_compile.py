@@ -148,7 +148,7 @@ def test_prompts_and_extensions_run_eagerly():
     model, graphs = compiled(fresh_model())
     with Counter(model) as seen:
         run = session.Session(model, kvtools.CacheConfig())
-        run.prefill(random_ids(9), 2)
+        run.prefill([random_ids(9)], [2])
         run.extend(random_ids(5), torch.tensor([2, 3]).numpy())
         assert not graphs and len(seen.forwards) == 2
         run.extend(random_ids(2))
@@ -237,7 +237,7 @@ def test_plain_forwards_beside():
 
     run = session.Session(model, kvtools.CacheConfig())
     with session.plugged(run.door):
-        run.prefill(ids[0], 2)
+        run.prefill([ids[0]], 2)
         run.extend(ids[:, 0])
         thread = threading.Thread(target=beside)
         thread.start()
