@@ -14,13 +14,16 @@ from .config import CacheConfig
 from .ops.attention import limits, tree_attention
 from .ops.evict import key_scores, select_victims
 from .ops.quant import KVPages, append_kv
-from .ops.upload import Room, on_device
+from .ops.upload import Room, at_once, on_device
 from .policy import Candidates, policy_of
 from .recent import Recent
 from .store import Pass, Store
 from .transaction import SIGNALS, Journal, Transaction, state_of
 
 PROTECTED = 0.1  # share of a prompt budget kept at each end of the prompt (arXiv:2605.18053)
+
+# Tokens of every row that pools grow for when captured steps need more: they are captured anew.
+AHEAD = 64
 
 Index = Tensor | np.ndarray | Sequence[int]
 
@@ -301,12 +304,8 @@ class KVCache:
         if len(counts) and counts.min() < 0:
             raise ValueError(f"counts must not be negative, got {counts.min()}")
         for store in self.stores:
-            grow = counts
-            if store.budget is not None:
-                grow = np.minimum(counts, store.budget - store.forest.own_lengths()).astype(
-                    np.int32
-                )
-            store.reserve(store.forest.pages_needed(grow))
+            needed = store.pages_needed(counts)
+            store.reserve(needed, store.pages_needed(counts * AHEAD) if room else 0)
         ahead = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
@@ -483,11 +482,13 @@ class KVCache:
             store.gather(rows)
         if self._recent:
             self._recent.gather(rows)
+        known = len(self._prompts)
         alive, self._prompt = np.unique(self._prompt[index], return_inverse=True)
         self._prompts = [self._prompts[i] for i in alive]
         self._seen = self._seen[index]
-        for layer, frame in self._frame.items():
-            self._frame[layer] = frame[torch.from_numpy(alive).to(frame.device)]
+        if len(alive) < known:
+            (alive,) = at_once([alive], self.device)
+            self._frame = {layer: frame[alive.long()] for layer, frame in self._frame.items()}
 
     @_change
     def crop(self, lengths: Index) -> None:

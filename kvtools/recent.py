@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ._host import plan_from_block_table
 from .ops.quant import EMPTY, KVPages
+from .ops.upload import at_once
 from .transaction import CONTENT, Journal
 
 
@@ -42,7 +43,11 @@ class Recent:
 
     @held.setter
     def held(self, held: Tensor) -> None:
-        self._held = torch.cat([held.reshape(-1), held.new_zeros(1)])
+        self._held = self._with_place(held)
+
+    @staticmethod
+    def _with_place(held: Tensor) -> Tensor:
+        return torch.cat([held.reshape(-1), held.new_zeros(1)])
 
     def add(
         self, length: np.ndarray, first: np.ndarray, copies: np.ndarray
@@ -184,20 +189,30 @@ class Recent:
 
     def gather(self, index: np.ndarray) -> None:
         """Make the rows rows[index]; each has its own page."""
-        where = torch.from_numpy(index.astype(np.int64)).to(self.held.device)
-        self.held, self.start = self.held[where], self.start[index]
+        (where,) = at_once([index], self.held.device)
+        where, same = where.long(), len(index) == len(self.start)
+        held, self.start = self.held[where], self.start[index]
+        if same:
+            self.journal.write(self, "_held", self._with_place(held))
+        else:
+            self.held = held
         for layer, pages in self.layers.items():
-            content = (getattr(pages, name) for name in CONTENT[:4])
-            content = (None if x is None else x[where] for x in content)
-            self.layers[layer] = KVPages(*content, recent=True)
+            content = {name: getattr(pages, name) for name in CONTENT[:4]}
+            content = {name: None if x is None else x[where] for name, x in content.items()}
+            if not same:
+                self.layers[layer] = KVPages(*content.values(), recent=True)
+                continue
+            for name, x in content.items():
+                self.journal.write(pages, name, x)
 
     def crop(self, lengths: np.ndarray) -> None:
         """Forget what lies behind `lengths`, and what the slot more holds: its token is read
         elsewhere already."""
         self.start = np.minimum(self.start, lengths).astype(np.int32)
         bounds = np.stack([self.start, lengths.astype(np.int32)])
-        start, end = torch.from_numpy(bounds).to(self.held.device)[:, :, None]
-        self.held = torch.where((self.held < start) | (self.held >= end), EMPTY, self.held)
+        start, end = at_once([bounds], self.held.device)[0][:, :, None]
+        held = torch.where((self.held < start) | (self.held >= end), EMPTY, self.held)
+        self.journal.write(self, "_held", self._with_place(held))
 
 
 @dataclass

@@ -134,8 +134,15 @@ class Store:
         budget = share if is_int(share) else share * length
         return min(length, max(floor, round(budget * self.factor)))
 
-    def reserve(self, pages: int) -> None:
-        """Make sure that `pages` pages are free: grow the pool, or raise if it is fixed."""
+    def pages_needed(self, counts: np.ndarray) -> int:
+        """For `counts` more tokens per row, of which a budget lets no more be kept."""
+        if self.budget is not None:
+            counts = np.minimum(counts, self.budget - self.forest.own_lengths())
+        return self.forest.pages_needed(counts.astype(np.int32))
+
+    def reserve(self, pages: int, ahead: int = 0) -> None:
+        """Make sure that `pages` pages are free: grow the pool, to `ahead` free ones if it must
+        grow, or raise if it is fixed."""
         free, total = self.forest.free_pages, self.forest.num_pages
         if pages <= free:
             return
@@ -144,7 +151,7 @@ class Store:
                 f"the page pool is exhausted: {pages} pages are needed, {free} of {total} are "
                 "free; give the cache more pages, or drop rows"
             )
-        total += max(pages - free, total // 16)
+        total += max(max(pages, ahead) - free, total // 16)
         for layer in self.layers.values():
             layer.grow(total)
         self.forest.grow(total)  # last: where memory ends before, some layers have pages to spare
@@ -326,7 +333,11 @@ class Store:
                 compact_kv(*moves.expand(-1, -1, pages.k.shape[1]), pages, impl=self.config.impl)
         self.left, self.scrambled, self._in_table = self.left[index], self.scrambled[index], None
         if self.victims is not None:
-            self.victims = self.victims[:, at_once([index], self.device)[0].long()]
+            victims = self.victims[:, at_once([index], self.device)[0].long()]
+            if victims.shape == self.victims.shape:
+                self.journal.write(self, "victims", victims)
+            else:
+                self.victims = victims
 
     def crop(self, lengths: np.ndarray, slots: np.ndarray, cut: np.ndarray) -> None:
         """Cut the rows of `cut` to `lengths` tokens: `slots` slots of a path that is in order.

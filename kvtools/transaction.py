@@ -52,6 +52,12 @@ class Journal:
                 for transaction in self.open:
                     transaction.overwritten.append(entry)
 
+    def write(self, part: Any, name: str, new: Tensor | None) -> None:
+        """Give a tensor of `part` new content of its shape, where it is."""
+        if new is not None:
+            self.note(part, (name,))
+            getattr(part, name).copy_(new)
+
 
 class Transaction:
     """One change of a cache: in a `with` block it is undone if the block raises.

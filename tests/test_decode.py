@@ -192,6 +192,17 @@ def test_pools_that_grow_and_prompts_that_come(graphs):
     same(*both)
 
 
+@pytest.mark.parametrize("config", ["exact", "balanced", "ring", "last"])
+def test_rows_that_are_gathered(config, graphs):
+    """What was captured holds for as many rows in another order, and while pools have room."""
+    rollouts = started(CONFIGS[config], eos_token_id=())
+    rollouts.generate(34)
+    captures = graphs.captures
+    rollouts.gather([5, 4, 3, 2, 1, 0])
+    rollouts.generate(12)
+    assert graphs.captures == captures
+
+
 def test_logits_that_are_no_distribution(graphs):
     """Rows and step are named, a step late; rows are as before that step, and go on."""
     model, calls = fresh_model(), []
