@@ -51,6 +51,7 @@ __all__ = [
     "select_victims",
     "step_scores",
     "tasks",
+    "testing",
     "token_logprobs",
     "tree_attention",
 ]
@@ -69,6 +70,7 @@ _LAZY = {
     "quality": "quality",
     "search": "search",
     "tasks": "tasks",
+    "testing": "testing",
 }
 
 
