@@ -290,7 +290,9 @@ class Store:
         """Once passes are on the device; nothing is written of tokens that are skipped."""
         for each in passes:
             each.begin(skip_t, **tokens)
-            self._plan = each.ready
+            # One of a step ahead is for as many tokens as that has room for, of which some are
+            # skipped, and lies where the next one is brought to.
+            self._plan = each.ready if skip_t is None else None
         first = passes[0]
         first.slots = first.slot_t
         if first.cursor_t is not None:
