@@ -120,11 +120,6 @@ class KVCache:
         return torch.from_numpy(self._seen.copy())
 
     @property
-    def longest(self) -> int:
-        """Tokens that the longest row has seen."""
-        return int(self._seen.max(initial=0))
-
-    @property
     def prompt_lengths(self) -> np.ndarray:
         """[rows] tokens of each row that are its prompt's."""
         return np.array([prompt.length for prompt in self._prompts], np.int64)[self._prompt]

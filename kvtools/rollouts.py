@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._host import PoolExhausted
 from .cache import Index
 from .config import CacheConfig
 from .hf import Decoder, Flight, Graph, Session, plugged, usable
@@ -162,6 +163,7 @@ class Rollouts:
             IndexError: a number is not a row.
             ValueError: a row's logits are no distribution: they hold NaN or +inf, or are all -inf.
         """
+        self._settle()
         chosen = np.arange(self.rows) if rows is None else self._distinct(rows)[0]
         active = chosen[~self.finished[chosen]]
         if not len(active):
@@ -206,6 +208,7 @@ class Rollouts:
         Returns:
             The new tokens of each row.
         """
+        self._settle()
         start = [len(tokens) for tokens in self.tokens]
         most = np.broadcast_to(np.asarray(max_new_tokens, np.int64), self.rows)
 
@@ -216,16 +219,21 @@ class Rollouts:
             return not (new and self._pauses(new, until))
 
         growing = [row for row in range(self.rows) if grows(row)]
+        seen = callable(until) or progress is not None
         with plugged(self._session.door):
             ahead = self._ahead(until) if growing else None
             while growing:
                 if ahead is None or self._behind(growing):
                     self.step(growing)
                 else:
-                    self._launch(ahead, growing, start, most, wait=callable(until))
+                    self._launch(ahead, growing, start, most)
+                if seen:  # what is called now looks at rows, and may change what steps take
+                    self._settle()
                 growing = [row for row in growing if grows(row)]
                 if progress is not None:
                     progress(len(growing))
+                if seen and ahead is not None and self._decoder[0] != self._key(until):
+                    ahead = self._ahead(until)
             self._land_all()
         return [tokens[begin:] for tokens, begin in zip(self.tokens, start, strict=True)]
 
@@ -234,12 +242,16 @@ class Rollouts:
         can."""
         if self._processor is not None or not usable(self._session, self._graph):
             return None
-        stops = self.eos | (set() if until is None or callable(until) else set(until))
-        key = tuple(sorted(stops)), tuple(self.filters.items())
+        key = self._key(until)
         if self._decoder is None or self._decoder[0] != key:
-            self._decoder = key, Decoder(self._session, self.filters, stops)
+            self._decoder = key, Decoder(self._session, self.filters, key[0])
         self._decoder[1].begin()
         return self._decoder[1]
+
+    def _key(self, until: Until | None) -> tuple:
+        """What a decoder is made for: tokens after which rows stop, and filters."""
+        stops = self.eos.union(() if until is None or callable(until) else until)
+        return tuple(sorted(stops)), tuple(self.filters.items())
 
     def _behind(self, rows: list[int]) -> bool:
         """Whether a row waits for something else than what follows its last token."""
@@ -255,7 +267,7 @@ class Rollouts:
         return {row for flight in self._flights for row in flight.live_rows.tolist()}
 
     def _launch(
-        self, decoder: Decoder, growing: list[int], start: list[int], most: np.ndarray, wait: bool
+        self, decoder: Decoder, growing: list[int], start: list[int], most: np.ndarray
     ) -> None:
         """Launch a step of the rows that grow, and then read the one before; or this alone, where
         more cannot be known before."""
@@ -267,25 +279,27 @@ class Rollouts:
         rows = np.array(rows, np.int64)
         counts = np.zeros(self.rows, np.int32)
         counts[rows] = 1
-        if self._flights and (wait or self.kv.selects(counts)):
-            rows = rows[:0]
+        before = self._flights
         try:
-            with self._change(landed=False):
-                before, after = self._flights, []
-                if len(rows):
+            if len(rows) and not (before and self.kv.selects(counts)):
+                # Rows that stop need no pages: that has to be known before there are too few.
+                with suppress(*[PoolExhausted] if before else []), self._change(landed=False):
                     tokens = [-1 if row in flying else self.tokens[row][-1] for row in rows]
-                    after = [decoder.launch(rows, np.array(tokens), self.seeds[rows])]
-                finished = self._land(before, after)
-                self._commit(_flights=[x for x in after if x.live.any()], finished=finished)
+                    flight = decoder.launch(rows, np.array(tokens), self.seeds[rows])
+                    # At once: what the device has done is not undone on the host.
+                    self._commit(_flights=[*before, flight])
+            if before:
+                self._land()
         except BaseException:
             self._land_all()
             raise
 
-    def _land(self, flights: Sequence[Flight], after: Sequence[Flight]) -> np.ndarray:
-        """Read what steps have drawn, and take rows that stopped from those launched `after`;
-        returns `finished`."""
-        finished = self.finished.copy()
-        for flight in flights:
+    def _land(self) -> None:
+        """Read what the first step that was launched has drawn, and take rows that stopped from
+        those launched after it."""
+        with self._change(landed=False):
+            flight, *after = self._flights
+            finished = self.finished.copy()
             rows, tokens, logprobs = (x.tolist() for x in flight.read())
             drawn(tokens, [len(self.logprobs[row]) for row in rows], rows)
             for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
@@ -295,25 +309,30 @@ class Rollouts:
             stopped = [
                 row for row, token in zip(rows, tokens, strict=True) if token in flight.stops
             ]
-            for later in after if stopped else ():
-                self.kv.retract(later.drop(stopped))
-        return finished
+            if stopped:
+                for later in after:
+                    self.kv.retract(later.of(stopped))
+                after = [later.without(stopped) for later in after]
+            self._commit(_flights=[x for x in after if x.live.any()], finished=finished)
 
     def _land_all(self) -> None:
-        """Read what was launched when an error came. Where a row's logits are no distribution, its
-        step is taken back."""
+        """Read what was launched. Where a row's logits are no distribution, its step and those
+        after it are taken back."""
         while self._flights:
+            if -1 not in self._flights[0].read()[1]:
+                self._land()
+                continue
             with self._change(landed=False):
-                (flight,) = self._flights
-                finished = self.finished
-                rows, tokens, _ = flight.read()
-                if -1 in tokens:
-                    lengths = self.kv.lengths.numpy()
-                    lengths[rows] -= 1
-                    self.kv.crop(lengths)
-                else:
-                    finished = self._land([flight], [])
-                self._commit(_flights=[], finished=finished)
+                lengths = self.kv.lengths.numpy()
+                for flight in self._flights:
+                    lengths[flight.live_rows] -= 1
+                self.kv.crop(lengths)
+                self._commit(_flights=[])
+
+    def _settle(self) -> None:
+        """What was interrupted is undone, and what was launched is read."""
+        self._recover()
+        self._land_all()
 
     def gather(self, index: Index) -> None:
         """Make the rows rows[index]: fork, prune, reorder, select, resample. See `KVCache.gather`.
@@ -339,6 +358,7 @@ class Rollouts:
 
     def crop(self, lengths: Index) -> None:
         """Rewind each row to its own number of tokens, prompt included. See `KVCache.crop`."""
+        self._settle()
         lengths = np.asarray(lengths, np.int64)
         present = np.array([len(tokens) for tokens in self.tokens])
         if (

@@ -46,6 +46,17 @@ class Captured:
         return replay
 
 
+class Then(torch.nn.Module):
+    """A module, and a function of what goes in and what comes out."""
+
+    def __init__(self, module, function):
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, x):
+        return self.function(x, self.module(x))
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     captured = Captured()
@@ -153,7 +164,7 @@ def test_what_the_host_has_to_see(options, graphs):
 
 
 def test_what_changes_in_the_model(graphs):
-    """A value in place is seen by replays; a parameter, a module, a hook make graphs anew."""
+    """A value in place is seen by replays; a parameter, a module, a number make graphs anew."""
     model, twin = fresh_model(), fresh_model()
     both = started(CONFIGS["exact"], twin, graph=False), started(CONFIGS["exact"], model)
 
@@ -167,8 +178,8 @@ def test_what_changes_in_the_model(graphs):
         lambda m: m.lm_head.weight.data.mul_(0.5),
         lambda m: setattr(m.lm_head, "weight", torch.nn.Parameter(m.lm_head.weight.flip(0))),
         lambda m: setattr(m.model.layers[1].mlp, "act_fn", torch.nn.Tanh()),
-        lambda m: m.model.norm.register_forward_hook(lambda module, args, out: out * 0.7),
-        lambda m: setattr(m.model.norm, "variance_epsilon", 10.0),
+        lambda m: setattr(m.model, "norm", Then(m.model.norm, lambda x, out: out * 0.7)),
+        lambda m: setattr(m.model.norm.module, "variance_epsilon", 10.0),
     ):
         for each in (model, twin):
             with torch.no_grad():
@@ -207,12 +218,12 @@ def test_logits_that_are_no_distribution(graphs):
     """Rows and step are named, a step late; rows are as before that step, and go on."""
     model, calls = fresh_model(), []
 
-    def spoil(module, args, out):
+    def spoil(x, out):
         # By what rows are fed, so that a graph can hold it.
-        return torch.where((args[0][:, -1:, :1] * bad).isnan(), torch.nan, out)
+        return torch.where((x[:, -1:, :1] * bad).isnan(), torch.nan, out)
 
     bad = torch.zeros(1)
-    model.lm_head.register_forward_hook(spoil)
+    model.lm_head = Then(model.lm_head, spoil)
     ours, twin = started(CONFIGS["exact"], model), started(CONFIGS["exact"], graph=False)
     ours.generate(8)
 
@@ -255,7 +266,7 @@ def test_interrupts(config, graphs):
 def test_a_model_that_looks_at_values(graphs):
     """It is named once, with the call, and run step by step."""
     model = fresh_model()
-    model.model.norm.register_forward_hook(lambda m, args, out: out * (1 + 0 * out.sum().item()))
+    model.model.norm = Then(model.model.norm, lambda x, out: out * (1 + 0 * out.sum().item()))
     twin = started(CONFIGS["exact"], graph=False)
     ours = started(CONFIGS["exact"], model)
     with pytest.warns(UserWarning, match="llama is run step by step.*_local_scalar_dense"):

@@ -1,20 +1,21 @@
 """Decode steps without the host: a token per row is fed, sampled and judged on the device."""
 
 import warnings
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..ops.sampling import sample
 from ..ops.upload import Room, seed_words, seeds_of
 from .session import Session
 
 Graph = Literal["auto", False]
-HOOKS = "_forward_hooks", "_forward_pre_hooks"
 
 
 def capturer(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
@@ -43,7 +44,11 @@ def usable(session: Session, graph: Graph) -> bool:
     if door.ropes or door.dynamic or door.counted:
         what = "positions" if door.counted else "rotary frequencies"
         _refuse(session, f"its {what} depend on how long rows are, which the host has to look at")
-    return not door.uncaptured
+    if door.uncaptured:
+        return False
+    if hooked := _hooked(session):
+        _warn(door.kind)
+    return not hooked
 
 
 def _refuse(session: Session, why: str) -> None:
@@ -73,11 +78,13 @@ class Flight:
     def live_rows(self) -> np.ndarray:
         return self.rows[self.live]
 
-    def drop(self, rows: Collection[int]) -> np.ndarray:
-        """Those of `rows` that it was launched for, which have stopped before."""
-        dropped = self.live & np.isin(self.rows, list(rows))
-        self.live = self.live & ~dropped
-        return self.rows[dropped]
+    def of(self, rows: Collection[int]) -> np.ndarray:
+        """Those of `rows` that are live in it."""
+        return self.live_rows[np.isin(self.live_rows, list(rows))]
+
+    def without(self, rows: Collection[int]) -> "Flight":
+        """It, of which `rows` have stopped before."""
+        return replace(self, live=self.live & ~np.isin(self.rows, list(rows)))
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The live rows, their tokens and log-probabilities, as `sample` gives them; waits for the
@@ -135,7 +142,7 @@ class Decoder:
         """Look at the model before steps are launched: what changes meanwhile is not seen."""
         model, self._last = _fingerprint(self.session), None
         if model != self._model:
-            self._model, self._steps = model, {}
+            self._steps, self._model = {}, model  # in this order: no step of another model stays
 
     def launch(self, rows: np.ndarray, tokens: np.ndarray, seeds: np.ndarray) -> Flight:
         """Feed each of `rows` a token and sample what follows it.
@@ -150,14 +157,15 @@ class Decoder:
         place = np.where(tokens < 0, np.searchsorted(before, rows), -1 - tokens)
         counts = np.zeros(kv.rows, np.int32)
         counts[rows] = 1
-        with torch.inference_mode(False), torch.no_grad():
+        # What autocast keeps between calls, weights of another dtype, is not there for replays.
+        modes = torch.autocast(*_modes(kv.device.type), cache_enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), modes:
             if not self._state or len(self._state[0]) < size:
                 self._grow(size)
             step = self._steps.setdefault((size, *kv.kinds(counts)), _Step(Room(size, kv.device)))
             inputs = _Inputs(place, seed_words(seeds))
             kv.extend(counts, inputs, room=step.room)
-            with kv.unnoted():
-                self._run(step, lambda: self._body(inputs, size))
+            self._run(step, lambda: self._body(inputs, size))
             self._last = self._flight(rows)
         return self._last
 
@@ -193,15 +201,17 @@ class Decoder:
         addresses = *self.session.kv.addresses(), *own, step.room.made
         if step.addresses != addresses:
             # Kernels are compiled and libraries set up in a run that is not captured.
-            step.addresses, step.replay = addresses, None
+            step.replay = None
             body()
+            step.addresses = addresses
         elif step.replay is not None:
             step.replay()
         elif self.session.door.uncaptured:
             body()
         else:
             try:
-                step.replay = self._capture(body)
+                with self.session.kv.unnoted():  # nothing runs before all is recorded
+                    step.replay = self._capture(body)
             except (RuntimeError, NotImplementedError) as error:
                 _refuse(self.session, f"a step cannot be captured ({error})")
                 body()
@@ -224,18 +234,59 @@ def _bucket(rows: int) -> int:
 
 
 def _fingerprint(session: Session) -> tuple:
-    """What a captured step takes from the model, but for values of tensors."""
-    plain, found = (bool, int, float, str, type(None)), []
+    """What a captured step takes from the model and from torch, but for values of tensors."""
     own = vars(torch.nn.Module())
+    found: list[Any] = [*_modes(session.device.type), torch.get_default_dtype()]
+    found += [torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()]
+    for config in session.door.configs:
+        found += _values(vars(config))
     for module in session.modules():
-        found.append((id(module), module.training, *(len(vars(module)[x]) for x in HOOKS)))
-        for name, x in vars(module).items():
-            if name in own:
-                continue
-            items = (
-                x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple)) else [x]
-            )
-            found += (name, *(each if isinstance(each, plain) else id(each) for each in items))
+        found.append((id(module), module.training, *map(id, module._modules.values())))
+        found += _values({name: x for name, x in vars(module).items() if name not in own})
         for tensors in (module._parameters, module._buffers):
-            found += (None if x is None else x.data_ptr() for x in tensors.values())
+            found += (None if x is None else _where(x) for x in tensors.values())
     return tuple(found)
+
+
+def _values(attributes: dict[str, Any]) -> Iterator[Any]:
+    """What tells attributes from others of the same names: numbers and the like by value, all else
+    by identity, and what lists and dictionaries hold by either."""
+    plain = bool, int, float, str, type(None), torch.dtype
+    for name, x in attributes.items():
+        items = [*x.keys(), *x.values()] if isinstance(x, dict) else x
+        yield name
+        for each in items if isinstance(x, (list, tuple, dict)) else [x]:
+            yield each if isinstance(each, plain) else id(each)
+
+
+def _where(x: Tensor) -> tuple:
+    """Where a tensor lies, and how; of one that is made of others, these."""
+    if is_traceable_wrapper_subclass(x):
+        return tuple(_where(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
+def _modes(device: str) -> tuple:
+    """Arguments of the autocast that is in force."""
+    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+
+
+def _hooked(session: Session) -> bool:
+    """Whether Python that is not the model's is called between its modules."""
+    every = torch.nn.modules.module
+    tables = [every._global_forward_hooks, every._global_forward_pre_hooks]
+    for module in session.modules():
+        tables += module._forward_hooks, module._forward_pre_hooks
+    return any(
+        not getattr(hook, "__module__", "").startswith("transformers.")  # by which it is asked
+        for table in tables
+        for hook in table.values()
+    )
+
+
+@cache
+def _warn(kind: str) -> None:
+    warnings.warn(
+        f"{kind} is run step by step while it has forward hooks: a CUDA graph would not call them",
+        stacklevel=4,
+    )

@@ -251,7 +251,8 @@ def _finish(
             stopped = rows[np.isin(chosen, list(flight.stops))]
             live, done = np.setdiff1d(live, stopped), done + 1
             if launched is not None and len(stopped):
-                kv.retract(launched.drop(stopped))
+                kv.retract(launched.of(stopped))
+                launched = launched.without(stopped)
         flight = launched if launched is not None and launched.live.any() else None
         if flight is None and (not len(live) or begun == new.shape[1]):
             return done

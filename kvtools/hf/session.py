@@ -309,7 +309,8 @@ class Session:
         becomes of those that are skipped. For a model that takes positions."""
         self.kv.begin(skip_t)
         positions = self.kv.positions.clamp(min=0)[:, None].long()
-        forward = Forward(self.door, self.kv, False, self.kv.longest - 1)
+        # A number would stay what it is where the step is captured.
+        forward = Forward(self.door, self.kv, False, positions.max())
         return self._forward(tokens[:, None], positions, forward).flatten(0, 1)
 
     def modules(self) -> Iterator[torch.nn.Module]:

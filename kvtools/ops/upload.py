@@ -71,18 +71,22 @@ class Room:
         fits = names == self._names and all(
             x.size <= size for x, size in zip(arrays, self._sizes, strict=True)
         )
+        sizes = self._sizes
         if not fits:
-            self._names = names
-            self._sizes = [self._room(name, x) for name, x in zip(names, arrays, strict=True)]
-        full = [_filled(*each) for each in zip(names, arrays, self._sizes, strict=True)]
-        packed = _packed(full, self._sizes, self._device)
+            sizes = [self._room(name, x) for name, x in zip(names, arrays, strict=True)]
+        full = [_filled(*each) for each in zip(names, arrays, sizes, strict=True)]
+        packed = _packed(full, sizes, self._device)
         if not fits:
-            self._whole = torch.empty_like(packed, device=self._device, pin_memory=False)
+            whole = torch.empty_like(packed, device=self._device, pin_memory=False)
             shapes = [
                 (size // math.prod(x.shape[1:]), *x.shape[1:])
-                for size, x in zip(self._sizes, arrays, strict=True)
+                for size, x in zip(sizes, arrays, strict=True)
             ]
-            self._tensors, self.made = _parts(self._whole, self._sizes, shapes), self.made + 1
+            # One call: neither an interrupt nor the end of memory leaves a part of it.
+            vars(self).update(
+                _names=names, _sizes=sizes, _whole=whole, _tensors=_parts(whole, sizes, shapes),
+                made=self.made + 1,
+            )  # fmt: skip
         self._whole.copy_(packed, non_blocking=True)
         return self._tensors
 
