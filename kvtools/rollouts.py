@@ -274,7 +274,8 @@ class Rollouts:
         flying = self._flying()
         rows = [
             row for row in growing
-            if len(self.tokens[row]) - start[row] + (row in flying) < most[row]
+            if not self.finished[row]
+            and len(self.tokens[row]) - start[row] + (row in flying) < most[row]
         ]  # fmt: skip
         rows = np.array(rows, np.int64)
         counts = np.zeros(self.rows, np.int32)

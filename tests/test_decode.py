@@ -1,5 +1,7 @@
 """Steps ahead of the host, captured by the recorder in a CUDA graph's place."""
 
+import contextlib
+import functools
 import warnings
 
 import numpy as np
@@ -7,10 +9,13 @@ import pytest
 import torch
 from interrupts import Interrupt
 from models import fresh_model, tiny_model
+from torch.testing._internal.two_tensor import TwoTensor
 
 import kvtools
 from kvtools import CacheConfig, Rollouts
+from kvtools._host import PoolExhausted
 from kvtools.hf import decode
+from kvtools.hf.plug import CACHE
 from kvtools.ops.upload import Room, on_device
 from kvtools.testing import Recorder
 
@@ -353,3 +358,263 @@ def test_room():
     assert first.slot_t.tolist() == [0, 1, 2, 3] and first.page_indptr.tolist() == [0, 1, 2, 2, 2]
     assert second.item[1:].tolist() == [[6, 7, 8, 9, 10, 11], [0] * 6, [0] * 6]
     assert put(4, 5).item.shape == (8, 6) and room.made == 2
+
+
+def test_a_room_that_is_left_half_made():
+    """By an interrupt or the end of memory: it is made anew."""
+    room, arrays = Room(4, torch.device("cpu")), [np.arange(3), np.arange(6)]
+    room.put(["slot_t", "item"], [x[:2] for x in arrays])
+    with Interrupt() as whole:
+        Room(4, torch.device("cpu")).put(["slot_t", "page"], arrays)
+    for at in range(1, whole.seen + 1):
+        with contextlib.suppress(KeyboardInterrupt), Interrupt(at):
+            if at % 2:
+                room.put(["slot_t", "page"], arrays)
+            else:
+                room.put(["page", "slot_t"], arrays[::-1])
+        slots, page = room.put(["slot_t", "page"], arrays)
+        assert slots.tolist() == [0, 1, 2, -1] and page.tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_single_steps_between(config, graphs):
+    """Steps of the host go on from what steps ahead left, and the other way round."""
+    both = []
+    for graph in (False, "auto"):
+        rollouts = started(CONFIGS[config], graph=graph, eos_token_id=())
+        for n in (2, 4, 3):
+            rollouts.generate(n)
+            rollouts.step()
+        both.append(rollouts)
+    same(*both)
+    assert graphs.replays
+
+
+def test_autocast(graphs):
+    """Entered or left between calls; weights in its dtype do not outlive it."""
+    both = []
+    for graph in (False, "auto"):
+        rollouts = started(CONFIGS["exact"], fresh_model(), graph=graph, eos_token_id=())
+        for enabled in (True, True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled):
+                rollouts.generate(6)
+        both.append(rollouts)
+    same(*both)
+    assert graphs.captures >= 3
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_called(register, graphs, monkeypatch):
+    """At each step, and what they take from elsewhere is what it is then."""
+    monkeypatch.setattr(decode, "_warn", decode._warn.__wrapped__)
+    both = []
+    for graph in (False, "auto"):
+        model, seen = fresh_model(), []
+        rollouts = started(CONFIGS["exact"], model, graph=graph, eos_token_id=())
+        rollouts.generate(5)
+
+        def steered(module, args, *out, seen=seen):
+            seen.append(len(seen))
+            return (out or args)[0] * (0.5 + len(seen) % 3)
+
+        handle = getattr(model.model.norm, register)(steered)
+        with (
+            pytest.warns(UserWarning, match="while it has forward hooks")
+            if graph
+            else (contextlib.nullcontext())
+        ):
+            rollouts.generate(9)
+        handle.remove()
+        assert len(seen) == 9
+        rollouts.generate(5)
+        both.append(rollouts)
+    same(*both)
+    assert graphs.captures
+
+
+def test_what_tells_models_apart():
+    """Parts of tensors that are made of others, what a config says, an order, a dtype."""
+    model = fresh_model()
+    session = Rollouts(model, graph=False)._session
+    parts = TwoTensor(torch.ones(3), torch.ones(3)), TwoTensor(torch.ones(3), torch.ones(3))
+    model.model.norm.scale = torch.nn.Parameter(parts[0], False)
+    seen = [decode._fingerprint(session)]
+    assert seen[0] == decode._fingerprint(session)
+    layers, weight = model.model.layers, model.lm_head.weight
+    for change in (
+        lambda: setattr(model.model.norm, "scale", torch.nn.Parameter(parts[1], False)),
+        lambda: setattr(model.config, "final_logit_softcapping", 5.0),
+        lambda: model.set_attn_implementation("eager"),
+        lambda: layers.__setitem__(0, layers[1]),
+        lambda: layers.__setitem__(2, layers[1]),
+        lambda: setattr(weight, "data", weight.data.view(torch.int32).view(torch.float32).t()),
+        lambda: model.train(),
+    ):
+        change()
+        seen.append(decode._fingerprint(session))
+    assert len(set(seen)) == len(seen)
+
+
+def test_callables_see_rows_as_they_are(graphs):
+    """No token is under way when they are called; what they change counts from the next step."""
+    both = []
+    for graph in (False, "auto"):
+        rollouts, told = started(CONFIGS["history"], graph=graph), []
+
+        def progress(left, rollouts=rollouts, told=told):
+            told.append((left, [list(x) for x in rollouts.tokens], rollouts.kv.lengths.tolist()))
+            rollouts.filters["temperature"] = 0.5 + 0.5 * (len(told) > 5)
+            if len(told) == 4:
+                rollouts.finished[1] = True
+            if len(told) == 7:
+                rollouts.eos.update(range(30, 60))
+            if len(told) % 6 == 2:
+                rollouts.peek([3], [0])
+                rollouts.step([2])
+
+        def until(new, told=told):
+            told.append(list(new))
+            return len(told) > 150
+
+        rollouts.generate(14, progress=progress)
+        rollouts.generate(8, until)
+        both.append((rollouts, told))
+    same(both[0][0], both[1][0])
+    assert both[0][1] == both[1][1] and graphs.replays
+
+
+def test_pages_that_run_out(graphs):
+    """In the very step in which the host's steps find too few: a row that stops needs none."""
+    for pages in (14, 17, 20):
+        both = []
+        for graph in (False, "auto"):
+            rollouts = started(
+                CacheConfig(page_size=4), graph=graph, pages=pages + 8, eos_token_id=range(60)
+            )
+            with contextlib.suppress(PoolExhausted):
+                rollouts.generate(40)
+            both.append(rollouts)
+        same(*both)
+    assert graphs.replays
+
+
+def test_a_model_that_asks_for_the_length(graphs):
+    """What a step is told of the longest row is not what it was when it was captured."""
+    both = []
+    for graph in (False, "auto"):
+        model = fresh_model()
+        forward = model.model.forward
+
+        def scaled(*args, forward=forward, **kwargs):
+            out, past = forward(*args, **kwargs), kwargs[CACHE].get_seq_length()
+            out.last_hidden_state = out.last_hidden_state * (0.5 + past % 7 / 7)
+            return out
+
+        model.model.forward = scaled
+        rollouts = started(CONFIGS["exact"], model, graph=graph, probe=False, eos_token_id=())
+        rollouts.generate(20)
+        both.append(rollouts)
+    same(*both)
+    assert graphs.replays
+
+
+@pytest.mark.parametrize("policy", ["h2o", "tova", "scissorhands"])
+def test_interrupts_of_rows_that_evict(policy, graphs):
+    """Attention is counted once."""
+    config = CacheConfig(bits=8, budget=14, recent=3, sinks=1, policy=policy, drop=3)
+    twin, ours = started(config, graph=False), started(config)
+    twin.generate(40)
+    ours.generate(14)
+    with Interrupt() as whole:
+        started(config).generate(3)
+    rng = np.random.default_rng(0)
+    for at in rng.integers(1, whole.seen // 3, 24):
+        with contextlib.suppress(KeyboardInterrupt), Interrupt(at):
+            ours.generate([min(1, 40 - len(x)) for x in ours.logprobs])
+    ours.generate([40 - len(x) for x in ours.logprobs])
+    same(ours, twin)
+    assert state(ours) == state(twin)
+
+
+@functools.cache
+def precise(name):
+    """In which the size of a batch excites no difference."""
+    model = fresh_model(name).double()
+    model.lm_head = Then(model.lm_head, lambda x, out: out.float())
+    return model
+
+
+def random_config(rng):
+    sinks, recent = int(rng.choice([0, 1, 2, 4])), int(rng.choice([1, 3, 6, 8]))
+    options = dict(
+        bits=rng.choice([16, 16, 8, 4]).item(), recent_bits=rng.choice([None, 8, 16]),
+        page_size=int(rng.choice([3, 4, 8, 16])), sinks=sinks, recent=recent,
+        layer_budget=str(rng.choice(["uniform", "uniform", "later"])),
+    )  # fmt: skip
+    if rng.random() < 0.7:
+        names = "scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random"
+        options |= dict(budget=sinks + recent + int(rng.integers(1, 12)), window=8)
+        options |= dict(policy=str(rng.choice(names)))
+    if rng.random() < 0.4:
+        options |= dict(prompt_budget=(0.5, sinks + recent + 3)[rng.integers(2)])
+    return CacheConfig(**options)
+
+
+def random_change(rng, rows, tokens, prompt_lengths):
+    """What to do with rollouts that have these rows."""
+    some = rng.integers(0, rows, int(rng.integers(1, rows + 3))).tolist()
+    each = [int(rng.integers(least, len(x) + 1)) if rng.random() < 0.5 else len(x)
+            for x, least in zip(tokens, prompt_lengths, strict=True)]  # fmt: skip
+    most = int(rng.integers(1, 25)) if rng.random() < 0.5 else rng.integers(0, 20, rows)
+    parity, untils = int(rng.integers(3, 9)), set(rng.integers(0, 256, 30).tolist())
+    until = (None, None, untils, lambda new: sum(new) % parity == 0)[rng.integers(4)]
+    value, calls = float(rng.choice([0, 0.7, 1.2])), rng.random() < 0.3
+    return {
+        "generate": lambda x, told: x.generate(most, until, told.append if calls else None),
+        "step": lambda x, told: x.step(None if calls else some),
+        "gather": lambda x, told: x.gather(some),
+        "many": lambda x, told: x.gather((some * 66)[:66] if calls else range(rows)),
+        "crop": lambda x, told: x.crop(each),
+        "peek": lambda x, told: told.append(x.peek([3, 4], some)),
+        "prefill": lambda x, told: x.prefill(prompts(1 + len(untils), parity), 2),
+        "state": lambda x, told: x.finished.__setitem__(some, calls) or x.seeds.__iadd__(parity),
+        "filters": lambda x, told: x.filters.update(temperature=value, top_k=parity * 5),
+        "eos": lambda x, told: x.eos.symmetric_difference_update(untils),
+    }[str(rng.choice(["generate"] * 8 + CHANGES))]
+
+
+CHANGES = [
+    "step", "gather", "many", "crop", "peek", "prefill", "state", "filters", "eos",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_as_the_host_steps(seed, graphs):
+    """Whatever is done with rows."""
+    rng = np.random.default_rng(seed)
+    name = str(rng.choice(["llama", "qwen3", "gemma3"]))
+    model, pages = precise(name) if seed % 4 else tiny_model("llama"), None
+    if rng.random() < 0.3:
+        pages = int(rng.integers(40, 120))
+    config, eos = random_config(rng), [(), EOS, range(30)][rng.integers(3)]
+    both = [started(config, model, graph=graph, pages=pages, eos_token_id=eos)
+            for graph in (False, "auto")]  # fmt: skip
+    for _ in range(6):
+        change = random_change(rng, both[0].rows, both[0].tokens, both[0].prompt_lengths)
+        ends = []
+        for rollouts in both:
+            try:
+                ends.append([told := [], change(rollouts, told)])
+            except PoolExhausted:
+                ends.append(PoolExhausted)
+        if PoolExhausted in ends:
+            assert ends == [PoolExhausted] * 2
+        else:
+            torch.testing.assert_close(*ends, rtol=1e-3, atol=5e-3)
+        same(*both)
+        assert state(both[0]) == state(both[1])
+    for rollouts in both:
+        for store in rollouts.kv.stores:
+            store.forest.check()
+    everywhere = [rollouts.peek([3, 4], range(rollouts.rows)) for rollouts in both]
+    torch.testing.assert_close(*everywhere, rtol=1e-3, atol=5e-3)
