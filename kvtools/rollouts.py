@@ -46,8 +46,10 @@ class Rollouts:
         probe: see `kvtools.generate`.
         graph: "auto" lets `generate` run ahead of the host on a CUDA device: its steps are captured
             in CUDA graphs, and their tokens are read while the next one runs. With a `processor`,
-            or for a model that cannot be captured (a warning says why), steps run one by one, as
-            they do with False. Tokens are the same.
+            or for a model that cannot be captured or has forward hooks (a warning says why), steps
+            run one by one, as they do with False. Tokens are the same. What a model takes from
+            elsewhere than its modules, their attributes and its config is what it was when its step
+            was captured.
 
     Attributes:
         tokens: of each row, prompt included.
@@ -204,6 +206,9 @@ class Rollouts:
             until: token ids that pause a row once sampled, or a callable on the tokens that the row
                 has got in this call.
             progress: called after each step with the number of rows that still grow.
+
+        Callables are waited for: of rows that they look at, all tokens are there, and what they
+        change of `finished`, `seeds`, `filters` and `eos` counts from the next step on.
 
         Returns:
             The new tokens of each row.
