@@ -618,3 +618,27 @@ def test_as_the_host_steps(seed, graphs):
             store.forest.check()
     everywhere = [rollouts.peek([3, 4], range(rollouts.rows)) for rollouts in both]
     torch.testing.assert_close(*everywhere, rtol=1e-3, atol=5e-3)
+
+
+def test_graphs_are_of_the_model_s_device(monkeypatch):
+    """And not of the current one, which would record nothing."""
+    entered, device = [], torch.device("cuda", 1)
+
+    class Entered(contextlib.nullcontext):
+        def __init__(self, *args, **options):
+            super().__init__()
+            self.seen = args, options
+
+        def __enter__(self):
+            entered.append(self.seen)
+
+    graph = type("Graph", (), {"replay": lambda self: entered.append("replay")})()
+    for name, fake in dict(
+        graph_pool_handle=lambda: "pool", CUDAGraph=lambda: graph, device=Entered, graph=Entered,
+        Stream=lambda device: device,
+    ).items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, fake)
+    decode.capturer(device)(lambda: entered.append("run"))()
+    first, (args, options), *rest = entered
+    assert first == ((device,), {}) and rest == ["run", "replay", "replay"]
+    assert args == (graph,) and options["stream"] == device and options["pool"] == "pool"

@@ -1,7 +1,9 @@
 """Decode steps without the host: a token per row is fed, sampled and judged on the device."""
 
+import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -16,6 +18,7 @@ from ..ops.upload import Room, seed_words, seeds_of
 from .session import Session
 
 Graph = Literal["auto", False]
+_capturing = threading.Lock()  # of all threads one at a time may
 
 
 def capturer(device: torch.device) -> Callable[[Callable[[], None]], Callable[[], None]] | None:
@@ -26,8 +29,11 @@ def capturer(device: torch.device) -> Callable[[Callable[[], None]], Callable[[]
 
     def capture(run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            run()
+        # Of the model's device, not of the current one, whose stream would see nothing of it.
+        with _capturing, torch.cuda.device(device):
+            how = dict(pool=pool, stream=torch.cuda.Stream(device))
+            with torch.cuda.graph(graph, **how, capture_error_mode="thread_local"):
+                run()
         graph.replay()
         return graph.replay
 
@@ -158,7 +164,9 @@ class Decoder:
         counts = np.zeros(kv.rows, np.int32)
         counts[rows] = 1
         # What autocast keeps between calls, weights of another dtype, is not there for replays.
-        modes = torch.autocast(*_modes(kv.device.type), cache_enabled=False)
+        modes: Any = nullcontext()
+        if torch.is_autocast_enabled(kv.device.type):
+            modes = torch.autocast(*_modes(kv.device.type), cache_enabled=False)
         with torch.inference_mode(False), torch.no_grad(), modes:
             if not self._state or len(self._state[0]) < size:
                 self._grow(size)
@@ -223,7 +231,7 @@ class Decoder:
         host = torch.empty(out.shape, dtype=out.dtype, pin_memory=True)
         host.copy_(out, non_blocking=True)
         event = torch.cuda.Event()
-        event.record()
+        event.record(torch.cuda.current_stream(out.device))
         return Flight(rows, live, self.stops, host, event)
 
 
