@@ -232,8 +232,12 @@ class Rollouts:
                     self.step(growing)
                 else:
                     self._launch(ahead, growing, start, most)
-                if seen:  # what is called now looks at rows, and may change what steps take
-                    self._settle()
+                if seen and self._flights:  # what is called now looks at rows, and may change what steps take
+                    try:
+                        self._land()
+                    except BaseException:
+                        self._land_all()
+                        raise
                 growing = [row for row in growing if grows(row)]
                 if progress is not None:
                     progress(len(growing))
