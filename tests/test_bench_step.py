@@ -58,7 +58,7 @@ def test_every_part_is_measured_and_every_target_judged(builds, monkeypatch, tmp
             found = row[kind]["copies"]
             assert found["uploads"] == found["waits"] == 1, found["by line"]
         assert "decode.py" in str(row["replayed"]["copies"]["by line"])
-    assert result["cells"]["compiled"].keys() == {*step.CONFIGS}
+    assert list(result["cells"]["compiled"]) == ["16-bit", "balanced"]
     judged = {x["name"]: x["ok"] for x in result["targets"]}
     assert len(judged) == len(result["targets"]) == 3 + 3 * 4 + 2 * 5 + 2
     assert judged["launches in a step, balanced"] is None
