@@ -327,7 +327,7 @@ FAULTS = [
           "            pass", DECODE + "until"),
     Fault("what a pass took back is looked up where it was", "kvtools/store.py",
           "        self.forest.crop(self.forest.lengths() - grown)\n        self._in_table = None",
-          "        self.forest.crop(self.forest.lengths() - grown)", DECODE + "until"),
+          "        self.forest.crop(self.forest.lengths() - grown)", DECODE + "gives_back"),
     Fault("victims are chosen before it is known who stopped", "kvtools/rollouts.py",
           "        if self._flights and (wait or self.kv.selects(counts)):",
           "        if self._flights and wait:", DECODE + "until"),
