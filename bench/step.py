@@ -2,7 +2,9 @@
 
 Operators that kvtools adds to a model's own, by a dispatch mode; seconds of the host against the
 model's bare forward; launches, copies and waits as a GPU would get them, without one: Triton's over
-a stand-in for CUDA's driver, copies and waits on tensors without data. Each build runs in processes
+a stand-in for CUDA's driver, copies and waits on tensors without data. "Replayed" are steps ahead
+of the host, of which a CUDA graph would do what is launched: here replaying does nothing, so its
+time is what is left for Python, without the driver's own for a graph. Each build runs in processes
 of its own with one thread, in turns, and seconds are those of the processor. Kernels of csrc/cuda
 are not launched.
 """
@@ -43,7 +45,7 @@ class Scale:
     layers: int = 28
     rows: int = 32
     own: int = 256  # tokens of a row at the end
-    rounds: int = 15
+    rounds: int = 11
     steps: int = 4  # of a round
     few: tuple[int, int] = (2, 4)  # layers of the models whose operators are counted
     counted: int = 16  # steps, of which one takes pages
@@ -161,35 +163,115 @@ def device(scale: Scale, builds: list[str], start: Start) -> dict:
         for build in builds:
             row = found[name][build] = {}
             with start(build) as ask:  # after launches it computes nothing any more
-                row["copies"] = attempt(partial(ask, "copies", name, *where))
+                row["copies"] = attempt(partial(ask, "copies", name, *where, False))
                 run = partial(ask, "launches", name, *where, scale.batches)
                 row["launches"] = attempt(run)
+        with start("ours") as ask:  # of the base there are none
+            row = found[name]["replayed"] = {}
+            row["copies"] = attempt(partial(ask, "copies", name, *where, True))
+            row["launches"] = attempt(partial(ask, "replayed", name, *where, scale.batches))
     return found
 
 
-PARTS = {"operators": operators, "host": host, "device": device}
+def compiled(scale: Scale, builds: list[str], start: Start) -> dict:
+    """A step of few layers, eager and given to torch.compile, of this build alone."""
+    found = {}
+    for name in CONFIGS[:2]:
+        with start("ours") as ask:
+            case = name, scale.few[1], scale.device_rows, scale.steps, scale.batches
+            found[name] = attempt(partial(ask, "compiled", *case))
+    return found
+
+
+PARTS = {"operators": operators, "host": host, "device": device, "compiled": compiled}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """None is what was not measured, or does not run."""
+
+    what: str
+    cache: str
+    now: float | None
+    before: float | None = None
+    most: float | None = None  # what the project wants
+
+    def __str__(self) -> str:
+        before, now = ("-" if x is None else f"{x:.3g}" for x in (self.before, self.now))
+        missed = None not in (self.now, self.most) and self.now > self.most
+        return (f"{before} → {now}" if self.before is not None else now) + " missed" * missed
+
+
+def figures(cells: dict[str, dict]) -> list[Figure]:
+    """By kind of cache, one after the other."""
+    found = []
+
+    def add(what: str, cache: str, row: dict, *path: str, most: float | None = None) -> None:
+        now, before = (at(row.get(build), *path) for build in ("ours", "base"))
+        found.append(Figure(what, cache, now, before, most))
+
+    for dtype, rows in cells.get("operators", {}).items():
+        for name, row in rows.items():
+            add(f"operators added in a layer, {dtype}", name, row, "layer", "added", most=2)
+    for name, kinds in cells.get("host", {}).items():
+        for kind, row in kinds.items():
+            add(f"{kind}: ms of a step", name, row, "step ms")
+            add(f"{kind}: step over forward", name, row, "ratio", most=1.15)
+            share = row.get("share")
+            found.append(Figure(f"{kind}: own share over the base's", name, share, most=0.2))
+    for name, row in cells.get("device", {}).items():
+        add("launches in a step", name, row, "launches", "launches", most=90)
+        again = {"ours": row.get("replayed"), "base": row.get("base")}
+        for prefix, both in (("", row), ("replayed: ", again)):
+            add(f"{prefix}uploads in a step", name, both, "copies", "uploads", most=1)
+            add(f"{prefix}waits in a step", name, both, "copies", "waits", most=1)
+            add(f"{prefix}host's ms of a step", name, both, "launches", "ms")
+            last = found[-1]
+            if name == "balanced":
+                share = last.now / last.before if last.now and last.before else None
+                found.append(Figure(f"{prefix}host over the base's", name, share, most=1 / 3))
+    for name, row in cells.get("compiled", {}).items():
+        what = f"{Scale().few[1]} layers: ms of a step, eager → given to torch.compile"
+        found.append(Figure(what, name, at(row, "compiled ms"), at(row, "eager ms")))
+    return found
+
+
+def at(row: dict | None, *path: str) -> float | None:
+    for name in path:
+        row = (row or {}).get(name)
+    return row
 
 
 def targets(cells: dict[str, dict]) -> Targets:
     """The figures the project set itself; no figure where something does not run."""
     found = Targets()
-    for dtype, rows in cells.get("operators", {}).items():
-        for name, row in rows.items():
-            value = row["ours"].get("layer", {}).get("added")
-            found.add(f"operators added in a layer, {name}, {dtype}", value, 2)
-    for name, kinds in cells.get("host", {}).items():
-        for kind, row in kinds.items():
-            found.add(f"{kind}: step over forward, {name}", row["ours"]["ratio"], 1.15)
-            found.add(f"{kind}: own share over the base's, {name}", row.get("share"), 0.2)
-    for name, row in cells.get("device", {}).items():
-        launched, copied = row["ours"]["launches"], row["ours"]["copies"]
-        found.add(f"launches in a step, {name}", launched.get("launches"), 90)
-        found.add(f"uploads in a step, {name}", copied.get("uploads"), 1)
-        found.add(f"waits in a step, {name}", copied.get("waits"), 1)
-        if name == "balanced":
-            ms = launched.get("ms"), row.get("base", {}).get("launches", {}).get("ms")
-            found.add("host over the base's, balanced", ms[0] / ms[1] if all(ms) else None, 1 / 3)
+    for x in figures(cells):
+        if x.most is not None:
+            found.add(f"{x.what}, {x.cache}", x.now, x.most)
     return found
+
+
+def table(cells: dict[str, dict]) -> list[list[str]]:
+    """For people: the base's figures, an arrow, and those of this build."""
+    found = figures(cells)
+    rows = [["", *CONFIGS, "at most"]]
+    for what in dict.fromkeys(x.what for x in found):
+        of = {x.cache: x for x in found if x.what == what}
+        most = next(iter(of.values())).most
+        cells_of = [str(of.get(name, "")) for name in CONFIGS]
+        rows.append([what, *cells_of, "" if most is None else f"{most:.3g}"])
+    return rows
+
+
+def caption(result: dict) -> str:
+    where, scale = result["where"], Scale()
+    dirty = ", with uncommitted changes" if where["dirty"] else ""
+    return (
+        f"Commit {where['base']} → {where['commit']}{dirty}; a Llama of {scale.layers} layers and "
+        f"width 64, {scale.rows} rows of up to {scale.own} tokens; launches, copies, waits and the "
+        f"host's ms of {scale.device_rows} rows. {where['device']}, 1 thread, torch "
+        f"{where['torch']}, transformers {where['transformers']}."
+    )
 
 
 def built(commit: str, parts: Path | None) -> Path:
@@ -237,6 +319,7 @@ def main(argv: list[str] | None = None) -> int:
                         help=f"build to compare with; default {BASE}, '' for none")  # fmt: skip
     parser.add_argument("--base-build", type=Path, metavar="FOLDER",
                         help="its compiled parts; default: they are compiled")  # fmt: skip
+    parser.add_argument("--readme", type=Path, metavar="PATH", help="file whose table to rewrite")
     args = parser.parse_args(argv)
     console = Console()
     where = demo.where("cpu") | demo.commit()  # before results are written, which is a change too
@@ -249,6 +332,9 @@ def main(argv: list[str] | None = None) -> int:
     reached = targets(journal.cells)
     journal.save(where=where, targets=reached)
     reached.show(console)
+    if args.readme:
+        result = {"where": where}
+        demo.rewrite(args.readme, "step", table(journal.cells), caption(result))
     return 0
 
 

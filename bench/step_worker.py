@@ -30,6 +30,7 @@ from kvtools.hf import CACHE
 
 SAMPLING = {"temperature": 0.8, "top_k": 50}
 VOCAB, WIDTH, PROMPT = 512, 64, 64
+POOL = 1024  # pages, more than any run takes
 
 
 def config_of(name: str, **options: Any) -> CacheConfig:
@@ -52,8 +53,12 @@ def prompt() -> list[int]:
     return torch.randint(1, VOCAB, (PROMPT,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-def rollouts_of(model: Any, name: str, rows: int, **options: Any) -> Rollouts:
-    rollouts = Rollouts(model, config_of(name, **options), eos_token_id=(), probe=False, **SAMPLING)
+def rollouts_of(
+    model: Any, name: str, rows: int, pages: int | None = None, **options: Any
+) -> Rollouts:
+    rollouts = Rollouts(
+        model, config_of(name, **options), eos_token_id=(), probe=False, pages=pages, **SAMPLING
+    )
     rollouts.prefill([prompt()], rows)
     return rollouts
 
@@ -137,6 +142,23 @@ class Build:
         after = self._forward(layers, rows, 8)
         return {"forward": (before + after) / 2, "step": (all_of_them - one) / (new - 1)}
 
+    def compiled(self, name: str, layers: int, rows: int, steps: int, batches: int) -> dict:
+        """Milliseconds of a step of `Rollouts.generate`, and of a model given to torch.compile,
+        as the compiler's default makes it; and seconds until its first steps are done."""
+
+        def best(run: Rollouts) -> float:
+            return 1e3 * min(timed(lambda: run.generate(steps), steps) for _ in range(batches))
+
+        model = model_of(layers)
+        run = rollouts_of(model, name, rows)
+        run.generate(4)
+        eager, begin = best(run), time.perf_counter()
+        model.forward = torch.compile(model.forward, fullgraph=True)
+        run = rollouts_of(model, name, rows)
+        run.generate(4)
+        until = time.perf_counter() - begin
+        return {"eager ms": eager, "compiled ms": best(run), "compiling s": until}
+
     def _forward(self, layers: int, rows: int, steps: int) -> float:
         model, ids = self.model(layers), torch.ones(rows, 1, dtype=torch.long)
 
@@ -147,15 +169,18 @@ class Build:
 
         return timed(forward, steps)
 
-    def copies(self, name: str, layers: int, rows: int, steps: int) -> dict:
+    def copies(self, name: str, layers: int, rows: int, steps: int, replay: bool) -> dict:
         """Copies between host and device, and waits of the host, on tensors without data as the
-        device's. Of a prompt without a budget, whose kept tokens the host would have to know."""
+        device's, in steps of eager calls or ahead of the host, as `replays` has them. Of a prompt
+        without a budget, whose kept tokens the host would have to know."""
         as_a_gpu()
+        if replay:
+            replays()
         model = model_of(layers).to("meta")
         rollouts = Rollouts(model, config_of(name), eos_token_id=(), **SAMPLING)
         with Boundary():
             rollouts.prefill([prompt()], rows)
-            rollouts.generate(2)
+            rollouts.generate(4)
         with Boundary() as crossed:
             rollouts.generate(steps)
         return {
@@ -165,28 +190,9 @@ class Build:
         }
 
     def launches(self, name: str, layers: int, rows: int, steps: int, batches: int) -> dict:
-        """Kernels that Triton launches in a step, and the host's seconds, over a stand-in for
+        """Kernels that Triton launches in a step, and the host's milliseconds, over a stand-in for
         CUDA's driver. Nothing can be computed after it."""
-        sys.path.insert(0, str(Path(__file__).parent))
-        from stand_in import use
-        from triton.runtime.jit import JITFunction
-
-        as_a_gpu()
-        use()
-        count, run, call = Counter(), JITFunction.run, ops.Op.__call__
-
-        def launch(kernel: Any, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
-            count[kernel.fn.__name__] += not warmup
-            return run(kernel, *args, warmup=warmup, **kwargs)
-
-        def first(op: Any, impl: str, *args: Any) -> Any:  # a token that there is
-            out = call(op, impl, *args)
-            if op.name == "sample":
-                for x in out:
-                    x.zero_()
-            return out
-
-        JITFunction.run, ops.Op.__call__ = launch, first
+        count = over_a_stand_in()
         # Prefill, which is not measured, computes: NaN of kernels that do not run stays out.
         rollouts = rollouts_of(self.model(layers), name, rows, impl="triton")
         rollouts.generate(4)
@@ -195,6 +201,18 @@ class Build:
         kernels = {kernel: n / steps for kernel, n in count.items()}
         seconds = min(timed(lambda: rollouts.generate(4), 4) for _ in range(batches))
         return {"launches": sum(kernels.values()), "ms": 1e3 * seconds, "kernels": kernels}
+
+    def replayed(self, name: str, layers: int, rows: int, steps: int, batches: int) -> dict:
+        """The host's milliseconds of a step ahead of the host, once graphs do what it launches:
+        over the same stand-in, and with replays that do nothing. The pool is fixed, and in the
+        steps of a batch each row takes a page. Nothing can be computed after it."""
+        count = over_a_stand_in()
+        replays()
+        rollouts = rollouts_of(self.model(layers), name, rows, pages=POOL, impl="triton")
+        rollouts.generate(4)
+        count.clear()
+        seconds = min(timed(lambda: rollouts.generate(steps), steps) for _ in range(batches))
+        return {"launches": sum(count.values()) / steps / batches, "ms": 1e3 * seconds}
 
 
 def timed(run: Callable[[], Any], per: int = 1) -> float:
@@ -258,6 +276,42 @@ def as_a_gpu() -> None:
             module.limits = limits
     runs_on = ops._runs_on
     ops._runs_on = lambda impl, place: impl == "triton" or runs_on(impl, place)
+
+
+def over_a_stand_in() -> Counter:
+    """Triton launches at a stand-in for CUDA's driver from here on; by kernel, how often."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from stand_in import use
+    from triton.runtime.jit import JITFunction
+
+    as_a_gpu()
+    use()
+    count, run, call = Counter(), JITFunction.run, ops.Op.__call__
+
+    def launch(kernel: Any, *args: Any, warmup: bool = False, **kwargs: Any) -> Any:
+        count[kernel.fn.__name__] += not warmup
+        return run(kernel, *args, warmup=warmup, **kwargs)
+
+    def first(op: Any, impl: str, *args: Any) -> Any:  # a token that there is
+        out = call(op, impl, *args)
+        if op.name == "sample":
+            for x in out:
+                x.zero_()
+        return out
+
+    JITFunction.run, ops.Op.__call__ = launch, first
+    return count
+
+
+def replays() -> None:
+    """Steps run ahead of the host from here on, as over CUDA graphs; replaying one does nothing."""
+    from kvtools.hf import decode  # which builds of other commits do not have
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        run()
+        return lambda: None
+
+    decode.capturer = lambda device: capture
 
 
 class Boundary(TorchDispatchMode):

@@ -45,11 +45,11 @@ class Fault(NamedTuple):
 
 (
     DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, DECODE, PRM, SEARCH,
-    CLI, COMPILE,
+    CLI, COMPILE, RECORDER, STEP,
 ) = (
     f"tests/test_{name}.py -k "
     for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
-                 "rollouts", "decode", "prm", "search", "cli", "compile")
+                 "rollouts", "decode", "prm", "search", "cli", "compile", "recorder", "bench_step")
 )  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
@@ -91,7 +91,7 @@ FAULTS = [
     Fault("the compiler may replay attention without the host", "kvtools/hf/plug.py",
           "    tags=(torch.Tag.cudagraph_unsafe,),\n", "", COMPILE + "told"),
     Fault("prompts come to the compiler", "kvtools/hf/session.py",
-          "        run = self._runner if filling or ids.shape[1] > 1 else self._decode",
+          "        run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode",
           "        run = self._decode", COMPILE + "eagerly"),
     Fault("values smaller than keys", "kvtools/hf/plug.py",
           "[..., :d], None", "[..., :wide], None", DOOR + "smaller"),
@@ -107,7 +107,7 @@ FAULTS = [
           "        self.kv = kv\n        self.timing", "        self._flow.cache = self\n"
           "        self.kv = kv\n        self.timing", DOOR + "behind"),
     Fault("greedy draws a seed", "kvtools/hf/generate.py",
-          "    if config.do_sample:\n        seed_b", "    if True:\n        seed_b",
+          "    if config.do_sample:\n        seeds", "    if True:\n        seeds",
           DOOR + "behind"),
     Fault("copies inside patch are of our class", "kvtools/hf/generate.py",
           "        if reduced[0] is copyreg.__newobj__:", "        if False:",
@@ -249,7 +249,8 @@ FAULTS = [
     Fault("a second step is not noted", "kvtools/transaction.py",
           "again = any(x.stepped for x in self.open)", "again = False", CACHE + "undone"),
     Fault("lengths stay where pages do", "kvtools/store.py",
-          "        if self.again:\n", "        if False:\n", ROLLOUTS + "greedy"),
+          "            np.add.at(length, leaf[leaf >= 0], grow[leaf >= 0])", "            pass",
+          ROLLOUTS + "greedy"),
     Fault("the ring without its slot more", "kvtools/recent.py",
           "self.size, self.slots, self.journal = size, size + 1, journal",
           "self.size, self.slots, self.journal = size, size, journal", CACHE + "undone"),
@@ -310,6 +311,33 @@ FAULTS = [
     Fault("pipes of a scheduler have no end", "bench/model.py",
           "            free[pipe, warp.scheduler] = now + spent",
           "            free[pipe, warp.scheduler] = now", "tests/test_bench_model.py -k played"),
+    Fault("a graph is replayed though what it read lies elsewhere", "kvtools/hf/decode.py",
+          "        if step.addresses != addresses:", "        if not step.addresses:",
+          DECODE + "'pools or moves'"),
+    Fault("a model that changed is replayed", "kvtools/hf/decode.py",
+          "        if model != self._model:", "        if False:", DECODE + "changes"),
+    Fault("stop tokens are not seen on the device", "kvtools/hf/decode.py",
+          "skip_t | (drawn[:, None] == self._stops).any(1)", "skip_t",
+          DECODE + "'test_rollouts or until'"),
+    Fault("rows that stand still write", "kvtools/store.py",
+          "            first.slots = torch.where(skip, -1, first.slots)", "            pass",
+          DECODE + "until"),
+    Fault("rows that stand still note", "kvtools/store.py",
+          '            tensors["own"] = torch.where(skip_t[first.long()], 0, self.own)',
+          "            pass", DECODE + "until"),
+    Fault("what a pass took back is looked up where it was", "kvtools/store.py",
+          "        self.forest.crop(self.forest.lengths() - grown)\n        self._in_table = None",
+          "        self.forest.crop(self.forest.lengths() - grown)", DECODE + "gives_back"),
+    Fault("victims are chosen before it is known who stopped", "kvtools/rollouts.py",
+          "        if self._flights and (wait or self.kv.selects(counts)):",
+          "        if self._flights and wait:", DECODE + "until"),
+    Fault("a boolean index is recorded", "kvtools/testing.py",
+          "x.dtype in (torch.bool, torch.uint8) for x in args[1]", "False for x in args[1]",
+          RECORDER + "refused"),
+    Fault("what others hold is taken for the step's own", "kvtools/testing.py",
+          "        if storage._cdata in self._own:", "        if True:", RECORDER + "elsewhere"),
+    Fault("an upload is not counted", "bench/step_worker.py",
+          "            self.uploads[line()] += 1\n", "            pass\n", STEP + "crosses"),
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from bench import step, step_worker
 from kvtools import cache, ops
+from kvtools.hf import decode
 from kvtools.quality import Journal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,10 +22,12 @@ TINY = step.Scale(layers=2, rows=2, own=6, rounds=2, steps=1, few=(1, 2), counte
 @pytest.fixture
 def builds(monkeypatch):
     """Both are this one, in this process, which must be left as it is."""
-    for module, name in ((ops, "_runs_on"), (ops.attention, "limits"), (cache, "limits")):
+    for module, name in ((ops, "_runs_on"), (ops.attention, "limits"), (cache, "limits"),
+                         (decode, "capturer")):  # fmt: skip
         monkeypatch.setattr(module, name, getattr(module, name))
     build = step_worker.Build()
-    monkeypatch.setattr(build, "launches", lambda *args: 1 / 0)  # it needs a process of its own
+    for name in ("launches", "replayed", "compiled"):  # they need a process of their own
+        monkeypatch.setattr(build, name, lambda *args: 1 / 0)
 
     @contextmanager
     def start(name):
@@ -50,12 +53,16 @@ def test_every_part_is_measured_and_every_target_judged(builds, monkeypatch, tmp
             assert row["ours"]["step ms"] > 0 and row["ours"]["forward ms"] > 0 and row["share"]
     assert list(result["cells"]["device"]) == ["16-bit", "balanced"]
     for row in result["cells"]["device"].values():
-        row = row["ours"]
-        assert row["launches"]["failed"].startswith("ZeroDivisionError")
-        assert row["copies"]["uploads"] > 0 and row["copies"]["waits"] > 0
+        for kind in ("ours", "replayed"):
+            assert row[kind]["launches"]["failed"].startswith("ZeroDivisionError")
+            found = row[kind]["copies"]
+            assert found["uploads"] == found["waits"] == 1, found["by line"]
+        assert "decode.py" in str(row["replayed"]["copies"]["by line"])
+    assert list(result["cells"]["compiled"]) == ["16-bit", "balanced"]
     judged = {x["name"]: x["ok"] for x in result["targets"]}
-    assert len(judged) == len(result["targets"]) == 3 + 3 * 4 + 2 * 3 + 1
+    assert len(judged) == len(result["targets"]) == 3 + 3 * 4 + 2 * 5 + 2
     assert judged["launches in a step, balanced"] is None
+    assert judged["replayed: uploads in a step, balanced"] is True
 
 
 @pytest.mark.parametrize("met", [True, False])
@@ -64,14 +71,24 @@ def test_targets(met):
     kind = {"ours": {"ratio": x}, "share": x}
     row = {"launches": {"launches": x, "ms": x}, "copies": {"uploads": x, "waits": x}}
     base = {"launches": {"ms": 1.0}}
-    found = step.targets({
+    cells = {
         "operators": {"float32": {"max": {"ours": {"layer": {"added": x}}}}},
         "host": {"max": {"rollouts": kind}},
-        "device": {"balanced": {"ours": row, "base": base}},
-    })  # fmt: skip
-    assert len(found) == 7 and all(target["ok"] is met for target in found)
+        "device": {"balanced": {"ours": row, "base": base, "replayed": row}},
+        "compiled": {"max": {"eager ms": 3.0, "compiled ms": 2.0}, "balanced": {"failed": "no"}},
+    }
+    found = step.targets(cells)
+    assert len(found) == 10 and all(target["ok"] is met for target in found)
     alone = step.targets({"device": {"balanced": {"ours": row}}})
-    assert [x["ok"] for x in alone if "base" in x["name"]] == [None]
+    assert [x["ok"] for x in alone if "base" in x["name"]] == [None, None]
+    heads, *rows = step.table(cells)
+    assert {len(x) for x in rows} == {len(heads)}
+    rows = {x[0]: x[1:] for x in rows}
+    missed = "" if met else " missed"
+    assert rows["launches in a step"] == ["", f"{x:.3g}{missed}", "", "90"]
+    assert rows["replayed: host's ms of a step"] == ["", f"1 → {x:.3g}", "", ""]
+    assert ["", "-", "3 → 2", ""] in rows.values()
+    assert rows["rollouts: own share over the base's"] == ["", "", f"{x:.3g}{missed}", "0.2"]
 
 
 @pytest.mark.parametrize("kind,uploads,waits", [
@@ -145,3 +162,12 @@ def test_launches():
     layer = {name: two[name] - one[name] for name in two}
     assert layer["_attend_kernel"] == layer["_append_kv_kernel"] == 1
     assert layer["_finish_kernel"] == 0 < one["_finish_kernel"]
+
+
+@pytest.mark.long
+def test_replayed():
+    """Nothing is launched but while a step is captured, and by the one before."""
+    pytest.importorskip("triton")
+    with step.Worker(ROOT) as ask:
+        found = ask("replayed", "balanced", 1, 2, 8, 3)
+    assert found["ms"] > 0 and found["launches"] < 1

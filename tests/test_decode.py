@@ -136,6 +136,25 @@ def test_until(kind, config, graphs):
     assert both[0][1] == both[1][1] and graphs.replays
 
 
+def test_a_page_that_a_stop_gives_back(graphs):
+    """Row 1 stops where the next step, launched already, takes its last page; that page goes to row
+    2, and row 1 gets another when it goes on."""
+    config = CacheConfig(bits=8, budget=21, recent=6, policy="streaming", page_size=4)
+    both, stop = [], None
+    for graph in (False, False, "auto"):
+        rollouts = started(config, graph=graph, eos_token_id=())
+        rollouts.generate([40, 20, 8, 0, 0, 0])
+        if stop is None:
+            rollouts.generate([0, 1, 0, 0, 0, 0])
+            stop = rollouts.tokens[1][-1]
+            continue
+        rollouts.generate([12, 12, 12, 0, 0, 0], {stop})
+        rollouts.generate([12, 40, 12, 0, 0, 0])
+        both.append((rollouts, state(rollouts)))
+    same(both[0][0], both[1][0])
+    assert both[0][1] == both[1][1] and graphs.replays
+
+
 @pytest.mark.parametrize("options", [
     {}, {"do_sample": True, "top_k": 50, "temperature": 0.8}, {"eos_token_id": [*range(60, 99)]},
     {"do_sample": True, "top_p": 0.9, "eos_token_id": [*range(60, 64)]},

@@ -139,6 +139,7 @@ TABLES = {  # marker: page, module of bench, results
     "cpu": ("docs/cpu.md", "cpu", "cpu.json"),
     "prm": ("docs/scoring.md", "prm", "prm-cpu.json"),
     "demo": ("README.md", None, "demo-cpu.json"),
+    "step": ("docs/kernels.md", "step", "step.json"),
     "model": ("docs/kernels.md", "model", "model.json"),
     "model-times": ("docs/kernels.md", "model", "model.json"),
 }
