@@ -231,13 +231,7 @@ class Rollouts:
                 if ahead is None or self._behind(growing):
                     self.step(growing)
                 else:
-                    self._launch(ahead, growing, start, most)
-                if seen and self._flights:  # what is called now looks at rows, and may change what steps take
-                    try:
-                        self._land()
-                    except BaseException:
-                        self._land_all()
-                        raise
+                    self._launch(ahead, growing, start, most, wait=seen)
                 growing = [row for row in growing if grows(row)]
                 if progress is not None:
                     progress(len(growing))
@@ -276,10 +270,10 @@ class Rollouts:
         return {row for flight in self._flights for row in flight.live_rows.tolist()}
 
     def _launch(
-        self, decoder: Decoder, growing: list[int], start: list[int], most: np.ndarray
+        self, decoder: Decoder, growing: list[int], start: list[int], most: np.ndarray, wait: bool
     ) -> None:
         """Launch a step of the rows that grow, and then read the one before; or this alone, where
-        more cannot be known before."""
+        more cannot be known before. `wait`: read it as well, for who looks at rows."""
         flying = self._flying()
         rows = [
             row for row in growing
@@ -299,6 +293,8 @@ class Rollouts:
                     # At once: what the device has done is not undone on the host.
                     self._commit(_flights=[*before, flight])
             if before:
+                self._land()
+            if wait and self._flights:
                 self._land()
         except BaseException:
             self._land_all()

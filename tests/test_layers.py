@@ -29,7 +29,7 @@ ALLOWED = {
     "recent": {"ops", "transaction", "_host"},
     "cache": {"ops", "policy", "config", "store", "recent", "transaction"},
     "hf": {"hf", "ops", "config", "cache"},
-    "rollouts": {"ops", "config", "cache", "hf", "transaction"},
+    "rollouts": {"_host", "ops", "config", "cache", "hf", "transaction"},
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models"},
     "search": {"search", "rollouts"},
     "models": {"__init__"},
