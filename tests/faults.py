@@ -330,7 +330,7 @@ FAULTS = [
           "        self.forest.crop(self.forest.lengths() - grown)", DECODE + "gives_back"),
     Fault("victims are chosen before it is known who stopped", "kvtools/rollouts.py",
           "            if len(rows) and not (before and self.kv.selects(counts)):",
-          "            if len(rows):", DECODE + "until"),
+          "            if len(rows):", DECODE + "rows_that_evict"),
     Fault("a boolean index is recorded", "kvtools/testing.py",
           "x.dtype in (torch.bool, torch.uint8) for x in args[1]", "False for x in args[1]",
           RECORDER + "refused"),
