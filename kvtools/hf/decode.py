@@ -164,10 +164,9 @@ class Decoder:
         counts = np.zeros(kv.rows, np.int32)
         counts[rows] = 1
         # What autocast keeps between calls, weights of another dtype, is not there for replays.
-        modes: Any = nullcontext()
-        if torch.is_autocast_enabled(kv.device.type):
-            modes = torch.autocast(*_modes(kv.device.type), cache_enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), modes:
+        modes = _modes(kv.device.type)
+        autocast = torch.autocast(*modes, cache_enabled=False) if modes else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             if not self._state or len(self._state[0]) < size:
                 self._grow(size)
             step = self._steps.setdefault((size, *kv.kinds(counts)), _Step(Room(size, kv.device)))
@@ -275,8 +274,10 @@ def _where(x: Tensor) -> tuple:
 
 
 def _modes(device: str) -> tuple:
-    """Arguments of the autocast that is in force."""
-    return device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    """Arguments of the autocast that is in force, if one is."""
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return ()
+    return device, torch.get_autocast_dtype(device), True
 
 
 def _hooked(session: Session) -> bool:
