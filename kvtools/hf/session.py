@@ -50,7 +50,7 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
         )
     if probe and not door.probed:
         try:
-            _probe(eager_of(inner(model)), door)
+            _probe(inner(model), door)
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
@@ -381,13 +381,13 @@ def _probe(model: Any, door: Door) -> None:
     window = min(filter(None, door.cached), default=0)
     length = PROBE + (window if window <= FEW else 0)  # so that it is seen, where that is cheap
     ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
-    part, plain = _first_layers(decoder, door), None
+    part, plain = eager_of(_first_layers(decoder, door)), None
     noisy = any(isinstance(x, torch.nn.Dropout) and x.training and x.p for x in part.modules())
     if device.type != "meta" and not noisy:  # else there is nothing to compare
         try:
             plain = _by_itself(part, model, door, ids)
         except (IndexError, KeyError):  # it does not do with fewer layers
-            part = decoder
+            part = eager_of(decoder)
             plain = _by_itself(part, model, door, ids)
     wrong: int | Unsupported | None = None
     for counted in [False, True] if door.positions else [True]:
@@ -458,6 +458,7 @@ def _first_wrong(
 def _first_layers(decoder: Any, door: Door) -> Any:
     """`decoder` with the fewest first layers that show each kind once, sharing all parameters;
     itself if there is no list of layers."""
+    decoder = getattr(decoder, "_orig_mod", decoder)
     stacks = [
         (name, list(stack)) for name, stack in decoder.named_children()
         if isinstance(stack, torch.nn.ModuleList) and len(stack) == door.layers
@@ -467,7 +468,7 @@ def _first_layers(decoder: Any, door: Door) -> Any:
     ((name, layers),) = stacks
     types = getattr(door.configs[0], "layer_types", None) or [None] * len(layers)
     kinds: dict[tuple, int] = {}
-    for i, layer in enumerate(layers):
+    for i, layer in enumerate(getattr(x, "_orig_mod", x) for x in layers):
         parts = (type(x) for x in layer.children())
         kinds.setdefault((door.cached[i], types[i], type(layer), *parts), i)
     part = copy.copy(decoder)
