@@ -98,21 +98,25 @@ class Forest:
             PoolExhausted: too few free pages.
         """
 
-    def append(self, counts: Ints) -> Int32:
+    def append(self, counts: Ints, seal: bool = False) -> Int32:
         """Extend each row by `counts[row]` >= 0 slots.
 
         The row's leaf grows in place if no other row uses it, it is not sealed, and its last page
         is full or held by it alone. Otherwise a new child on fresh pages becomes the leaf.
 
+        With `seal` it is a new child, which is sealed as a root is: more of a prompt, whose rows
+        are to part here.
+
         Returns:
             The flat ids of the new slots, in row order, [sum(counts)].
 
         Raises:
-            PoolExhausted: `pages_needed(counts) > free_pages`.
+            PoolExhausted: `pages_needed(counts, seal) > free_pages`.
+            ValueError: with `seal`, a row that grows has grown without.
         """
 
-    def pages_needed(self, counts: Ints) -> int:
-        """Pages that `append(counts)` would take."""
+    def pages_needed(self, counts: Ints, seal: bool = False) -> int:
+        """Pages that `append(counts, seal)` would take."""
 
     def gather(self, index: Ints, copy: bool = False) -> tuple[Int32, Int32]:
         """Make the rows `rows[index]`, repeats allowed. Nodes that no row reaches any more are

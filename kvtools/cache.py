@@ -106,6 +106,7 @@ class KVCache:
             self._recent = Recent(config.recent, *config.recent_formats, self.device, self._journal)
         self._frame: dict[int, Tensor] = {}  # [prompts, 2, heads, D] by layer, see `_add_frames`
         self._seen = np.zeros(0, np.int32)
+        self._prompt_lengths = np.zeros(0, np.int32)
         self.positions: Tensor | None = None  # [t] of the step's tokens, -1 for those skipped
         self._passes: dict[Store, list[Pass]] = {}
         self._filling: _Filling | None = None
@@ -122,7 +123,7 @@ class KVCache:
     @property
     def prompt_lengths(self) -> np.ndarray:
         """[rows] tokens of each row that are its prompt's."""
-        return np.array([prompt.length for prompt in self._prompts], np.int64)[self._prompt]
+        return self._prompt_lengths.astype(np.int64)
 
     @property
     def switched(self) -> np.ndarray:
@@ -193,7 +194,9 @@ class KVCache:
         ]
         number = np.arange(filling.first, len(self._prompts))
         self._prompt = np.concatenate([self._prompt, np.repeat(number, copies)])
-        self._seen = np.concatenate([self._seen, np.repeat(lengths, copies).astype(np.int32)])
+        each = np.repeat(lengths, copies).astype(np.int32)
+        self._seen = np.concatenate([self._seen, each])
+        self._prompt_lengths = np.concatenate([self._prompt_lengths, each])
 
     @_storing()
     def fill(
@@ -279,11 +282,15 @@ class KVCache:
         return keep[0].nonzero()[:, 1].view(heads, kept) + sinks
 
     @_change
-    def extend(self, counts: Index, *more: Any, room: Room | None = None) -> Tensor:
+    def extend(
+        self, counts: Index, *more: Any, room: Room | None = None, prompt: bool = False
+    ) -> Tensor:
         """Give every row `counts` new tokens; `attend` must follow for every layer.
 
         Args:
             counts: [rows] new tokens per row, not negative.
+            prompt: they are more of the prompts, of rows that have not grown yet: kept whole, and
+                read once for all copies of a row.
             more: records whose arrays are brought to the device with all that this step needs.
             room: where to, for at most one token per row: then `begin` must follow, and what of a
                 step runs from there on can be captured and replayed.
@@ -298,18 +305,23 @@ class KVCache:
         counts = _to_numpy(counts, "counts", self.rows)
         if len(counts) and counts.min() < 0:
             raise ValueError(f"counts must not be negative, got {counts.min()}")
+        grown = (counts > 0) & (self._seen > self._prompt_lengths)
+        if prompt and grown.any():
+            raise ValueError(f"prompt: row {np.argmax(grown)} has grown beyond its prompt")
         for store in self.stores:
-            needed = store.pages_needed(counts)
+            needed = store.pages_needed(counts, prompt)
             store.reserve(needed, store.pages_needed(counts * AHEAD) if room else 0)
         ahead = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         position = np.repeat(self._seen, counts) + ahead
         self._seen = self._seen + counts
+        if prompt:
+            self._prompt_lengths = np.where(counts > 0, self._seen, self._prompt_lengths)
         version = counts.tobytes(), self._sinks and self._sinks.forest.version
         self._passes, self._filling = {}, None
         for store in self.stores:
             beside = partial(self._beside, store, counts)
             self._passes[store] = store.passes(
-                counts, position, beside, version, whole=room is not None
+                counts, position, beside, version, whole=room is not None, prompt=prompt
             )
         self._step = self._recent.step(counts, position) if self._recent else None
         self._tokens = _Tokens(position, np.repeat(self._prompt, counts))
@@ -480,7 +492,7 @@ class KVCache:
         known = len(self._prompts)
         alive, self._prompt = np.unique(self._prompt[index], return_inverse=True)
         self._prompts = [self._prompts[i] for i in alive]
-        self._seen = self._seen[index]
+        self._seen, self._prompt_lengths = self._seen[index], self._prompt_lengths[index]
         if len(alive) < known:
             (alive,) = at_once([alive], self.device)
             self._frame = {layer: frame[alive.long()] for layer, frame in self._frame.items()}
@@ -519,6 +531,7 @@ class KVCache:
         if self._recent:
             self._recent.crop(lengths)
         self._seen = lengths.astype(np.int32)
+        self._prompt_lengths = np.minimum(self._prompt_lengths, self._seen)
 
     def memory(self) -> dict[str, int]:
         """Bytes held, over the storage of all tensors.

@@ -134,11 +134,12 @@ class Store:
         budget = share if is_int(share) else share * length
         return min(length, max(floor, round(budget * self.factor)))
 
-    def pages_needed(self, counts: np.ndarray) -> int:
-        """For `counts` more tokens per row, of which a budget lets no more be kept."""
-        if self.budget is not None:
+    def pages_needed(self, counts: np.ndarray, prompt: bool = False) -> int:
+        """For `counts` more tokens per row, of which a budget lets no more be kept unless they are
+        of its prompt."""
+        if self.budget is not None and not prompt:
             counts = np.minimum(counts, self.budget - self.forest.own_lengths())
-        return self.forest.pages_needed(counts.astype(np.int32))
+        return self.forest.pages_needed(counts.astype(np.int32), prompt)
 
     def reserve(self, pages: int, ahead: int = 0) -> None:
         """Make sure that `pages` pages are free: grow the pool, to `ahead` free ones if it must
@@ -188,6 +189,7 @@ class Store:
         beside: Callable[[np.ndarray], list[dict]],
         version: tuple,
         whole: bool = False,
+        prompt: bool = False,
     ) -> list[Pass]:
         """Take slots for `counts` tokens per row; one by one where a row exceeds its budget or the
         policy looks at the last token alone.
@@ -198,13 +200,18 @@ class Store:
             beside: gives the plans of what rows read besides, for some tokens per row.
             version: what `beside` depends on.
             whole: a plan that is there already is brought to the device again.
+            prompt: they are of the rows' prompts, which keep them all.
         """
-        if self.budget is None or not (
-            (self.forest.own_lengths() + counts > self.budget).any()
-            or (self.last_only and (counts > 1).any())  # each must be the last once
+        if (
+            prompt
+            or self.budget is None
+            or not (
+                (self.forest.own_lengths() + counts > self.budget).any()
+                or (self.last_only and (counts > 1).any())  # each must be the last once
+            )
         ):
             self._evicted = np.zeros(len(counts), bool)
-            return [self._pass(None, counts, counts, beside, version, whole)]
+            return [self._pass(None, counts, counts, beside, version, whole, prompt)]
         passes = []
         start = np.cumsum(counts) - counts
         for i in range(counts.max()):
@@ -257,9 +264,10 @@ class Store:
         beside: Callable[[np.ndarray], list[dict]],
         version: tuple,
         whole: bool,
+        seal: bool = False,
     ) -> Pass:
         grow, counts = grow.astype(np.int32), counts.astype(np.int32)
-        slot_t = self.forest.append(grow)
+        slot_t = self.forest.append(grow, seal)
         key = (self.forest.version, *version, counts.tobytes())
         if key != self._plan_key:
             plan = self.forest.plan(counts, **self.limits)

@@ -46,6 +46,16 @@ class Machine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data())
+    def append_to_prompts(self, data):
+        """More of the prompt, where a row has nothing else yet."""
+        cache = self.twin.cache
+        whole = cache.lengths.numpy() == cache.prompt_lengths
+        counts = [n * int(may) for n, may in zip(data.draw(self.lists(0, 9)), whole, strict=True)]
+        self.twin.check_step(counts, prompt=True)
+        assert (cache.prompt_lengths == cache.lengths.numpy())[whole].all()
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data())
     def gather(self, data):
         """Fork, permute or drop."""
         self.twin.gather(data.draw(st.lists(st.integers(0, self.rows - 1), max_size=MOST)))

@@ -72,6 +72,25 @@ def test_append_never_in_place_of_a_sealed_node():
     assert forest.own_lengths().tolist() == [2]
 
 
+def test_append_sealed_is_a_node_of_its_own():
+    forest = Forest(9, 4)
+    forest.insert(3, copies=2)
+    assert forest.pages_needed([1, 0], seal=True) == 1
+    forest.append([1, 0], seal=True)
+    forest.append([5, 0], seal=True)
+    forest.gather([0, 0, 1])
+    assert forest.append([1, 1, 2]).tolist() == [16, 20, 24, 25]
+    assert forest.own_lengths().tolist() == [1, 1, 2]
+    assert forest.prefix_pages() == 4
+    plan = forest.plan([1, 1, 1])
+    assert plan["length"].tolist() == [3, 1, 5, 1, 1, 2]
+    assert plan["own"].tolist() == [0, 0, 0, 1, 1, 1]
+    before = forest.lengths().tolist(), forest.free_pages
+    with pytest.raises(ValueError, match="seal: row 1 has grown"):
+        forest.append([0, 1, 0], seal=True)
+    assert (forest.lengths().tolist(), forest.free_pages) == before
+
+
 def test_append_in_place():
     forest = Forest(8, 4)
     forest.insert(1, copies=2)

@@ -46,20 +46,24 @@ class Machine(RuleBasedStateMachine):
             values = self.write(slots)
             self.rows += [(base, len(values), values)] * copies
 
-    @rule(data=st.data())
-    def append(self, data):
+    @rule(data=st.data(), seal=st.booleans())
+    def append(self, data, seal):
         size = len(self.rows)
         counts = data.draw(st.lists(st.integers(0, 6), min_size=size, max_size=size))
+        if seal:  # only what has not grown
+            whole = [sealed == len(values) for _, sealed, values in self.rows]
+            counts = [count * may for count, may in zip(counts, whole, strict=True)]
         version, free = self.forest.version, self.forest.free_pages
-        needed = self.forest.pages_needed(counts)
-        slots = self.attempt(needed, lambda: self.forest.append(counts))
+        needed = self.forest.pages_needed(counts, seal)
+        slots = self.attempt(needed, lambda: self.forest.append(counts, seal))
         if slots is None:
             return
         assert self.forest.free_pages == free - needed
         assert (self.forest.version > version) == (needed > 0)
         values = self.write(slots)
         for row, (base, sealed, old) in enumerate(self.rows):
-            self.rows[row] = (base, sealed, old + values[: counts[row]])
+            new = old + values[: counts[row]]
+            self.rows[row] = (base, len(new) if seal and counts[row] else sealed, new)
             values = values[counts[row] :]
 
     @precondition(lambda self: self.rows)

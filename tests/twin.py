@@ -47,11 +47,11 @@ class Twin:
         ends = [len(row) - self.cache.config.recent for row in self.rows]
         self.recent = list(map(max, self.recent, ends))
 
-    def step(self, counts=None):
+    def step(self, counts=None, **how):
         """New tokens for every row; their attention [T, Hq, D] by layer."""
         self.settle()
         counts = [1] * len(self.rows) if counts is None else counts
-        position = self.cache.extend(counts)
+        position = self.cache.extend(counts, **how)
         starts = [len(row) for row in self.rows]
         for row, seed, count in zip(self.rows, self.seeds, counts, strict=True):
             row += [seed] * count
@@ -132,11 +132,11 @@ class Twin:
                 out[g] = x.softmax(0)[: len(seen)] @ v[seen, h]
         return out
 
-    def check_step(self, counts=None):
+    def check_step(self, counts=None, **how):
         """A step whose attention must be that of the tokens read; rows that lose tokens in it may
         take one each."""
         starts = [len(row) for row in self.rows]
-        for layer, out in enumerate(self.step(counts)):
+        for layer, out in enumerate(self.step(counts, **how)):
             expected = [
                 self.dense(layer, row, at, self.cache.kept(layer, row))
                 for row, start in enumerate(starts)

@@ -122,16 +122,16 @@ PYBIND11_MODULE(_host, m) {
           py::arg("length"), py::arg("base") = 0, py::arg("copies") = 1)
       .def(
           "append",
-          [](Forest& forest, const py::object& counts) {
-            return to_numpy(forest.append(view(to_int32(counts, "counts", 1))));
+          [](Forest& forest, const py::object& counts, bool seal) {
+            return to_numpy(forest.append(view(to_int32(counts, "counts", 1)), seal));
           },
-          py::arg("counts"))
+          py::arg("counts"), py::arg("seal") = false)
       .def(
           "pages_needed",
-          [](const Forest& forest, const py::object& counts) {
-            return forest.pages_needed(view(to_int32(counts, "counts", 1)));
+          [](const Forest& forest, const py::object& counts, bool seal) {
+            return forest.pages_needed(view(to_int32(counts, "counts", 1)), seal);
           },
-          py::arg("counts"))
+          py::arg("counts"), py::arg("seal") = false)
       .def(
           "gather",
           [](Forest& forest, const py::object& index, bool copy) {

@@ -54,12 +54,15 @@ Ints Forest::insert(int32_t length, int32_t base, int32_t copies) {
   return slots;
 }
 
-int64_t Forest::pages_needed(View counts) const {
+int64_t Forest::pages_needed(View counts, bool seal) const {
   require_counts(counts);
   int64_t needed = 0;
   for (int64_t row = 0; row < counts.size; ++row) {
     if (counts[row] == 0) continue;
     const Node& leaf = nodes_[rows_[row]];
+    if (seal && !leaf.sealed) {
+      throw Invalid(text("seal: row ", row, " has grown, and what is sealed comes before that"));
+    }
     needed += grows_in_place(rows_[row])
                   ? pages_spanning(int64_t{leaf.first} + leaf.length + counts[row]) -
                         static_cast<int64_t>(leaf.pages.size())
@@ -68,8 +71,8 @@ int64_t Forest::pages_needed(View counts) const {
   return needed;
 }
 
-Ints Forest::append(View counts) {
-  const int64_t needed = pages_needed(counts);
+Ints Forest::append(View counts, bool seal) {
+  const int64_t needed = pages_needed(counts, seal);
   require_pages(needed);
   Ints slots;
   for (int64_t row = 0; row < counts.size; ++row) {
@@ -79,6 +82,7 @@ Ints Forest::append(View counts) {
     const int32_t begin = leaf.length;
     leaf.length += counts[row];
     take_pages(leaf.pages, pages_spanning(int64_t{leaf.first} + leaf.length));
+    leaf.sealed = seal;
     write_slots(leaf, begin, slots);
   }
   // Each new node brings a page, so this covers the tree as well as the page lists.

@@ -75,8 +75,8 @@ class Forest {
 
   void grow(int64_t num_pages);
   Ints insert(int32_t length, int32_t base, int32_t copies);
-  Ints append(View counts);
-  int64_t pages_needed(View counts) const;
+  Ints append(View counts, bool seal);
+  int64_t pages_needed(View counts, bool seal) const;
   std::pair<Ints, Ints> gather(View index, bool copy);
   int64_t gather_pages_needed(View index) const;
   void crop(View lengths);

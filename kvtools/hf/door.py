@@ -103,6 +103,13 @@ class Door:
         _, group = np.unique(np.stack(keys, 1), axis=0, return_inverse=True)
         return [rows[group.reshape(-1) == i] for i in range(group.max() + 1)]
 
+    def stretches(self, lengths: np.ndarray) -> bool:
+        """Whether tokens of texts of such lengths depend on how long those are, or have to come all
+        at once."""
+        one = np.ones_like(lengths)
+        changed = [self.past_switch(lengths), *(rope(lengths) != rope(one) for rope in self.ropes)]
+        return self.counted or bool(np.any(changed))
+
     def past_switch(self, length: Any) -> Any:
         """Whether a text of `length` tokens is rotated as past the switch."""
         return length > self.switch

@@ -18,12 +18,14 @@ from ..config import CacheConfig
 from ..ops.upload import on_device
 from .door import Door, Unsupported, decoder_of, device_of, door_of, eager_of, inner, refusal
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
+from .prefixes import branches
 
 PROBE = 4  # tokens
 FEW = 256  # of a window that the probe goes past
 # Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
 # padding; and a forward needs no more memory than one of a prompt of so many tokens.
 PADDING, TOKENS = 1 / 4, 8192
+STRETCH = 32  # tokens with which prompts begin alike that are worth a node of their own
 
 
 def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
@@ -122,7 +124,11 @@ class Session:
     def prefill(self, prompts: Sequence[Tensor], copies: int | Sequence[int] = 1) -> list[Tensor]:
         """Run prompts through the model and add `copies` rows over each, in order.
 
-        Prompts of similar lengths share a forward.
+        Prompts of similar lengths share a forward. Tokens with which prompts begin alike, at least
+        `STRETCH`, are run once, stored once, and read once by all their rows; what follows reads
+        them as they are stored. Prompts stay apart where the cache has a `prompt_budget`, which
+        looks at a whole prompt, or where the model rotates tokens by the length of so long a text
+        (longrope, dynamic rope) or counts positions itself.
 
         Args:
             prompts: token ids of each, at least one.
@@ -140,10 +146,66 @@ class Session:
         begin = time.perf_counter()
         if not all(map(len, prompts)):
             raise ValueError("prompts holds an empty prompt: each needs at least one token")
+        copies, lengths = np.broadcast_to(copies, len(prompts)), np.array([len(x) for x in prompts])
+        apart = self.kv.config.prompt_budget not in (None, 1.0) or self.door.stretches(lengths)
         with self.kv.transaction():
-            out = self._prefill(prompts, np.broadcast_to(copies, len(prompts)))
+            out = self._prefill(prompts, copies) if apart else self._grow(prompts, copies)
         self.cache.timing["prefill_s"] += time.perf_counter() - begin
         return [x[-1] for x in out] if self.head else out
+
+    def _grow(self, prompts: Sequence[Tensor], copies: np.ndarray) -> list[Tensor]:
+        """As `_prefill`, for prompts of which some begin alike."""
+        texts = [x.cpu().numpy() for x in prompts]
+        levels = branches(texts, max(STRETCH, self.kv.config.sinks + 1))
+        if len(levels) == 1:
+            return self._prefill(prompts, copies)
+        roots, before = levels[0], self.kv.rows
+        row = np.empty(len(prompts), np.int64)  # of each prompt
+        row[np.concatenate([x.prompts for x in roots])] = before + np.arange(len(prompts))
+        out = self._prefill(
+            [prompts[x.prompts[0]][: x.end] for x in roots],
+            np.array([len(x.prompts) for x in roots]),
+        )
+        parts: list[list[Tensor]] = [[] for _ in prompts]
+        for level in levels:
+            if level is not roots:
+                first = sorted(level, key=lambda x: row[x.prompts[0]])
+                out = self._branch(
+                    [(row[x.prompts[0]], texts[x.prompts[0]][x.begin : x.end]) for x in first]
+                )
+                index = np.arange(self.kv.rows)
+                for x in level:
+                    index[row[x.prompts]] = row[x.prompts[0]]
+                self.kv.gather(index)
+                level = first
+            for x, part in zip(level, out, strict=True):
+                for i in x.prompts:
+                    parts[i] = [part] if self.head else [*parts[i], part]
+        self.kv.gather(np.concatenate([np.arange(before), np.repeat(row, copies)]))
+        return [part[-1] if self.head else torch.cat(part) for part in parts]
+
+    def _branch(self, texts: list[tuple[int, np.ndarray]]) -> list[Tensor]:
+        """Give rows, ascending, more of their prompts, in forwards of `TOKENS` tokens at most: of
+        each what `_fill` returns."""
+        pieces = [
+            (i, row, text[begin : begin + TOKENS])
+            for i, (row, text) in enumerate(texts)
+            for begin in range(0, len(text), TOKENS)
+        ]
+        out: list[list[Tensor]] = [[] for _ in texts]
+        while pieces:
+            total = np.cumsum([len(text) for _, _, text in pieces])
+            now = pieces[: max(1, int((total <= TOKENS).sum()))]
+            pieces = pieces[len(now) :]
+            counts = np.zeros(self.kv.rows, np.int32)
+            counts[[row for _, row, _ in now]] = lengths = [len(text) for _, _, text in now]
+            tokens = np.concatenate([text for _, _, text in now])
+            x = self._step(tokens, counts, prompt=True)
+            for (i, _, _), part in zip(
+                now, x.split([1] * len(now) if self.head else lengths), strict=True
+            ):
+                out[i] = [part] if self.head else [*out[i], part]
+        return [torch.cat(x) for x in out]
 
     def _prefill(
         self, prompts: Sequence[Tensor], copies: np.ndarray, switched: bool | None = None
@@ -317,24 +379,32 @@ class Session:
         """Of the model."""
         return inner(self._model).modules()
 
-    def _step(self, tokens: Tensor | np.ndarray, counts: np.ndarray, *more: Any) -> Tensor:
-        """One forward: what follows each new token."""
+    def _step(
+        self, tokens: Tensor | np.ndarray, counts: np.ndarray, *more: Any, prompt: bool = False
+    ) -> Tensor:
+        """One forward: what follows each new token; of a `prompt`, logits after its last alone."""
         past, live = int(self.kv.lengths.numpy()[counts > 0].max()), int((counts > 0).sum())
         record = _Tokens(tokens)
-        position_t, tokens = self.kv.extend(counts, record, *more), record.tokens.long()
-        longest = int(counts.max())
+        position_t = self.kv.extend(counts, record, *more, prompt=prompt)
+        tokens, longest = record.tokens.long(), int(counts.max())
         # Ragged rows go in as one, without padding: attention alone tells rows apart.
         width = longest if longest * live == len(tokens) else len(tokens)
         ids, positions = tokens.view(-1, width), position_t.view(-1, width)
         forward = Forward(self.door, self.kv, False, past)
-        return self._forward(ids, positions.long(), forward, longest == 1).flatten(0, 1)
+        last = longest == 1
+        if prompt and self.head and not last:
+            ends = torch.from_numpy(counts[counts > 0].cumsum() - 1).to(tokens.device)
+            ids, positions, last = tokens[None], position_t[None], ends
+        out = self._forward(ids, positions.long(), forward, last).flatten(0, 1)
+        keeps = isinstance(last, Tensor) and len(out) != len(last)  # all, although told which
+        return out[last] if keeps else out
 
     def _forward(
         self,
         ids: Tensor,
         positions: Tensor,
         forward: Forward,
-        last: bool = True,
+        last: bool | Tensor = True,
         mask: Tensor | None = None,
     ) -> Tensor:
         options: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
@@ -342,8 +412,8 @@ class Session:
             options["position_ids"] = positions
         if mask is not None:
             options["attention_mask"] = mask
-        if self.head and last:
-            options["logits_to_keep"] = 1
+        if self.head and last is not False:
+            options["logits_to_keep"] = 1 if last is True else last
         self.door.renew()
         run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode
         if run is not self._runner:  # one graph for any number of rows and tokens
