@@ -1,5 +1,6 @@
 """Rollouts of a model: rows over shared prompts that can be stepped, forked, pruned and rewound."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,8 +23,8 @@ Until = Collection[int] | Callable[[list[int]], bool]
 Processor = Callable[[list[list[int]], Tensor], Tensor]
 # What a call may change.
 STATE = (
-    "tokens", "logprobs", "prompt_lengths", "seeds", "finished", "_ready", "_first", "_seeded",
-    "_flights",
+    "tokens", "logprobs", "prompt_lengths", "given", "seeds", "finished", "_ready", "_first",
+    "_seeded", "_flights",
 )  # fmt: skip
 
 
@@ -54,7 +55,9 @@ class Rollouts:
     Attributes:
         tokens: of each row, prompt included.
         prompt_lengths: [rows] tokens of each row that are its prompt.
-        logprobs: log-probabilities of each row's sampled tokens, before filters.
+        logprobs: log-probabilities of each row's tokens after the prompt, before filters; NaN of
+            those that `append` gave unless it was asked for them.
+        given: of each row, the spans [begin, end) of its tokens that `append` gave, ascending.
         seeds: [rows] int64; set them after forking if copies of a row shall differ at equal
             positions.
         finished: [rows] bool, rows that ended with an EOS token; set it to end others.
@@ -99,6 +102,7 @@ class Rollouts:
         self.tokens: list[list[int]] = []
         self.logprobs: list[list[float]] = []
         self.prompt_lengths = np.zeros(0, np.int64)
+        self.given: list[tuple[tuple[int, int], ...]] = []
         self.seeds = np.zeros(0, np.int64)
         self.finished = np.zeros(0, bool)
         # Logits [n, v] and which of them, of rows whose last token has been fed.
@@ -148,6 +152,7 @@ class Rollouts:
                 tokens=self.tokens + [list(prompt) for prompt in new],
                 logprobs=self.logprobs + [[] for _ in new],
                 prompt_lengths=np.concatenate([self.prompt_lengths, lengths]),
+                given=self.given + [()] * len(new),
                 seeds=np.concatenate([self.seeds, seeds]),
                 finished=np.concatenate([self.finished, np.zeros(len(new), bool)]),
                 _ready=self._ready + [(logits[prompt][None], 0) for prompt in new],
@@ -340,6 +345,74 @@ class Rollouts:
         self._recover()
         self._land_all()
 
+    def append(
+        self, tokens: Sequence[Sequence[int]], rows: Index | None = None, *, logprobs: bool = False
+    ) -> None:
+        """Give rows tokens that they did not sample: what a tool, a user or a judge says between
+        their turns. Rows that had finished go on.
+
+        They are a row's own as sampled ones are: they are quantised and evicted, and `crop` takes
+        them back.
+
+        Args:
+            tokens: token ids for each of the rows; none leaves a row as it is.
+            rows: which, once each; default all.
+            logprobs: how likely the row held each of them, at its temperature, goes to `logprobs`.
+                The model then sees them at once, but the last, and otherwise with the next step.
+
+        Raises:
+            IndexError: a number is not a row.
+            ValueError: there is not one list for each row, or a row is there twice.
+        """
+        self._settle()
+        chosen = np.arange(self.rows) if rows is None else np.asarray(rows, np.int64)
+        texts = [x.tolist() if isinstance(x, Tensor) else [int(t) for t in x] for x in tokens]
+        distinct, order = self._distinct(chosen)
+        if len(distinct) < len(chosen):
+            raise ValueError("rows holds a row twice: each is given tokens once")
+        if len(texts) != len(chosen):
+            raise ValueError(f"tokens has {len(texts)} entries for {len(chosen)} rows")
+        texts = [(int(chosen[i]), texts[i]) for i in np.argsort(chosen) if texts[i]]
+        if not texts:
+            return
+        active = np.array([row for row, _ in texts])
+        with self._change():
+            ready, worth = list(self._ready), [[math.nan] * len(text) for _, text in texts]
+            if logprobs:
+                ready = self._fed(active, _Draw(active, seed_words(self.seeds[active])))
+                before = [ready[row][0][ready[row][1]] for row in active]
+            for row, text in texts:
+                self.tokens[row] += text  # before they are encoded, which may look at texts
+            if logprobs:
+                new = [text for _, text in texts]
+                temperature = self.filters["temperature"] or 1.0
+                worth = self._session.follow(
+                    active, new, before, temperature=temperature, last=False
+                )[0]
+            finished, given = self.finished.copy(), list(self.given)
+            for (row, text), each in zip(texts, worth, strict=True):
+                self.logprobs[row] += each if isinstance(each, list) else each.tolist()
+                end = len(self.tokens[row])
+                given[row] = _spans(given[row], end - len(text), end)
+                ready[row], finished[row] = None, False
+            self._commit(_ready=ready, finished=finished, given=given)
+
+    def fork(self, row: int, n: int) -> np.ndarray:
+        """Add `n` copies of a row, with seeds of their own.
+
+        Returns:
+            Their numbers [n], which are the last.
+
+        Raises:
+            IndexError: there is no such row.
+            ValueError: n is negative.
+        """
+        if n < 0:
+            raise ValueError(f"n={n} must not be negative")
+        before = self.rows
+        self.gather([*range(before), *[row] * n])
+        return before + np.arange(n)
+
     def gather(self, index: Index) -> None:
         """Make the rows rows[index]: fork, prune, reorder, select, resample. See `KVCache.gather`.
 
@@ -355,6 +428,7 @@ class Rollouts:
                 tokens=[list(self.tokens[i]) for i in index],
                 logprobs=[list(self.logprobs[i]) for i in index],
                 prompt_lengths=self.prompt_lengths[index],
+                given=[self.given[i] for i in index],
                 seeds=seeds,
                 finished=self.finished[index],
                 _ready=[self._ready[i] for i in index],
@@ -382,14 +456,17 @@ class Rollouts:
         with self._change():
             self.kv.crop(np.minimum(np.where(cut, fed, present), self.kv.lengths.numpy()))
             tokens, logprobs, ready = list(self.tokens), list(self.logprobs), list(self._ready)
+            given = list(self.given)
             for row in np.flatnonzero(cut):
                 length = int(lengths[row])
                 tokens[row] = tokens[row][:length]
                 logprobs[row] = logprobs[row][: length - int(self.prompt_lengths[row])]
+                given[row] = tuple((a, min(b, length)) for a, b in given[row] if a < length)
                 ready[row] = (self._first[row][None], 0) if at_prompt[row] else None
             self._commit(
-                tokens=tokens, logprobs=logprobs, finished=self.finished & ~cut, _ready=ready
-            )
+                tokens=tokens, logprobs=logprobs, finished=self.finished & ~cut, given=given,
+                _ready=ready,
+            )  # fmt: skip
 
     def peek(self, tokens: Sequence[int], rows: Index) -> Tensor:
         """Logits that would follow `tokens` after rows; all rows stay as they are, bit by bit.
@@ -492,6 +569,13 @@ class _Draw:
 
     position_t: Any  # of the token that is drawn
     seed_t: Any
+
+
+def _spans(spans: tuple[tuple[int, int], ...], begin: int, end: int) -> tuple[tuple[int, int], ...]:
+    """With one more behind them."""
+    if spans and spans[-1][1] == begin:
+        *spans, (begin, _) = spans
+    return (*spans, (begin, end))
 
 
 def _logits(ready: list[tuple[Tensor, int]]) -> Tensor:

@@ -110,6 +110,18 @@ class Door:
         changed = [self.past_switch(lengths), *(rope(lengths) != rope(one) for rope in self.ropes)]
         return self.counted or bool(np.any(changed))
 
+    def at_once(self, before: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """How many of `counts` tokens, one at least, rows may be given so that each is rotated as
+        if it were the last."""
+        if not self.ropes and self.switch == math.inf:
+            return counts
+        most = []
+        for first, count in zip(before + 1, counts, strict=True):
+            length = first + np.arange(count)
+            keys = [f(length) for f in (self.past_switch, *self.ropes)]
+            most.append(min(np.argmin(np.append(key == key[0], False)) for key in keys))
+        return np.array(most)
+
     def past_switch(self, length: Any) -> Any:
         """Whether a text of `length` tokens is rotated as past the switch."""
         return length > self.switch

@@ -19,13 +19,13 @@ def branches(prompts: Sequence[np.ndarray], least: int) -> list[list[Branch]]:
     prompt ends with a branch.
 
     Args:
-        prompts: token ids of each, at least one; repeats are allowed.
+        prompts: token ids of each, at least one; the same may come more than once.
         least: tokens below which a stretch is not worth a branch of its own.
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
     alike = [_alike(prompts[i], prompts[j]) for i, j in zip(order, order[1:], strict=False)]
     levels: list[list[Branch]] = []
-    todo = [(0, len(order), 0, 0)]
+    todo = [(0, len(order), 0, 0)] if order else []
     while todo:
         first, last, begin, depth = todo.pop()
         end = min(alike[first : last - 1], default=len(prompts[order[first]]))

@@ -25,6 +25,7 @@ FEW = 256  # of a window that the probe goes past
 # Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
 # padding; and a forward needs no more memory than one of a prompt of so many tokens.
 PADDING, TOKENS = 1 / 4, 8192
+LOGITS = 1 << 24  # of one forward that are looked at together
 STRETCH = 32  # tokens with which prompts begin alike that are worth a node of their own
 
 
@@ -157,7 +158,7 @@ class Session:
         """As `_prefill`, for prompts of which some begin alike."""
         texts = [x.cpu().numpy() for x in prompts]
         levels = branches(texts, max(STRETCH, self.kv.config.sinks + 1))
-        if len(levels) == 1:
+        if len(levels) <= 1:
             return self._prefill(prompts, copies)
         roots, before = levels[0], self.kv.rows
         row = np.empty(len(prompts), np.int64)  # of each prompt
@@ -200,7 +201,7 @@ class Session:
             counts = np.zeros(self.kv.rows, np.int32)
             counts[[row for _, row, _ in now]] = lengths = [len(text) for _, _, text in now]
             tokens = np.concatenate([text for _, _, text in now])
-            x = self._step(tokens, counts, prompt=True)
+            x = self._step(tokens, counts, prompt=True, every=False)
             for (i, _, _), part in zip(
                 now, x.split([1] * len(now) if self.head else lengths), strict=True
             ):
@@ -265,6 +266,68 @@ class Session:
         return [x[-1:] if self.head else x[-n:] for x, n in zip(out, lengths, strict=True)]
 
     @torch.no_grad()
+    def follow(
+        self,
+        rows: np.ndarray,
+        texts: Sequence[Sequence[int]],
+        before: Sequence[Tensor],
+        *,
+        temperature: float = 1.0,
+        last: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Give rows texts, and tell how likely each token was where it stands.
+
+        No more than about `LOGITS` logits are held at a time, besides those returned.
+
+        Args:
+            rows: distinct, ascending.
+            texts: tokens for each, perhaps none.
+            before: logits [v] after what each row has.
+            temperature: logits are divided by it.
+            last: the last tokens are given, too, although they say nothing of those before.
+
+        Returns:
+            Of each row log-probabilities and entropies [n] of its tokens, in nats, fp32 (fp64 of
+            logits that are); and, with `last`, logits [v] after all of them.
+
+        If anything fails the cache is as it was.
+        """
+        texts = [np.asarray(text, np.int64) for text in texts]
+        after, most = list(before), max(1, LOGITS // max(len(before[0]) if len(before) else 1, 1))
+        stats: list[list[Tensor]] = [[] for _ in texts]
+        for some in np.array_split(np.arange(len(texts)), -(-len(texts) // most) or 1):
+            first = [i for i in some if len(texts[i])]
+            if first:
+                target = [texts[i][0] for i in first]
+                seen = _likelihood(torch.stack([before[i] for i in first]), target, temperature)
+                for i, x in zip(first, seen.split(1), strict=True):
+                    stats[i].append(x)
+        fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - (not last) for x in texts])
+        with self.kv.transaction():
+            while (live := np.flatnonzero(fed < ends)[:most]).size:
+                width = np.minimum(max(1, most // len(live)), (ends - fed)[live])
+                width = self.door.at_once(self.kv.lengths.numpy()[rows[live]], width)
+                counts = np.zeros(self.kv.rows, np.int32)
+                counts[rows[live]] = width
+                spans = list(zip(live, fed[live], fed[live] + width, strict=True))
+                x = self.extend(
+                    np.concatenate([texts[i][a:b] for i, a, b in spans]), counts, every=True
+                )
+                target = np.concatenate(
+                    [np.append(texts[i], 0)[a + 1 : b + 1] for i, a, b in spans]
+                )
+                seen = _likelihood(x, target, temperature).split(width.tolist())
+                for (i, a, b), each, logits in zip(
+                    spans, seen, x.split(width.tolist()), strict=True
+                ):
+                    stats[i].append(each[: len(texts[i]) - 1 - a])
+                    if last and b == len(texts[i]):
+                        after[i] = logits[-1].clone()
+                fed[live] += width
+        out = [torch.cat(x) if x else torch.zeros(0, 2, device=self.device) for x in stats]
+        return [x[:, 0] for x in out], [x[:, 1] for x in out], after if last else []
+
+    @torch.no_grad()
     def extend(
         self,
         tokens: Tensor | np.ndarray,
@@ -295,14 +358,14 @@ class Session:
         groups = self.door.groups(before, np.where(turned, 0, counts))
         with self.kv.transaction():
             if len(groups) == 1 and not turned.any():
-                out = self._step(tokens, counts, *more)
+                out = self._step(tokens, counts, *more, every=every)
             else:
                 record = _Tokens(tokens)
                 on_device(self.device, record, *more)
                 out = self._by_groups(record.tokens.long(), counts, groups, turned)
-        if self.head and not every and counts.max() > 1:
-            last = counts[counts > 0].cumsum() - 1
-            out = out[torch.from_numpy(last).to(out.device)]
+                if self.head and not every:
+                    last = counts[counts > 0].cumsum() - 1
+                    out = out[torch.from_numpy(last).to(out.device)]
         timing = self.cache.timing
         timing["decode_s"] += time.perf_counter() - begin
         timing["steps"] += 1
@@ -380,31 +443,38 @@ class Session:
         return inner(self._model).modules()
 
     def _step(
-        self, tokens: Tensor | np.ndarray, counts: np.ndarray, *more: Any, prompt: bool = False
+        self,
+        tokens: Tensor | np.ndarray,
+        counts: np.ndarray,
+        *more: Any,
+        prompt: bool = False,
+        every: bool = True,
     ) -> Tensor:
-        """One forward: what follows each new token; of a `prompt`, logits after its last alone."""
+        """One forward: what follows each new token; logits, unless `every`, after each row's last
+        alone. `prompt`: see `KVCache.extend`."""
         past, live = int(self.kv.lengths.numpy()[counts > 0].max()), int((counts > 0).sum())
         record = _Tokens(tokens)
         position_t = self.kv.extend(counts, record, *more, prompt=prompt)
         tokens, longest = record.tokens.long(), int(counts.max())
         # Ragged rows go in as one, without padding: attention alone tells rows apart.
-        width = longest if longest * live == len(tokens) else len(tokens)
+        even = longest * live == len(tokens)
+        width = longest if even else len(tokens)
         ids, positions = tokens.view(-1, width), position_t.view(-1, width)
         forward = Forward(self.door, self.kv, False, past)
-        last = longest == 1
-        if prompt and self.head and not last:
-            ends = torch.from_numpy(counts[counts > 0].cumsum() - 1).to(tokens.device)
-            ids, positions, last = tokens[None], position_t[None], ends
-        out = self._forward(ids, positions.long(), forward, last).flatten(0, 1)
-        keeps = isinstance(last, Tensor) and len(out) != len(last)  # all, although told which
-        return out[last] if keeps else out
+        if every or not self.head:
+            return self._forward(ids, positions.long(), forward, 0).flatten(0, 1)
+        if even:
+            return self._forward(ids, positions.long(), forward)[:, -1]
+        ends = torch.from_numpy(counts[counts > 0].cumsum() - 1).to(ids.device)
+        (out,) = self._forward(ids, positions.long(), forward, ends)
+        return out if len(out) == len(ends) else out[ends]  # some keep all, whatever they are told
 
     def _forward(
         self,
         ids: Tensor,
         positions: Tensor,
         forward: Forward,
-        last: bool | Tensor = True,
+        keep: int | Tensor = 1,
         mask: Tensor | None = None,
     ) -> Tensor:
         options: dict[str, Any] = {CACHE: self.cache, "use_cache": True}
@@ -412,8 +482,8 @@ class Session:
             options["position_ids"] = positions
         if mask is not None:
             options["attention_mask"] = mask
-        if self.head and last is not False:
-            options["logits_to_keep"] = 1 if last is True else last
+        if self.head:
+            options["logits_to_keep"] = keep  # 0 keeps all
         self.door.renew()
         run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode
         if run is not self._runner:  # one graph for any number of rows and tokens
@@ -436,6 +506,21 @@ def _warn(kind: str, reason: str) -> None:
     warnings.warn(
         f"kvtools runs {kind} without torch.compile: {reason}", RuntimeWarning, stacklevel=5
     )
+
+
+def _likelihood(logits_tv: Tensor, target_t: Any, temperature: float) -> Tensor:
+    """Log-probabilities of the targets, and entropies [t, 2]."""
+    dtype = torch.promote_types(logits_tv.dtype, torch.float32)
+    logits_tv = logits_tv.to(dtype)
+    if temperature != 1.0:
+        logits_tv = logits_tv / temperature
+    norm_t = logits_tv.logsumexp(-1)
+    target_t = torch.as_tensor(target_t, device=logits_tv.device)
+    logprob_t = logits_tv.gather(1, target_t[:, None])[:, 0] - norm_t
+    # x log x is 0 where x is: tokens that a model rules out have logits of -inf.
+    p = logits_tv.softmax(-1)
+    mean_t = torch.linalg.vecdot(p, logits_tv.masked_fill(p == 0, 0))
+    return torch.stack([logprob_t, norm_t - mean_t], 1)
 
 
 def _output(out: Any) -> Tensor:
