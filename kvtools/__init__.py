@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from . import hf, models, policy, prm, quality, search, tasks
     from ._host import PoolExhausted
     from .cache import KVCache
-    from .hf import generate, patch
+    from .hf import generate, logprobs, patch
     from .prm import PRM
     from .rollouts import Rollouts
 
@@ -38,6 +38,7 @@ __all__ = [
     "generate",
     "hf",
     "key_scores",
+    "logprobs",
     "merge_states",
     "models",
     "patch",
@@ -63,6 +64,7 @@ _LAZY = {
     "Rollouts": "rollouts",
     "generate": "hf",
     "hf": "hf",
+    "logprobs": "hf",
     "models": "models",
     "patch": "hf",
     "policy": "policy",

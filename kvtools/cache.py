@@ -131,8 +131,9 @@ class KVCache:
         return np.array([prompt.switched for prompt in self._prompts], bool)[self._prompt]
 
     def transaction(self) -> Transaction:
-        """Open a transaction, which undoes what comes next: prompts added and filled, or one
-        `extend` with its `attend`s, or one `gather` or `crop`.
+        """Open a transaction, which undoes what comes next: prompts that are added and filled,
+        `extend` with its `attend`s, `gather`, `crop`. Only the last of them may drop rows, or
+        tokens of rows: their pages could be written to.
 
         In a `with` block it is undone if the block raises, and kept otherwise. By hand: `undo()`,
         at any time before the next change; a transaction that is dropped is kept. Rows are then

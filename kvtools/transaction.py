@@ -48,7 +48,7 @@ class Journal:
             x = getattr(part, name)
             if x is not None:
                 # An index made of tensors copies.
-                entry = part, name, index, x.clone() if index is None else x[index]
+                entry = part, name, x, index, x.clone() if index is None else x[index]
                 for transaction in self.open:
                     transaction.overwritten.append(entry)
 
@@ -69,7 +69,7 @@ class Transaction:
 
     def __init__(self, journal: Journal, states: list[tuple[Any, dict[str, Any]]]) -> None:
         self._journal, self._states = journal, states
-        self.overwritten: list[tuple[Any, str, Any, Tensor]] = []
+        self.overwritten: list[tuple[Any, str, Tensor, Any, Tensor]] = []
         self.stepped = False
         journal.open.add(self)
 
@@ -77,12 +77,15 @@ class Transaction:
         """Put everything back."""
         if self not in self._journal.open:
             return
-        for part, name, index, old in reversed(self.overwritten):
-            where = slice(len(old)) if index is None else index  # the pool may have grown since
-            if (x := getattr(part, name)) is not None:  # an undo before has unmade it
-                x[where] = old
         for part, state in self._states:
             vars(part).update(state)
+        kept = {id(part) for part, _ in self._states}
+        for part, name, written, index, old in reversed(self.overwritten):
+            x = getattr(part, name)
+            # Pools keep what they have grown to. Of other parts the tensors of before are back, and
+            # those that were made since are nobody's.
+            if x is written or (x is not None and id(part) not in kept):
+                x[slice(len(old)) if index is None else index] = old
         self.close()
 
     def close(self) -> None:

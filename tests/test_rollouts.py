@@ -486,13 +486,15 @@ def operations(r):
         "prefill": lambda: r.prefill([texts[0], texts[1], texts[0]], 1),
         "crop": lambda: r.crop(lengths),
         "peek": lambda: r.peek([5, 6, 7], [3, 1]),
+        "append": lambda: r.append([[5, 6, 7], [8] * 9, []], [3, 0, 1], logprobs=True),
+        "alike": lambda: r.prefill([[*range(3, 40), *text] for text in texts]),
     }
 
 
 def seen(r):
     """All that a caller sees of rows."""
     own = [x.tolist() for x in (r.prompt_lengths, r.seeds, r.finished, r.kv.lengths)]
-    return [list(x) for x in r.tokens], [list(x) for x in r.logprobs], own
+    return [list(x) for x in r.tokens], [list(x) for x in r.logprobs], own, r.given
 
 
 def started(config, **options):
@@ -516,7 +518,8 @@ def test_a_call_that_raises_changes_nothing(kind, how, points):
         return Exhausted(at, lasting=how != "memory")
 
     # The steps behind an operation cross a page's end and victims that are chosen anew.
-    for name in ("step", "fork", "some", "peek", "step", "prefill", "crop", "peek", "step"):
+    names = "step fork some peek append step prefill crop peek step alike step"
+    for name in names.split():
         before, call, result = seen(r), operations(r)[name], None
         with stopper() as whole:
             want = operations(twin)[name]()

@@ -2,12 +2,14 @@
 
 `plug`: what a model sees of kvtools during a forward: a cache, an attention function, a mask
 function. `door`: whether a model can be right, decided by what its code does. `session`: a model
-over a cache, and the probe that compares it with itself. `generate`: the loop, and `patch`.
+over a cache, and the probe that compares it with itself. `prefixes`: what prompts begin with in
+common. `generate`: the loop, and `patch`. `likelihood`: how likely given texts are.
 """
 
 from .decode import Decoder, Flight, Graph, usable
 from .door import Unsupported
 from .generate import generate, patch
+from .likelihood import Likelihood, logprobs
 from .plug import CACHE, PagedCache, plugged
 from .session import Session, check_model
 
@@ -16,11 +18,13 @@ __all__ = [
     "Decoder",
     "Flight",
     "Graph",
+    "Likelihood",
     "PagedCache",
     "Session",
     "Unsupported",
     "check_model",
     "generate",
+    "logprobs",
     "patch",
     "plugged",
     "usable",

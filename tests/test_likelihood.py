@@ -1,0 +1,140 @@
+"""Log-probabilities of given completions."""
+
+import numpy as np
+import pytest
+import torch
+from models import Counter, fresh_model, random_ids, tiny_model
+from test_door import MODELS
+
+import kvtools
+from kvtools import CacheConfig
+from kvtools.hf import session as sessions
+
+
+def case(seed=0):
+    """Prompts that begin alike, one of them twice; completions of many lengths, also of none."""
+    stem = random_ids(40, seed=9)
+    prompts = [torch.cat([stem[:n], random_ids(m, seed=m)]) for n, m in ((40, 5), (40, 9), (0, 20))]
+    prompts = [*prompts, prompts[1]]
+    lengths = [(5, 1, 12), (30,), (), (0, 3)]
+    texts = [[random_ids(n, seed=seed + n + 50) for n in each] for each in lengths]
+    return prompts, texts
+
+
+def plain(model, prompt, completion, temperature=1.0):
+    """Of one text by itself."""
+    ids = torch.cat([prompt, completion])[None]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+    logprob = (logits / temperature).log_softmax(-1)
+    own = logprob.gather(1, completion[:, None])[:, 0]
+    return own, -(logprob.exp() * logprob).sum(-1)
+
+
+def check(found, model, prompts, texts, bound, temperature=1.0):
+    for i, prompt in enumerate(prompts):
+        assert len(found.logprobs[i]) == len(found.entropies[i]) == len(texts[i])
+        for got, entropy, text in zip(found.logprobs[i], found.entropies[i], texts[i], strict=True):
+            want = plain(model, prompt, text, temperature)
+            torch.testing.assert_close(got, want[0], atol=bound, rtol=bound)
+            torch.testing.assert_close(entropy, want[1], atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("rows", [64, 2, 1])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gptoss"])
+def test_as_each_text_by_itself(name, rows, monkeypatch):
+    monkeypatch.setattr(sessions, "LOGITS", 256 * 7)
+    model, (prompts, texts) = tiny_model(name), case()
+    done = []
+    found = kvtools.logprobs(
+        model, prompts, texts, temperature=1.3, rows=rows, progress=done.append
+    )
+    check(found, model, prompts, texts, 2e-4, 1.3)
+    assert done[-1] == 6 and done == sorted(done)
+
+
+def test_each_token_is_encoded_once():
+    model, (prompts, texts) = tiny_model(), case()
+    with Counter(model) as count:
+        kvtools.logprobs(model, prompts, texts)
+    # The third prompt has no completion; of completions, the last tokens say nothing.
+    assert sum(count.forwards) == 40 + 5 + 9 + (4 + 0 + 11 + 29 + 0 + 2)
+
+
+def test_a_policy_and_its_reference():
+    models, (prompts, texts) = [tiny_model(), tiny_model("qwen3")], case()
+    for model, found in zip(models, kvtools.logprobs(models, prompts, texts), strict=True):
+        check(found, model, prompts, texts, 2e-4)
+
+
+def test_texts_that_pass_a_switch():
+    """longrope: a token's place in its text decides, as when it is sampled."""
+    model = MODELS["longrope past its switch"]()
+    prompt, text = random_ids(40), random_ids(20, seed=3)
+    got = kvtools.logprobs(model, [prompt], [[text, text[:4]]]).logprobs[0]
+    ids = torch.cat([prompt, text])
+    with torch.no_grad():
+        want = [
+            float(model(ids[None, :at]).logits[0, -1].log_softmax(-1)[ids[at]])
+            for at in range(40, 60)
+        ]
+    assert got[0].tolist() == pytest.approx(want, abs=2e-3)
+    assert got[1].tolist() == pytest.approx(want[:4], abs=2e-3)
+
+
+def test_a_compressed_cache_is_near():
+    model, (prompts, texts) = tiny_model(), case()
+    found = kvtools.logprobs(model, prompts, texts, CacheConfig(bits=8))
+    check(found, model, prompts, texts, 0.3)
+
+
+def test_half_precision_and_what_a_model_rules_out():
+    model = fresh_model().bfloat16()
+    prompts, texts = case()
+    found = kvtools.logprobs(model, prompts, texts)
+    assert found.logprobs[1][0].dtype == torch.float32
+    check(found, model, prompts, texts, 0.15)
+    model = fresh_model()
+    model.lm_head.register_forward_hook(
+        lambda module, args, out: out.index_fill(-1, torch.tensor([0, 1]), -torch.inf)
+    )
+    found = kvtools.logprobs(model, prompts, texts)
+    assert all(x.isfinite().all() for each in found.entropies for x in each)
+    ((got,),) = kvtools.logprobs(model, prompts[:1], [[[5, 1, 5]]]).logprobs
+    assert got.isneginf().tolist() == [False, True, False]
+
+
+def test_as_sampled():
+    model = tiny_model()
+    r = kvtools.Rollouts(model, temperature=0.7, eos_token_id=())
+    r.prefill([random_ids(20)], 5)
+    texts = r.generate([3, 9, 1, 0, 12])
+    found = kvtools.logprobs(model, [random_ids(20)], [texts], temperature=0.7)
+    for got, want in zip(found.logprobs[0], r.logprobs, strict=True):
+        assert got.tolist() == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        (dict(completions=[[[5]]]), ValueError, "completions has 1 entries for 2 prompts"),
+        (dict(prompts=[[5], []]), ValueError, r"prompts\[1\] is empty"),
+        (dict(completions=[[5, 6], []]), TypeError, r"completions\[0\]\[0\]=5: expected a list"),
+        (dict(completions=["ab", []]), TypeError, r"completions\[0\]='ab'"),
+        (dict(prompts=["ab", [5]]), TypeError, r"prompts\[0\]='ab': expected a list of token ids"),
+        (dict(prompts=[[0.5], [5]]), TypeError, r"prompts\[0\] holds something else"),
+        (dict(temperature=0.0), ValueError, "temperature=0.0 must be positive"),
+        (dict(rows=0), ValueError, "rows=0 must be at least 1"),
+        (dict(model="gpt2"), TypeError, "expected a transformers model, got str"),
+    ],
+)
+def test_bad_input(change, error, words):
+    args = dict(model=tiny_model(), prompts=[[5, 6], [7]], completions=[[[5]], []]) | change
+    with pytest.raises(error, match=words):
+        kvtools.logprobs(args.pop("model"), args.pop("prompts"), args.pop("completions"), **args)
+
+
+def test_numbers_of_numpy():
+    model = tiny_model()
+    found = kvtools.logprobs(model, [np.array([5, 6])], [np.array([[7, 8], [9, 3]])])
+    assert [len(x) for x in found.logprobs[0]] == [2, 2]
