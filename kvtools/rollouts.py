@@ -17,9 +17,9 @@ from .config import CacheConfig
 from .hf import Decoder, Flight, Graph, Session, plugged, usable
 from .ops.sampling import drawn, row_seeds, sample
 from .ops.upload import on_device, seed_words, seeds_of
+from .samples import Sample, Until, samples
 from .transaction import Transaction
 
-Until = Collection[int] | Callable[[list[int]], bool]
 Processor = Callable[[list[list[int]], Tensor], Tensor]
 # What a call may change.
 STATE = (
@@ -126,11 +126,9 @@ class Rollouts:
         Raises:
             ValueError: a prompt is empty, or `n` is not positive.
         """
-        ids = [p.tolist() if isinstance(p, Tensor) else list(p) for p in prompts]
         if n < 1:
             raise ValueError(f"n={n}: at least one rollout per prompt is needed")
-        if not all(ids):
-            raise ValueError("prompts holds an empty prompt: each needs at least one token")
+        ids = _whole(prompts)
         with self._change():
             copies = {prompt: n * count for prompt, count in Counter(map(tuple, ids)).items()}
             filled = self._session.prefill(
@@ -344,6 +342,67 @@ class Rollouts:
         """What was interrupted is undone, and what was launched is read."""
         self._recover()
         self._land_all()
+
+    def sample(
+        self,
+        prompts: Iterable[Sequence[int] | Tensor],
+        n: int | Sequence[int],
+        *,
+        max_new_tokens: int,
+        rows: int = 64,
+        until: Until | None = None,
+        enough: Callable[[Sample], bool] | None = None,
+        skip: Collection[tuple[int, int]] = (),
+        max_tokens: int | None = None,
+        max_seconds: float | None = None,
+        tokenizer: Any = None,
+    ) -> Iterator[Sample]:
+        """Draw any number of samples, some at a time, and hand each on as it finishes.
+
+        Rows that finish give their places to samples still to come, for which prompts take turns,
+        as many at a time as there are rows. A sample has the seed, and so the tokens, of the row
+        that `prefill(prompts, n)` would give it, however many rows there are.
+
+        Args:
+            prompts: token ids of each, without padding.
+            n: samples per prompt; one number, or one for each.
+            max_new_tokens: of a sample.
+            rows: that grow at a time. Besides, each prompt with samples still to begin is held.
+            until: token ids that end a sample once drawn, or a callable on the tokens it has.
+            enough: called with each finished sample; True ends all others of its prompt, which
+                are not handed on.
+            skip: (prompt, number) of samples that are not wanted, because they are there already.
+            max_tokens, max_seconds: after so many tokens of all samples, or so long, those under
+                way are handed on as they are, with `why` "budget", and no more begin.
+            tokenizer: for the texts of samples.
+
+        Returns:
+            An iterator over `Sample`s in the order in which they finish. The rows are gone when it
+            ends or is closed, as a loop that is left early does.
+
+        Raises:
+            ValueError: there are rows, a prompt is empty, or a number is out of range.
+        """
+        prompts = _whole(prompts)
+        if self.rows:
+            raise ValueError("there are rows already: sample with Rollouts of its own")
+        if np.ndim(n) and len(n) != len(prompts):
+            raise ValueError(f"n has {len(n)} entries for {len(prompts)} prompts")
+        least = dict(n=(np.min(n, initial=0) if np.ndim(n) else n, 0), rows=(rows, 1),
+                     max_new_tokens=(max_new_tokens, 1))  # fmt: skip
+        for name, (value, at_least) in least.items():
+            if value < at_least:
+                raise ValueError(f"{name}={value} must be at least {at_least}")
+        return samples(
+            self, prompts, n, rows, max_new_tokens, until, enough, skip, max_tokens, max_seconds,
+            tokenizer,
+        )  # fmt: skip
+
+    def new_seeds(self, count: int) -> np.ndarray:
+        """Seeds [count] that no row of this run has or gets."""
+        seeds = row_seeds(self._seed, count, self._seeded)
+        self._seeded += count
+        return seeds
 
     def append(
         self, tokens: Sequence[Sequence[int]], rows: Index | None = None, *, logprobs: bool = False
@@ -569,6 +628,13 @@ class _Draw:
 
     position_t: Any  # of the token that is drawn
     seed_t: Any
+
+
+def _whole(prompts: Iterable[Sequence[int] | Tensor]) -> list[list[int]]:
+    ids = [p.tolist() if isinstance(p, Tensor) else list(p) for p in prompts]
+    if not all(ids):
+        raise ValueError("prompts holds an empty prompt: each needs at least one token")
+    return ids
 
 
 def _spans(spans: tuple[tuple[int, int], ...], begin: int, end: int) -> tuple[tuple[int, int], ...]:

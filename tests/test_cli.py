@@ -188,6 +188,21 @@ ERRORS = [
     ("search", ["--questions", "TWICE"], "--questions TWICE: line 2: another answer"),
     ("search", ["--questions", "INFINITE"], "--questions INFINITE: line 1 is not {"),
     ("search", ["--questions", "WORDS"], "--questions WORDS: line 1: the answer 'ten'"),
+    ("sample", ["/no/such"], "input /no/such: no such file"),
+    ("sample", ["EMPTY"], "input EMPTY: it holds no prompt"),
+    ("sample", ["LATIN"], "input LATIN: line 2 is not UTF-8"),
+    ("sample", ["DEEP"], "input DEEP: line 3 is nested too deeply"),
+    ("sample", ["NUMBERS"], "input NUMBERS: line 3 is not {"),
+    ("sample", ["OBJECT"], "input OBJECT: line 1 is not {"),
+    ("sample", ["WORDS"], "input WORDS: line 1: the answer 'ten'"),
+    ("sample", ["TWICE", "-n", 0], "-n: '0' is not an integer from 1"),
+    ("sample", ["TWICE", "--temperature", 0], "--temperature 0 makes all 16 samples"),
+    ("sample", ["TWICE", "--until-correct", 0], "--until-correct: '0'"),
+    ("sample", ["TWICE", "--stop", ""], "--stop: it is empty"),
+    ("sample", ["TWICE", "--max-seconds", "nan"], "--max-seconds: 'nan'"),
+    ("sample", ["TWICE", "--output", "NOTES"], "--output NOTES holds something else"),
+    ("sample", ["TWICE", "--output", "OBJECT"], "--output OBJECT holds something else"),
+    ("sample", ["TWICE", "--output", "TWICE"], "--output TWICE holds something else"),
     ("score", ["/no/such"], "input /no/such: no such file"),
     ("score", ["EMPTY", "--separator", "|"], "--separator is for --family trl"),
     ("score", ["EMPTY", "--separator", ""], "--separator: it is empty"),
@@ -612,6 +627,116 @@ def test_a_failed_run_leaves_no_output(capsys, reward, questions, tmp_path):
     questions.write_text("{")
     code, _, _ = run(capsys, "score", reward, questions, *TRL, "--output", tmp_path / "out.jsonl")
     assert code == 1 and not (tmp_path / "out.jsonl").exists()
+
+
+SAMPLE = ["-n", 6, "--rows", 4, "--max-new-tokens", 9, "--seed", 3]
+
+
+@pytest.fixture
+def some(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    lines = [{"prompt": "w2 w3", "id": "a"}, {"question": "w9 w8", "answer": 4}, {"prompt": "w5"}]
+    path.write_text("\n\n".join(map(json.dumps, lines)))
+    return path
+
+
+def drawn(out):
+    return {(x["input"], x["number"]): x["text"] for x in map(json.loads, out.splitlines())}
+
+
+def test_sample(capsys, tiny, some):
+    code, out, err = run(capsys, "sample", tiny, some, *SAMPLE, "--tokens")
+    assert (code, err) == (0, [])
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == len(drawn(out)) == 18 and "settings" in found[0]
+    assert collections.Counter(x.get("id") for x in found) == {"a": 6, None: 12}
+    for x in found:
+        assert len(x["tokens"]) == len(x["logprobs"]) == x["length"] <= 9
+        assert x["why"] == ("eos" if x["tokens"][-1] == 1 else "length")
+        assert x["logprob"] == pytest.approx(sum(x["logprobs"]))
+    for rows in (1, 64):
+        _, again, _ = run(capsys, "sample", tiny, some, *SAMPLE, "--rows", rows)
+        assert drawn(again) == drawn(out)
+    _, other, _ = run(capsys, "sample", tiny, some, *SAMPLE, "--seed", 4)
+    assert drawn(other) != drawn(out)
+
+
+def test_sample_goes_on(capsys, tiny, some, tmp_path):
+    """Wherever it was cut off: nothing is lost, and nothing is there twice."""
+    output = tmp_path / "out.jsonl"
+    assert run(capsys, "sample", tiny, some, *SAMPLE, "--output", output)[:2] == (0, "")
+    whole = output.read_text()
+    ends = [i + 1 for i, x in enumerate(whole) if x == "\n"]
+    for cut in (0, 30, 250, ends[0], ends[0] + 20, ends[7], ends[11] + 1, ends[17]):
+        output.write_text(whole[:cut])
+        code, _, err = run(capsys, "sample", tiny, some, *SAMPLE, "--output", output)
+        assert (code, err) == (0, []), cut
+        text = output.read_text()
+        kept = max([end for end in ends if end <= cut], default=0)
+        assert text[:kept] == whole[:kept] and len(text.splitlines()) == 18
+        assert drawn(text) == drawn(whole)
+    before = output.read_bytes()
+    some.write_text(some.read_text().replace("w9", "w7"))
+    code, _, err = run(capsys, "sample", tiny, some, *SAMPLE, "--output", output)
+    assert code == 2 and f"--output {output} is of another input" in err[0]
+    code, _, err = run(capsys, "sample", tiny, some, *SAMPLE, "--output", output, "-n", 7)
+    assert code == 2 and "was made with n=6, not 7" in err[0]
+    assert output.read_bytes() == before
+
+
+def test_sample_within_a_budget(capsys, tiny, some, tmp_path):
+    output = tmp_path / "out.jsonl"
+    _, out, _ = run(capsys, "sample", tiny, some, *SAMPLE)
+    given = ["sample", tiny, some, *SAMPLE, "--output", output]
+    runs = 0
+    while not output.exists() or len(output.read_text().splitlines()) < 18:
+        code, _, err = run(capsys, *given, "--max-tokens", 40)
+        assert code == 0 and (not err or "the budget has cut off" in err[0])
+        runs += 1
+    assert 2 <= runs < 18 and drawn(output.read_text()) == drawn(out)
+
+
+def test_sample_until_correct(capsys, tiny, some, monkeypatch, tmp_path):
+    """A verdict ends a prompt's samples, also of a run that goes on."""
+    from kvtools.cli import sample
+
+    _, out, _ = run(capsys, "sample", tiny, some, *SAMPLE)
+    monkeypatch.setattr(sample, "verdict", lambda lines: lambda x: "w2" in x.text.split())
+    output = tmp_path / "out.jsonl"
+    given = ["sample", tiny, some, *SAMPLE, "--until-correct", 1, "--rows", 2]
+    assert run(capsys, *given, "--output", output)[0] == 0
+    whole = output.read_text()
+    found = [json.loads(x) for x in whole.splitlines()]
+    assert {(x["input"], x["number"]): x["text"] for x in found}.items() <= drawn(out).items()
+    for mark in {x["input"] for x in found}:
+        said = [x["correct"] for x in found if x["input"] == mark]
+        assert True not in said[:-1] and (said[-1] or len(said) == 6)
+    assert any(x["correct"] for x in found) and len(found) < 18
+    assert run(capsys, *given, "--output", output)[0] == 0
+    assert output.read_text() == whole
+
+
+def test_verdicts():
+    from types import SimpleNamespace
+
+    from kvtools.cli.sample import verdict
+
+    correct = verdict([{"text": "q", "answer": 5}, {"text": "q", "answer": None}])
+    for prompt, text, right in (
+        (0, "2 + 3 = 5. The answer is 5.", True), (0, "The answer is 6.", False),
+        (0, "2 + 3 = 5", False), (0, "2 + 2 = 5. The answer is 5.", False), (0, "five", False),
+        (1, "2 + 3 = 5", True), (1, "2 + 2 = 5", False), (1, "five", False),
+    ):  # fmt: skip
+        assert correct(SimpleNamespace(prompt=prompt, text=text)) is right, text
+
+
+def test_sample_stops(capsys, tiny, some):
+    _, out, _ = run(capsys, "sample", tiny, some, *SAMPLE)
+    _, cut, _ = run(capsys, "sample", tiny, some, *SAMPLE, "--stop", "w2", "--stop", "w3")
+    for key, text in drawn(out).items():
+        words = text.split()
+        end = next((i + 1 for i, w in enumerate(words) if w[:2] in ("w2", "w3")), len(words))
+        assert drawn(cut)[key].split() == words[:end]
 
 
 def test_quality_keeps_results_of_other_settings(tiny, capsys, tmp_path):

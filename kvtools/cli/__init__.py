@@ -1,4 +1,4 @@
-"""The command `kvtools`: what can run here, generation, search, scores of steps, caches, the demo.
+"""The command `kvtools`: what can run here, generation, samples, search, scores, caches, the demo.
 
 An error is one line on standard error; --debug shows the traceback. A command is a file of this
 folder: HELP and EXAMPLE for its help, `add` for its options, `run` for what it does. What several
@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import kvtools
 
-from . import demo, env, generate, quality, score, search
+from . import demo, env, generate, quality, sample, score, search
 from .options import Usage, default_device, message
 from .output import progress
 
@@ -23,6 +23,7 @@ __all__ = ["Usage", "default_device", "main", "progress"]
 COMMANDS = {
     "env": env,
     "generate": generate,
+    "sample": sample,
     "search": search,
     "quality": quality,
     "score": score,

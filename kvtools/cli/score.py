@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import kvtools
-from kvtools import models
+from kvtools import models, records
 
 from .options import Usage, add_cache, add_model, cache_of, count, fits, load, place, text
 from .output import progress
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
     output = None if str(args.output) in ("None", "-", "/dev/stdout") else args.output
     if output:
         try:
-            lines.check(output, settings)
+            records.check(output, settings)
         except (ValueError, OSError) as error:
             raise Usage(f"--output {error}") from error
     model, tokenizer = load(args, read=checkpoint.read)
@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
             source = stack.enter_context(open(args.input, "rb"))
         sink, done = sys.stdout, []
         if output:
-            sink, done = stack.enter_context(lines.opened(output, settings))
+            sink, held = stack.enter_context(records.opened(output, settings))
+            done = [record["input"] for record in held]
         bar = stack.enter_context(progress())
         line = bar.add_task("solutions", total=None)
         try:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import kvtools
+from kvtools.records import text_lines
 
 from .options import (
     MOST,
@@ -194,8 +195,6 @@ def read_questions(args: argparse.Namespace) -> tuple[list[str], dict[str, Any]]
     place = f"--questions {args.questions}"
     if not args.questions.is_file():
         raise Usage(f"{place}: no such file; name a JSONL file")
-    from kvtools.prm.lines import text_lines
-
     questions, answers = [], {}
     try:
         with args.questions.open("rb") as file:

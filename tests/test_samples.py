@@ -1,0 +1,163 @@
+"""Many samples in bounded memory."""
+
+import itertools
+
+import pytest
+import torch
+from models import random_ids, tiny_model
+
+import kvtools
+from kvtools import CacheConfig
+from kvtools.samples import CHUNK
+
+EOS, NEW = (7, 90, 130, 200), 30
+TIGHT = dict(bits=8, budget=14, recent=4, window=8, drop=4, sinks=2)
+
+
+def rollouts(config=None, **options):
+    options = dict(seed=4, eos_token_id=EOS, temperature=1.2) | options
+    return kvtools.Rollouts(tiny_model(), config, **options)
+
+
+def prompts(*lengths):
+    return [random_ids(n, seed=i) for i, n in enumerate(lengths)]
+
+
+def plain(texts, n, **options):
+    """What all rows at once give: tokens and log-probabilities by prompt and number."""
+    r = rollouts(**options)
+    r.prefill(texts, n)
+    new = r.generate(NEW)
+    return {divmod(row, n): (x, r.logprobs[row], int(r.seeds[row])) for row, x in enumerate(new)}
+
+
+@pytest.mark.parametrize("config", [{}, dict(bits=4, recent=8), TIGHT], ids=["16", "4", "tight"])
+def test_the_same_whatever_the_rows(config):
+    # What is rounded to codes may round the other way.
+    bound, texts = 0.05 if config else 1e-3, prompts(20, 9, 33, 12, 15)
+    config = CacheConfig(**config)
+    want = plain(texts, 7, config=config)
+    for rows in (1, 3, 8, 64):
+        r = rollouts(config)
+        got = list(r.sample(texts, 7, rows=rows, max_new_tokens=NEW))
+        assert r.rows == 0 and r.kv.stores[0].forest.num_nodes == 0
+        assert len(got) == 35 and {(x.prompt, x.number) for x in got} == set(want)
+        for x in got:
+            tokens, logprobs, seed = want[x.prompt, x.number]
+            assert (x.tokens, x.seed) == (tokens, seed)
+            assert x.logprobs == pytest.approx(logprobs, abs=bound)
+            assert x.why == ("eos" if x.tokens[-1] in EOS else "length")
+            assert (x.why == "length") <= (len(x.tokens) == NEW)
+
+
+def test_rows_are_refilled_and_bounded():
+    """Never more rows than asked for, besides a waiting one per prompt; always as many as that
+    while there are samples to come."""
+    r, seen = rollouts(), []
+    step = r._session.extend
+
+    def extend(tokens, counts, *more, **how):
+        seen.append((int((counts > 0).sum()), r.kv.rows))
+        return step(tokens, counts, *more, **how)
+
+    r._session.extend = extend
+    got = list(r.sample(prompts(20, 9), [40, 30], rows=6, max_new_tokens=NEW))
+    assert len(got) == 70
+    assert max(live for live, _ in seen) == 6 and max(rows for _, rows in seen) == 8
+    steps = sum(len(x.tokens) - 1 for x in got)
+    assert sum(live for live, _ in seen) == steps  # nothing is sampled in vain
+    assert len(seen) < 1.9 * steps / 6
+
+
+def test_prompts_take_turns():
+    order = [(x.prompt, x.number) for x in rollouts(eos_token_id=()).sample(
+        prompts(20, 9, 12), [2, 1, 3], rows=2, max_new_tokens=3)]  # fmt: skip
+    assert order == [(0, 0), (1, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+
+
+def test_early_ends():
+    texts = prompts(20, 9)
+    want = plain(texts, 20)
+    first = {p: next(i for i in range(20) if want[p, i][0][-1] in EOS) for p in (0, 1)}
+    verdicts = []
+
+    def enough(sample):
+        verdicts.append(sample)
+        return sample.prompt == 0 and sample.why == "eos"
+
+    got = list(rollouts().sample(texts, 20, rows=4, max_new_tokens=NEW, enough=enough))
+    assert got == verdicts and all(x.tokens == want[x.prompt, x.number][0] for x in got)
+    assert [x.why for x in got if x.prompt == 0][-1] == "eos"
+    assert sum(x.prompt == 0 and x.why == "eos" for x in got) == 1
+    assert sum(x.prompt == 1 for x in got) == 20 and first[0] < 20
+
+    got = list(rollouts().sample(texts, 20, rows=4, max_new_tokens=NEW, max_tokens=100))
+    total = sum(len(x.tokens) for x in got)
+    assert 100 <= total < 100 + 4 * CHUNK and any(x.why == "budget" for x in got)
+    for x in got:
+        tokens = want[x.prompt, x.number][0]
+        assert x.tokens == tokens[: len(x.tokens)]
+    got = list(rollouts().sample(texts, 20, rows=4, max_new_tokens=NEW, max_seconds=0.0))
+    assert len(got) == 4
+
+    r = rollouts()
+    for x in itertools.islice(r.sample(texts, 20, rows=4, max_new_tokens=NEW), 3):
+        assert x.tokens
+    assert r.rows == 0
+    assert list(rollouts().sample(texts, [0, 0], max_new_tokens=3)) == []
+    assert [x.prompt for x in rollouts().sample(texts, [0, 1], max_new_tokens=3)] == [1]
+
+
+def test_until():
+    texts, stop = prompts(20, 9), {11, 12, 13, 14, 15, 16, 17, 18, 19, 20}
+    want = plain(texts, 5)
+    for until in (stop, lambda tokens: tokens[-1] in stop):
+        for x in rollouts().sample(texts, 5, rows=3, max_new_tokens=NEW, until=until):
+            tokens = want[x.prompt, x.number][0]
+            cut = next((i for i, t in enumerate(tokens) if t in stop), None)
+            assert x.tokens == (tokens if cut is None else tokens[: cut + 1])
+            assert (x.why == "until") == (cut is not None)
+    seen = []
+    got = list(rollouts().sample(texts, 1, max_new_tokens=NEW, until=lambda x: seen.append(len(x))))
+    assert sorted(seen) == sorted(i + 1 for x in got for i in range(len(x.tokens)))
+
+
+def test_texts():
+    class Tokenizer:
+        def decode(self, tokens, skip_special_tokens):
+            return " ".join(map(str, tokens)) if skip_special_tokens else None
+
+    for x in rollouts().sample(prompts(20), 3, max_new_tokens=4, tokenizer=Tokenizer()):
+        assert x.text == " ".join(map(str, x.tokens))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(prompts=[[]]), "an empty prompt"),
+        (dict(n=-1), "n=-1 must be at least 0"),
+        (dict(n=[1, 2]), "n has 2 entries for 1 prompts"),
+        (dict(rows=0), "rows=0 must be at least 1"),
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+    ],
+)
+def test_bad_input(change, words):
+    r, args = rollouts(), dict(prompts=prompts(9), n=2, max_new_tokens=4) | change
+    with pytest.raises(ValueError, match=words):
+        r.sample(args.pop("prompts"), args.pop("n"), **args)
+
+
+def test_rows_of_others_are_left_alone():
+    r = rollouts()
+    r.prefill(prompts(9))
+    with pytest.raises(ValueError, match="there are rows already"):
+        r.sample(prompts(9), 2, max_new_tokens=4)
+    assert r.rows == 1
+
+
+def test_a_forward_that_fails_leaves_no_rows():
+    r = rollouts(pages=6)
+    drawn = r.sample(prompts(20, 30), 9, rows=4, max_new_tokens=NEW)
+    with pytest.raises(kvtools.PoolExhausted):
+        torch.tensor([len(x.tokens) for x in drawn])
+    assert r.rows == 0
