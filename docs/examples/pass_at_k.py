@@ -26,12 +26,11 @@ def main(name: str, n: int = 16, tokens: int = 256) -> dict[int, float]:
         tokenizer.apply_chat_template([{"role": "user", "content": x}], add_generation_prompt=True)
         for x in QUESTIONS
     ]
-    rollouts.prefill([x["input_ids"] for x in prompts], n)  # rows question by question
-    new = rollouts.generate(tokens)
-    right = []
-    for i, answer in enumerate(QUESTIONS.values()):
-        texts = tokenizer.batch_decode(new[i * n : (i + 1) * n], skip_special_tokens=True)
-        right.append(sum(search.final_number(text) == answer for text in texts))
+    right = [0] * len(prompts)
+    answers = list(QUESTIONS.values())
+    ids = [x["input_ids"] for x in prompts]
+    for x in rollouts.sample(ids, n, max_new_tokens=tokens, tokenizer=tokenizer):
+        right[x.prompt] += search.final_number(x.text) == answers[x.prompt]
     found = {}
     for k in (k for k in (1, 4, 16) if k <= n):
         found[k] = sum(pass_at_k(n, count, k) for count in right) / len(right)

@@ -111,6 +111,7 @@ class Session:
         compiled: Callable | None = None,
     ) -> "Session":
         self._model, self.door, self.head, self._texts = runner, door, head, texts
+        self._config = config
         self._runner = eager_of(runner)
         self._decode = runner if compiled is None else compiled
         if self._decode is not self._runner and door.uncompiled:
@@ -148,7 +149,7 @@ class Session:
         if not all(map(len, prompts)):
             raise ValueError("prompts holds an empty prompt: each needs at least one token")
         copies, lengths = np.broadcast_to(copies, len(prompts)), np.array([len(x) for x in prompts])
-        apart = self.kv.config.prompt_budget not in (None, 1.0) or self.door.stretches(lengths)
+        apart = self._config.prompt_budget not in (None, 1.0) or self.door.stretches(lengths)
         with self.kv.transaction():
             out = self._prefill(prompts, copies) if apart else self._grow(prompts, copies)
         self.cache.timing["prefill_s"] += time.perf_counter() - begin
@@ -157,7 +158,7 @@ class Session:
     def _grow(self, prompts: Sequence[Tensor], copies: np.ndarray) -> list[Tensor]:
         """As `_prefill`, for prompts of which some begin alike."""
         texts = [x.cpu().numpy() for x in prompts]
-        levels = branches(texts, max(STRETCH, self.kv.config.sinks + 1))
+        levels = branches(texts, max(STRETCH, self._config.sinks + 1))
         if len(levels) <= 1:
             return self._prefill(prompts, copies)
         roots, before = levels[0], self.kv.rows
