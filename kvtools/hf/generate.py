@@ -30,7 +30,7 @@ from ..config import CacheConfig
 from ..ops.sampling import drawn, row_seeds, sample
 from .decode import Decoder, Graph, usable
 from .door import device_of, door_of
-from .plug import CACHE, plugged
+from .plug import CACHE, PagedCache, plugged
 from .session import Session, check_model
 
 
@@ -58,8 +58,14 @@ def generate(
     With `compile_config`, or of a model whose forward is compiled, steps after the prompt are one
     compiled graph (docs/models.md).
 
+    With `return_dict_in_generate` the cache that is returned keeps all rows, and another call goes
+    on from it, given as `past_key_values` (`cache` in transformers 5.24): more samples of its
+    prompts, or prompts that begin with texts that it holds, prompt and answer, of which only the
+    rest is run. It then holds the new rows instead.
+
     Args:
-        kv_config: how keys and values are kept; default `CacheConfig()`, exact.
+        kv_config: how keys and values are kept; default `CacheConfig()`, exact, or that of the
+            cache that is given.
         streamer: as for `generate`, which does not hand it to a custom loop: pass
             `custom_generate=functools.partial(kvtools.generate, streamer=streamer)`, or use
             `patch`.
@@ -128,16 +134,18 @@ def _generate(
         streamer.put(input_ids.cpu())
 
     def text(row: int) -> list[int]:
-        return input_ids[active[row], prompt_length - int(length_b[active[row]]) :].tolist()
+        row = row if keeps else int(active[row])
+        return input_ids[row, prompt_length - int(length_b[row]) :].tolist()
 
     compiled = None
     if config.compile_config is not None and not config.disable_compile:
         compiled = model.get_compiled_call(config.compile_config)
-    session = Session(
-        model, CacheConfig() if kv_config is None else kv_config, probe=False, texts=text,
-        compiled=compiled,
-    )  # fmt: skip
-    logits_pv = torch.stack(session.prefill(prompts, np.bincount(row_prompt)))
+    cache = model_kwargs.get(CACHE)  # else one that generate has made
+    cache = cache if isinstance(cache, PagedCache) else None
+    kv_config = _going_on(model, cache, kv_config)
+    session = Session(model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache)
+    fill = session.prefill if cache is None else session.resume
+    logits_pv = torch.stack(fill(prompts, np.bincount(row_prompt)))
     session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
     logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
 
@@ -158,6 +166,7 @@ def _generate(
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
     active = torch.arange(rows, device=device)
+    keeps = config.return_dict_in_generate  # rows that have ended
     over = torch.zeros(rows, dtype=torch.bool, device=device)  # once stopped, always stopped
     prompt_length = input_ids.shape[1]
     while True:
@@ -190,21 +199,29 @@ def _generate(
             pads and done.any()
         ):  # without an EOS token, generate lets rows run on until all are done
             stay = (~done).nonzero()[:, 0]
-            session.kv.gather(stay)
+            if not keeps:
+                session.kv.gather(stay)
             active = active[stay]
         if ahead is not None:
             decoder, longest = ahead
-            tokens, left = input_ids[active, -1].cpu().numpy(), longest - input_ids.shape[1]
-            new = np.full((rows, left), pad)
-            width = _finish(decoder, tokens, active.cpu().numpy(), seeds, new)
+            new = np.full((rows, longest - input_ids.shape[1]), pad)
+            live = active.cpu().numpy()
+            batch = np.arange(rows) if keeps else live
+            live = live if keeps else np.arange(len(live))
+            tokens = input_ids[torch.from_numpy(batch).to(device), -1].cpu().numpy()
+            width = _finish(decoder, tokens, live, batch, seeds, new)
             new = torch.from_numpy(new[:, :width]).to(input_ids)
             input_ids = torch.cat([input_ids, new], 1)
             break
-        logits = session.extend(input_ids[active, -1])
+        counts = np.zeros(session.kv.rows, np.int32)
+        counts[active.cpu().numpy() if keeps else slice(None)] = 1
+        logits = session.extend(input_ids[active, -1], counts)
     if streamer is not None:
         streamer.end()
-    if not config.return_dict_in_generate:
+    if not keeps:
         return input_ids
+    ends = session.kv.lengths.tolist()
+    session.cache.texts = [text(row)[:end] for row, end in enumerate(ends)]
     return GenerateDecoderOnlyOutput(
         sequences=input_ids, scores=all_scores, logits=all_logits, **{CACHE: session.cache}
     )
@@ -222,14 +239,36 @@ def _ahead(
     return Decoder(session, filters, [x for each in ends for x in each]), min(lengths)
 
 
+def _going_on(model: Any, cache: PagedCache | None, config: CacheConfig | None) -> CacheConfig:
+    """How the rows are kept that a call begins with."""
+    if cache is None:
+        return CacheConfig() if config is None else config
+    if cache.texts is None or len(cache.texts) != cache.kv.rows:
+        raise ValueError(
+            f"{CACHE} does not know its texts: pass the one that generate returned with "
+            "return_dict_in_generate=True; its gather renumbers rows"
+        )
+    if cache.door is not door_of(model):
+        raise ValueError(f"{CACHE} was filled by another model, or by another attention of it")
+    if config not in (None, cache.kv.config):
+        raise ValueError(f"kv_config differs from that of {CACHE}: leave it out")
+    return cache.kv.config
+
+
 def _finish(
-    decoder: Decoder, tokens: np.ndarray, active: np.ndarray, seeds: np.ndarray, new: np.ndarray
+    decoder: Decoder,
+    tokens: np.ndarray,
+    live: np.ndarray,
+    active: np.ndarray,
+    seeds: np.ndarray,
+    new: np.ndarray,
 ) -> int:
     """Let rows grow to their end, ahead of the host.
 
     Args:
         decoder: over the rows of the cache.
         tokens: that each of them feeds next.
+        live: those that grow.
         active: which row of the batch each is.
         seeds: by row of the batch.
         new: [rows, most] where tokens are written to.
@@ -238,7 +277,7 @@ def _finish(
         How many columns were.
     """
     decoder.begin()
-    kv, live, flight, done, begun = decoder.session.kv, np.arange(len(active)), None, 0, 0
+    kv, flight, done, begun = decoder.session.kv, None, 0, 0
     while True:
         launched, counts = None, np.zeros(kv.rows, np.int32)
         counts[live] = 1
@@ -281,7 +320,9 @@ def _refuse(
         "prefill_chunk_size": config.prefill_chunk_size is not None,
         "cache_implementation": asked.get("cache_implementation") is not None
         or config.cache_implementation not in (None, getattr(own, "cache_implementation", None)),
-        "past_key_values (cache)": asked.get(CACHE) is not None,
+        "past_key_values (cache) of another kind than kvtools.generate returns": not isinstance(
+            asked.get(CACHE), (PagedCache, type(None))
+        ),
         "inputs_embeds": asked.get("inputs_embeds") is not None,
         "synced_gpus": bool(asked.get("synced_gpus")),
         "num_return_sequences=0": config.num_return_sequences == 0,

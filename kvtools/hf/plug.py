@@ -158,13 +158,15 @@ class PagedCache(Cache):
 
     Attributes:
         kv: the store.
+        texts: tokens of each row, of a cache that `generate` has returned: it can go on from them.
         timing: seconds of prefill and decoding, decode steps, and tokens fed in them.
     """
 
     def __init__(self, kv: KVCache) -> None:
         self._flow = _Flow(kv)
         super().__init__(layers=[_Layer(i, self._flow) for i in range(kv.layers)])
-        self.kv = kv
+        self.kv, self.door = kv, None
+        self.texts: list[list[int]] | None = None
         self.timing = {"prefill_s": 0.0, "decode_s": 0.0, "steps": 0, "tokens": 0}
 
     def memory(self) -> dict[str, int]:
@@ -174,6 +176,8 @@ class PagedCache(Cache):
     def gather(self, index: Any) -> None:
         """See `KVCache.gather`."""
         self.kv.gather(index)
+        if self.texts is not None:
+            self.texts = [list(self.texts[int(i)]) for i in index]
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         _not_a_cache("crop")

@@ -23,25 +23,25 @@ def branches(prompts: Sequence[np.ndarray], least: int) -> list[list[Branch]]:
         least: tokens below which a stretch is not worth a branch of its own.
     """
     order = sorted(range(len(prompts)), key=lambda i: prompts[i].tolist())
-    alike = [_alike(prompts[i], prompts[j]) for i, j in zip(order, order[1:], strict=False)]
+    shared = [alike(prompts[i], prompts[j]) for i, j in zip(order, order[1:], strict=False)]
     levels: list[list[Branch]] = []
     todo = [(0, len(order), 0, 0)] if order else []
     while todo:
         first, last, begin, depth = todo.pop()
-        end = min(alike[first : last - 1], default=len(prompts[order[first]]))
+        end = min(shared[first : last - 1], default=len(prompts[order[first]]))
         if last - first == 1 or end - begin >= least:
             levels += [[]] if depth == len(levels) else []
             levels[depth].append(Branch(begin, end, order[first:last]))
             while first < last and len(prompts[order[first]]) == end:
                 first += 1
             begin, depth = end, depth + 1
-        cuts = [i + 1 for i in range(first, last - 1) if alike[i] == end]
+        cuts = [i + 1 for i in range(first, last - 1) if shared[i] == end]
         groups = zip([first, *cuts], [*cuts, last], strict=True)
         todo += [(*group, begin, depth) for group in groups if first < last]
     return levels
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> int:
+def alike(a: np.ndarray, b: np.ndarray) -> int:
     """Tokens with which both begin."""
     n = min(len(a), len(b))
     differ = a[:n] != b[:n]

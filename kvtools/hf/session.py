@@ -18,7 +18,7 @@ from ..config import CacheConfig
 from ..ops.upload import on_device
 from .door import Door, Unsupported, decoder_of, device_of, door_of, eager_of, inner, refusal
 from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
-from .prefixes import branches
+from .prefixes import alike, branches
 
 PROBE = 4  # tokens
 FEW = 256  # of a window that the probe goes past
@@ -71,6 +71,7 @@ class Session:
         texts: tokens of a row, by its number; some models encode them again when a row outgrows
             their first rotary frequencies (longrope).
         compiled: what runs steps of one token per row instead of `model`.
+        cache: one of an earlier session of this model, with its rows.
 
     Of a model that torch.compile has been given, or a part of it, steps of one token per row run
     compiled; prompts, and steps of several tokens, do not. What cannot be compiled runs eagerly,
@@ -87,6 +88,7 @@ class Session:
         probe: bool = True,
         texts: Callable[[int], Sequence[int]] | None = None,
         compiled: Callable | None = None,
+        cache: PagedCache | None = None,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
@@ -97,7 +99,7 @@ class Session:
                 "CacheConfig() only"
             )
         runner = model if head else model.base_model
-        self._start(runner, door, config, device_of(model), pages, head, texts, compiled)
+        self._start(runner, door, config, device_of(model), pages, head, texts, compiled, cache)
 
     def _start(
         self,
@@ -109,6 +111,7 @@ class Session:
         head: bool = False,
         texts: Callable[[int], Sequence[int]] | None = None,
         compiled: Callable | None = None,
+        cache: PagedCache | None = None,
     ) -> "Session":
         self._model, self.door, self.head, self._texts = runner, door, head, texts
         self._config = config
@@ -118,8 +121,10 @@ class Session:
             _warn(door.kind, door.uncompiled)
             self._decode = self._runner
         self.device = device
-        self.kv = KVCache(config, door.layers, device=device, pages=pages)
-        self.cache = PagedCache(self.kv)
+        if cache is None:
+            cache = PagedCache(KVCache(config, door.layers, device=device, pages=pages))
+            cache.door = door
+        self.cache, self.kv = cache, cache.kv
         return self
 
     @torch.no_grad()
@@ -154,6 +159,47 @@ class Session:
             out = self._prefill(prompts, copies) if apart else self._grow(prompts, copies)
         self.cache.timing["prefill_s"] += time.perf_counter() - begin
         return [x[-1] for x in out] if self.head else out
+
+    @torch.no_grad()
+    def resume(self, prompts: Sequence[Tensor], copies: Sequence[int]) -> list[Tensor]:
+        """As `prefill`, in place of all rows that there are: of a prompt, what begins as the text
+        of one of them need not be run.
+
+        Raises:
+            ValueError: none of the prompts that are here begins like one of `prompts`, or that
+                would have to be cut where tokens were evicted.
+
+        If anything fails the cache is as it was.
+        """
+        begin, lengths, rows = time.perf_counter(), self.kv.lengths.numpy(), self.kv.rows
+        held = [np.array(text[:n]) for text, n in zip(self.cache.texts, lengths, strict=True)]
+        new, pick, keep = [x.cpu().numpy() for x in prompts], [], []
+        for i, prompt in enumerate(new):
+            common = np.array([alike(prompt, text) for text in held])
+            best = int(common.argmax())
+            if common[best] < min(len(prompt), self.kv.prompt_lengths[best]) or len(prompt) < 2:
+                raise ValueError(
+                    f"prompt {i} begins with none of those that the cache holds: leave out "
+                    f"{CACHE}, or pass the cache of its own"
+                )
+            pick.append(best)
+            keep.append(min(common[best], len(prompt) - 1))  # the last token is fed for its logits
+        counts = np.concatenate(
+            [np.zeros(rows), [len(x) - n for x, n in zip(new, keep, strict=True)]]
+        )
+        before, texts = self._texts, [*self.cache.texts, *(x.tolist() for x in new)]
+        self._texts = texts.__getitem__
+        try:
+            with self.kv.transaction():
+                self.kv.gather([*range(rows), *pick])
+                self.kv.crop([*lengths, *keep])
+                rest = np.concatenate([x[n:] for x, n in zip(new, keep, strict=True)])
+                logits = self.extend(rest, counts)
+                self.kv.gather(np.repeat(rows + np.arange(len(new)), copies))
+        finally:
+            self._texts = before
+        self.cache.timing["prefill_s"] += time.perf_counter() - begin
+        return list(logits)
 
     def _grow(self, prompts: Sequence[Tensor], copies: np.ndarray) -> list[Tensor]:
         """As `_prefill`, for prompts of which some begin alike."""
@@ -462,7 +508,7 @@ class Session:
         width = longest if even else len(tokens)
         ids, positions = tokens.view(-1, width), position_t.view(-1, width)
         forward = Forward(self.door, self.kv, False, past)
-        if every or not self.head:
+        if not self.head or (every and longest > 1):
             return self._forward(ids, positions.long(), forward, 0).flatten(0, 1)
         if even:
             return self._forward(ids, positions.long(), forward)[:, -1]

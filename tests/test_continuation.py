@@ -1,0 +1,161 @@
+"""generate goes on from the cache that it returned."""
+
+import pytest
+import torch
+from models import Counter, fresh_model, padded_prompts, random_ids, tiny_model
+from test_door import MODELS
+from transformers import DynamicCache
+
+import kvtools
+from kvtools import CacheConfig
+from kvtools.hf import CACHE
+
+NEW = 8
+
+
+def generate(model, ids, cache=None, mask=None, **how):
+    how = dict(do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True) | how
+    mask = torch.ones_like(ids) if mask is None else mask
+    given = {} if cache is None else {CACHE: cache}
+    return model.generate(
+        ids, attention_mask=mask, custom_generate=kvtools.generate, **given, **how
+    )
+
+
+def cache_of(out):
+    return getattr(out, CACHE)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gptoss"])
+def test_more_samples_and_a_longer_prompt(name):
+    model, ids = tiny_model(name), random_ids(1, 40)
+    how = dict(do_sample=True, num_return_sequences=8)
+    torch.manual_seed(1)
+    first = generate(model, ids, **how)
+    torch.manual_seed(2)
+    with Counter(model) as count:
+        second = generate(model, ids, cache_of(first), **how)
+    assert count.forwards[0] == 1, "the prompt's last token alone"
+    torch.manual_seed(2)
+    assert torch.equal(second.sequences, generate(model, ids, **how).sequences)
+    assert cache_of(second) is cache_of(first) and cache_of(second).kv.rows == 8
+    said = torch.cat([second.sequences[3:5], random_ids(2, 11)], 1)
+    with Counter(model) as count:
+        third = generate(model, said, cache_of(second))
+    assert count.forwards[0] == 2 * 12, "what was said, and each last token"
+    assert torch.equal(third.sequences, model.generate(said, do_sample=False, max_new_tokens=NEW))
+
+
+def test_rows_of_many_lengths():
+    """Some end early; all can be gone on from, and a prompt that is shorter than what is held."""
+    model = fresh_model()
+    ids, mask = padded_prompts((40, 20, 33))
+    free = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
+    how = dict(eos_token_id=int(free[1, 42]))  # the second ends at its third token
+    for graph in ("auto", False):
+        with kvtools.patch(model, graph=graph):
+            first = model.generate(
+                ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW,
+                return_dict_in_generate=True, **how,
+            )  # fmt: skip
+        cache = cache_of(first)
+        ends = []
+        for row, new in zip(ids, first.sequences[:, 40:].tolist(), strict=True):
+            n = new.index(how["eos_token_id"]) + 1 if how["eos_token_id"] in new else NEW
+            ends.append(torch.cat([row[row > 0], torch.tensor(new[:n])]))
+        assert (
+            [len(x) - 1 for x in ends] == cache.kv.lengths.tolist() == list(map(len, cache.texts))
+        )
+        assert len(ends[1]) == 23
+        longer = [torch.cat([x, random_ids(5, seed=i)]) for i, x in enumerate(ends)]
+        longer.append(ids[0, :25])
+        width = max(map(len, longer))
+        batch = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in longer])
+        seen = torch.arange(width) >= width - torch.tensor([[len(x)] for x in longer])
+        with Counter(model) as count:
+            second = generate(model, batch, cache, seen.long())
+        assert count.forwards[0] == 6 + 6 + 6 + 1
+        want = model.generate(
+            batch, attention_mask=seen.long(), do_sample=False, max_new_tokens=NEW
+        )
+        assert torch.equal(second.sequences, want)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(bits=8), dict(bits=8, budget=24, recent=8, sinks=2, drop=4)]
+)
+def test_compressed(options):
+    """What is held is read as it is stored; a fresh call is near."""
+    model, ids, config = tiny_model(), random_ids(1, 40), CacheConfig(**options)
+    how = dict(num_return_sequences=3, do_sample=True, output_logits=True)
+    torch.manual_seed(1)
+    first = generate(model, ids, kv_config=config, **how)
+    torch.manual_seed(2)
+    second = generate(model, ids, cache_of(first), **how)
+    torch.manual_seed(2)
+    want = generate(model, ids, kv_config=config, **how)
+    assert (second.logits[0] - want.logits[0]).norm() < 0.05 * want.logits[0].norm()
+    assert cache_of(second).kv.config is config
+    assert cache_of(second).kv.prompt_lengths.tolist() == [39] * 3
+
+
+def test_texts_that_pass_a_switch():
+    model = MODELS["longrope past its switch"]()
+    first = generate(model, random_ids(1, 38))
+    said = torch.cat([first.sequences, random_ids(1, 9)], 1)
+    second = generate(model, said, cache_of(first))
+    assert torch.equal(second.sequences, generate(model, said).sequences)
+
+
+def test_what_cannot_be_gone_on_from():
+    model, ids = tiny_model(), random_ids(1, 40)
+    cache = cache_of(generate(model, ids, kv_config=CacheConfig(bits=8)))
+    before = cache.kv.lengths.tolist(), [list(x) for x in cache.texts]
+    other = random_ids(1, 40, seed=9)
+    for args, words in (
+        ((other, cache), "prompt 0 begins with none of those"),
+        ((torch.cat([ids[:, :20], other[:, :20]], 1), cache), "prompt 0 begins with none"),
+        ((ids[:, :1], cache), "prompt 0 begins with none"),
+        ((ids, DynamicCache()), "of another kind than kvtools.generate returns"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(model, *args)
+    with pytest.raises(ValueError, match="kv_config differs"):
+        generate(model, ids, cache, kv_config=CacheConfig())
+    with pytest.raises(ValueError, match="filled by another model"):
+        generate(tiny_model("qwen3"), ids, cache)
+    rollouts = kvtools.Rollouts(model)
+    rollouts.prefill([ids[0]])
+    with pytest.raises(ValueError, match="does not know its texts"):
+        generate(model, ids, rollouts._session.cache)
+    assert (cache.kv.lengths.tolist(), cache.texts) == before
+    lossy = cache_of(generate(model, ids, kv_config=CacheConfig(bits=8, prompt_budget=25)))
+    with pytest.raises(ValueError, match="can be cropped"):
+        generate(model, ids, lossy)
+    assert lossy.kv.rows == 1
+    longer = torch.cat([ids, torch.tensor([lossy.texts[0][40:]]), random_ids(1, 5)], 1)
+    assert generate(model, longer, lossy).sequences.shape[1] == longer.shape[1] + NEW
+    again = generate(model, ids, cache)
+    assert again.sequences.shape == (1, 48)
+
+
+def test_a_pool_that_ends_changes_nothing(monkeypatch):
+    model, ids = tiny_model(), random_ids(1, 40)
+    cache = cache_of(generate(model, ids))
+    monkeypatch.setattr(cache.kv.stores[0], "fixed", True)
+    before = cache.kv.lengths.tolist(), cache.kv.stores[0].forest.free_pages
+    longer = torch.cat([ids, random_ids(1, 400)], 1)
+    with pytest.raises(kvtools.PoolExhausted):
+        generate(model, longer, cache)
+    assert (cache.kv.lengths.tolist(), cache.kv.stores[0].forest.free_pages) == before
+
+
+def test_gathered_rows_know_their_texts():
+    model, ids = tiny_model(), random_ids(3, 40)
+    cache = cache_of(generate(model, ids))
+    cache.gather([2, 0])
+    said = torch.cat([torch.tensor([cache.texts[0]]), random_ids(1, 5)], 1)
+    with Counter(model) as count:
+        out = generate(model, said, cache).sequences
+    assert count.forwards[0] == 5
+    assert torch.equal(out, model.generate(said, do_sample=False, max_new_tokens=NEW))
