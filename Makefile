@@ -33,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test wheels install-check sanitize host lint format bench bench-cpu bench-step bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
+.PHONY: help demo test wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -112,6 +112,9 @@ bench-cpu: ext $(MODEL) $(RIVALS) ## measure speed on this CPU, rewrite docs/cpu
 
 bench-step: ext $(PACKAGE) ## measure what a decode step costs the host, rewrite docs/kernels.md's table
 	@$(PY) -m bench.step --json bench/results/step.json --readme docs/kernels.md $(ARGS)
+
+bench-forest: ext $(MODEL) ## measure shared beginnings, samples and completions, rewrite docs/samples.md's table
+	@$(PY) -m bench.forest --json bench/results/forest.json --readme docs/samples.md $(ARGS)
 
 cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures, and audit the library
 	@KVTOOLS_CUDA=1 $(PY) setup.py -q build --build-base build/cuda --build-lib build/cuda/lib

@@ -267,9 +267,45 @@ def targets(cells: dict[str, dict]) -> Targets:
     return found
 
 
+def table(cells: dict[str, dict]) -> list[list[str]]:
+    """A line for each rival; the heads first."""
+    lines = [["", "tokens run", "s", "MiB at most", "samples' tokens/s"]]
+    shots, rows = cells["few-shot prompts"], cells["samples"]
+    for name, title in (
+        ("kvtools", "few-shot prompts: kvtools"), ("apart", "prompts apart"),
+        ("generate", "plain generate"),
+    ):  # fmt: skip
+        row = shots[name]
+        lines.append([title, f"{row['tokens']:,}", f"{row['prefill_s']:.1f}", "", ""])
+    for name in ("a batch of 64", "16 rows", "64 rows", "256 rows"):
+        row = rows[name]
+        title = name if "samples" not in row else f"{row['samples']:,} samples, {name}"
+        size = f"{row['peak_bytes'] / 2**20:.2f}"
+        lines.append([title, "", "", size, f"{row['tokens/s']:,.0f}"])
+    for name, row in cells["given completions"].items():
+        size = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}"
+        lines.append([f"completions: {name}", "", f"{row['seconds']:.1f}", size, ""])
+    return lines
+
+
+def caption(result: dict[str, Any]) -> str:
+    where, scale = result["where"], Scale()
+    return (
+        f"{scale.prompts} prompts of {scale.preamble} common tokens and {scale.own[0]} to "
+        f"{scale.own[1]} of their own, time to the first token, MiB not taken; samples of a small "
+        f"random Llama, of up to {scale.most} tokens after {scale.prompt}, MiB of the cache; "
+        f"{scale.completions} completions of {scale.length} tokens after {scale.before}, MiB of "
+        f"the process. {result['model']}, float32, {where['device']}, {where['threads']} threads, "
+        f"torch {where['torch']}, transformers {where['transformers']}, commit {where['commit']}."
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.forest", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", required=True, help="results")
+    parser.add_argument(
+        "--readme", type=Path, metavar="PATH", help="rewrite the table in this file"
+    )
     args = parser.parse_args(argv)
     console = Console()
     results.claim(args.json, {"model": MODEL}, ["cells", "targets"])
@@ -292,6 +328,8 @@ def main(argv: list[str] | None = None) -> int:
             results.write(args.json, json.dumps(found, indent=1) + "\n")
             bar.advance(line)
     targets(cells).show(console)
+    if args.readme:
+        demo.rewrite(args.readme, "forest", table(cells), caption(found))
     return 0
 
 

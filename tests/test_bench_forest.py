@@ -33,6 +33,8 @@ def test_all_parts_and_their_targets():
     assert len(found) == 11
     assert all(x["ok"] for x in found if "same" in x["name"] or "error" in x["name"]), found
     found.show(Console(quiet=True))
+    lines = bench.table(cells)
+    assert {len(line) for line in lines} == {5} and len(lines) == 10
     assert bench.session.STRETCH == 32
     json.dumps(cells)
     assert bench.targets({}) == []
