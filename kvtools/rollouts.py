@@ -40,7 +40,8 @@ class Rollouts:
             for none.
         seed: of the run: rows get `row_seeds(seed, ...)` of `kvtools.ops.sampling` in the order in
             which they are added or copied, so that runs with other seeds share none. A row's tokens
-            depend on its own seed and text only.
+            depend on its own seed and text only; in a compressed cache also on which beginnings
+            its prompt shared, which are read as they are stored.
         processor: called with the tokens of the rows that sample, and their logits [r, v]; returns
             logits.
         pages: pages per pool, fixed; None lets the pools grow.
@@ -116,8 +117,9 @@ class Rollouts:
         return len(self.tokens)
 
     def prefill(self, prompts: Iterable[Sequence[int] | Tensor], n: int = 1) -> None:
-        """Add `n` rows for each prompt, in order; each distinct prompt of this call is run and
-        stored once, those of similar lengths in one forward.
+        """Add `n` rows for each prompt, in order. What prompts of this call have in common, a
+        beginning of 32 tokens or all, is run and stored once; those of similar lengths are run in
+        one forward.
 
         Args:
             prompts: token ids, without padding.

@@ -49,8 +49,9 @@ def generate(
     """The decoding loop of `model.generate(custom_generate=kvtools.generate, kv_config=...)`.
 
     Each distinct prompt of the batch is prefilled and stored once, for all rows that repeat it,
-    whether they come from `num_return_sequences` or from the caller; those of similar lengths share
-    a forward. Finished rows leave the batch.
+    whether they come from `num_return_sequences` or from the caller; so are tokens with which
+    several begin, see `Session.prefill`. Those of similar lengths share a forward. Finished rows
+    leave the batch.
     Sampling is `kvtools.sample`, seeded from torch's global generator: a row's tokens do not depend
     on the batch that it sits in, not where rotary frequencies depend on the length (dynamic,
     longrope) either.
