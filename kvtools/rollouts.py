@@ -126,11 +126,12 @@ class Rollouts:
             n: rows per prompt.
 
         Raises:
-            ValueError: a prompt is empty, or `n` is not positive.
+            TypeError: a prompt is no list of token ids.
+            ValueError: a prompt is empty or holds what is no token, or `n` is not positive.
         """
         if n < 1:
             raise ValueError(f"n={n}: at least one rollout per prompt is needed")
-        ids = _whole(prompts)
+        ids = self._whole(prompts)
         with self._change():
             copies = {prompt: n * count for prompt, count in Counter(map(tuple, ids)).items()}
             filled = self._session.prefill(
@@ -383,18 +384,23 @@ class Rollouts:
             ends or is closed, as a loop that is left early does.
 
         Raises:
-            ValueError: there are rows, a prompt is empty, or a number is out of range.
+            TypeError: a prompt is no list of token ids.
+            ValueError: there are rows, a prompt is empty or holds what is no token, or a number is
+                out of range.
+            RuntimeError: from the iterator, which then ends: others have changed the rows.
         """
-        prompts = _whole(prompts)
+        prompts = self._whole(prompts)
         if self.rows:
             raise ValueError("there are rows already: sample with Rollouts of its own")
         if np.ndim(n) and len(n) != len(prompts):
             raise ValueError(f"n has {len(n)} entries for {len(prompts)} prompts")
-        least = dict(n=(np.min(n, initial=0) if np.ndim(n) else n, 0), rows=(rows, 1),
-                     max_new_tokens=(max_new_tokens, 1))  # fmt: skip
+        least = dict(n=(n, 0), rows=(rows, 1), max_new_tokens=(max_new_tokens, 1))
         for name, (value, at_least) in least.items():
-            if value < at_least:
-                raise ValueError(f"{name}={value} must be at least {at_least}")
+            values = np.asarray(value)
+            if values.size and values.dtype.kind not in "iu":
+                raise ValueError(f"{name}={value} must be a whole number")
+            if values.min(initial=at_least) < at_least:
+                raise ValueError(f"{name}={values.min()} must be at least {at_least}")
         return samples(
             self, prompts, n, rows, max_new_tokens, until, enough, skip, max_tokens, max_seconds,
             tokenizer,
@@ -423,11 +429,13 @@ class Rollouts:
 
         Raises:
             IndexError: a number is not a row.
-            ValueError: there is not one list for each row, or a row is there twice.
+            TypeError: what a row is given is no list of token ids.
+            ValueError: there is not one list for each row, a row is there twice, or the model has
+                no such token.
         """
         self._settle()
         chosen = np.arange(self.rows) if rows is None else np.asarray(rows, np.int64)
-        texts = [x.tolist() if isinstance(x, Tensor) else [int(t) for t in x] for x in tokens]
+        texts = [self._session.ids(x, f"tokens[{i}]") for i, x in enumerate(tokens)]
         distinct, order = self._distinct(chosen)
         if len(distinct) < len(chosen):
             raise ValueError("rows holds a row twice: each is given tokens once")
@@ -590,6 +598,12 @@ class Rollouts:
         vars(self).update(state)
         self._before = None
 
+    def _whole(self, prompts: Iterable[Sequence[int] | Tensor]) -> list[list[int]]:
+        ids = [self._session.ids(x, f"prompts[{i}]") for i, x in enumerate(prompts)]
+        if not all(ids):
+            raise ValueError("prompts holds an empty prompt: each needs at least one token")
+        return ids
+
     def _distinct(self, rows: Index) -> tuple[np.ndarray, np.ndarray]:
         """The rows, ascending and once each, and where each of `rows` is among them."""
         distinct, order = np.unique(np.asarray(rows, np.int64), return_inverse=True)
@@ -630,13 +644,6 @@ class _Draw:
 
     position_t: Any  # of the token that is drawn
     seed_t: Any
-
-
-def _whole(prompts: Iterable[Sequence[int] | Tensor]) -> list[list[int]]:
-    ids = [p.tolist() if isinstance(p, Tensor) else list(p) for p in prompts]
-    if not all(ids):
-        raise ValueError("prompts holds an empty prompt: each needs at least one token")
-    return ids
 
 
 def _spans(spans: tuple[tuple[int, int], ...], begin: int, end: int) -> tuple[tuple[int, int], ...]:

@@ -54,18 +54,20 @@ def samples(
     tokenizer: Any,
 ) -> Iterator[Sample]:
     """`Rollouts.sample`, which has the words."""
-    run = _Run(rollouts, prompts, n, rows, set(skip))
+    run = _Run(rollouts, prompts, n, rows, {(prompt, number) for prompt, number in skip})
+    run.check()
     spent, started = 0, time.monotonic()
     try:
         while run.refill():
             before = len(run.held)
             if callable(until):
                 rollouts.step(np.arange(before, rollouts.rows))
+                spent += len(run.live)
             else:
                 left = [max_new_tokens - len(rollouts.logprobs[row]) for row in run.rows]
-                rollouts.generate([0] * before + [min(CHUNK, x) for x in left], until)
-            total = spent + sum(len(rollouts.logprobs[row]) for row in run.rows)
-            over = (max_tokens is not None and total >= max_tokens) or (
+                new = rollouts.generate([0] * before + [min(CHUNK, x) for x in left], until)
+                spent += sum(map(len, new))
+            over = (max_tokens is not None and spent >= max_tokens) or (
                 max_seconds is not None and time.monotonic() - started >= max_seconds
             )
             ended = []
@@ -85,8 +87,8 @@ def samples(
                         text = tokenizer.decode(tokens, skip_special_tokens=True)
                     values = list(rollouts.logprobs[row]), why, int(rollouts.seeds[row])
                     ended.append((job, Sample(*job, tokens, *values, text)))
-            spent += sum(len(sample.tokens) for _, sample in ended)
             run.end({job for job, _ in ended})
+            run.left = run.seen()
             for _, sample in ended:
                 if sample.prompt in run.done:
                     continue
@@ -103,6 +105,7 @@ class _Run:
     """Rows: one for each prompt of which samples are still to begin, which waits; then `live` ones.
 
     Prompts come in blocks of at most as many as there are rows; within a block they take turns.
+    Nobody else may touch the rows meanwhile: they would be taken for what they are not.
     """
 
     def __init__(
@@ -127,13 +130,28 @@ class _Run:
         self.live: list[tuple[int, int]] = []
         self.kept: list[int] = []  # rows of `live` ones
         self.done: set[int] = set()
+        self.left: Any = [], []  # the rows when others last could do something
 
     @property
     def rows(self) -> range:
         return range(len(self.held), self.rollouts.rows)
 
+    def seen(self) -> tuple[list, list[int]]:
+        """What tells that rows have changed: a list that is made anew, and their lengths."""
+        return self.rollouts.tokens, [len(tokens) for tokens in self.rollouts.tokens]
+
+    def check(self) -> None:
+        tokens, lengths = self.seen()
+        before, known = self.left
+        if lengths != known or (lengths and tokens is not before):
+            raise RuntimeError(
+                "rows were changed while sample() draws: give it, and each other iterator, "
+                "Rollouts of its own"
+            )
+
     def refill(self) -> bool:
         """Let samples begin where rows are free; False if all is done."""
+        self.check()
         r = self.rollouts
         if not self.jobs and self.blocks and len(self.live) < self.most:
             block = self.blocks.pop()

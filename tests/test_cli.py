@@ -11,13 +11,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import kvtools
 from kvtools import CacheConfig, cli, models, results
-from kvtools.cli import demo, env, options, search
+from kvtools.cli import demo, env, options, sample, search
 
 
 @pytest.fixture(scope="module")
@@ -698,7 +699,6 @@ def test_sample_within_a_budget(capsys, tiny, some, tmp_path):
 
 def test_sample_until_correct(capsys, tiny, some, monkeypatch, tmp_path):
     """A verdict ends a prompt's samples, also of a run that goes on."""
-    from kvtools.cli import sample
 
     _, out, _ = run(capsys, "sample", tiny, some, *SAMPLE)
     monkeypatch.setattr(sample, "verdict", lambda lines: lambda x: "w2" in x.text.split())
@@ -717,8 +717,6 @@ def test_sample_until_correct(capsys, tiny, some, monkeypatch, tmp_path):
 
 
 def test_verdicts():
-    from types import SimpleNamespace
-
     from kvtools.cli.sample import verdict
 
     correct = verdict([{"text": "q", "answer": 5}, {"text": "q", "answer": None}])
@@ -737,6 +735,17 @@ def test_sample_stops(capsys, tiny, some):
         words = text.split()
         end = next((i + 1 for i, w in enumerate(words) if w[:2] in ("w2", "w3")), len(words))
         assert drawn(cut)[key].split() == words[:end]
+
+
+def test_stops_of_many_bytes():
+    """A letter may be several tokens."""
+    bytewise = SimpleNamespace(decode=lambda tokens: bytes(tokens).decode(errors="replace"))
+    for stop in ("a", "答えは四十二です", "🙂🙃🙂🙃"):
+        until = sample.ends(bytewise, ["zz", stop])
+        said = list(f"この{stop}".encode())
+        assert [until(said[:n]) for n in range(1, len(said) + 1)] == [False] * (len(said) - 1) + [
+            True
+        ]
 
 
 def test_quality_keeps_results_of_other_settings(tiny, capsys, tmp_path):

@@ -123,6 +123,8 @@ def test_as_sampled():
         (dict(completions=["ab", []]), TypeError, r"completions\[0\]='ab'"),
         (dict(prompts=["ab", [5]]), TypeError, r"prompts\[0\]='ab': expected a list of token ids"),
         (dict(prompts=[[0.5], [5]]), TypeError, r"prompts\[0\] holds something else"),
+        (dict(completions=[[[5, -100]], []]), ValueError, r"completions\[0\]\[0\] holds -100"),
+        (dict(prompts=[[5], [256]]), ValueError, r"prompts\[1\] holds 256, which is no token"),
         (dict(temperature=0.0), ValueError, "temperature=0.0 must be positive"),
         (dict(rows=0), ValueError, "rows=0 must be at least 1"),
         (dict(model="gpt2"), TypeError, "expected a transformers model, got str"),

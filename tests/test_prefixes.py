@@ -173,6 +173,15 @@ def test_a_short_stretch_is_not_worth_a_node():
         assert len(count.forwards) == forwards
 
 
+def test_equal_prompts_are_one():
+    model = tiny_model()
+    session = Session(model, CacheConfig(page_size=1))
+    with Counter(model) as count:
+        out = session.prefill([random_ids(40), random_ids(20), random_ids(40)], [1, 2, 3])
+    assert sum(count.forwards) == session.kv.stores[0].forest.prefix_pages() == 60
+    assert torch.equal(out[0], out[2]) and session.kv.lengths.tolist() == [40, 20, 20, 40, 40, 40]
+
+
 def test_long_branches_go_in_pieces(monkeypatch):
     monkeypatch.setattr(sessions, "TOKENS", 20)
     model, prompts = tiny_model(), family()

@@ -139,11 +139,16 @@ def test_texts():
         (dict(n=[1, 2]), "n has 2 entries for 1 prompts"),
         (dict(rows=0), "rows=0 must be at least 1"),
         (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(n=[1.5]), r"n=\[1.5\] must be a whole number"),
+        (dict(rows=1.5), "rows=1.5 must be a whole number"),
+        (dict(max_new_tokens=1.5), "max_new_tokens=1.5 must be a whole number"),
+        (dict(prompts=[[256]]), r"prompts\[0\] holds 256, which is no token"),
+        (dict(prompts=[[5.5]]), r"prompts\[0\] holds something else"),
     ],
 )
 def test_bad_input(change, words):
     r, args = rollouts(), dict(prompts=prompts(9), n=2, max_new_tokens=4) | change
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, TypeError), match=words):
         r.sample(args.pop("prompts"), args.pop("n"), **args)
 
 
@@ -153,6 +158,47 @@ def test_rows_of_others_are_left_alone():
     with pytest.raises(ValueError, match="there are rows already"):
         r.sample(prompts(9), 2, max_new_tokens=4)
     assert r.rows == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r.prefill(prompts(9)),
+        lambda r: r.gather(range(r.rows)),
+        lambda r: r.append([[5]], [0]),
+        lambda r: r.step(),
+        lambda r: r.gather([]),
+    ],
+    ids=["prefill", "gather", "append", "step", "none"],
+)
+def test_rows_that_others_change_are_not_drawn_from(change):
+    r = rollouts()
+    drawn = r.sample(prompts(20), 9, rows=2, max_new_tokens=NEW)
+    next(drawn)
+    change(r)
+    with pytest.raises(RuntimeError, match="rows were changed while sample"):
+        list(drawn)
+    assert r.rows == 0
+
+
+def test_two_iterators():
+    texts, r = prompts(20, 9), rollouts()
+    first, second = (r.sample([x], 5, rows=2, max_new_tokens=NEW) for x in texts)
+    got = [next(first)]
+    with pytest.raises(RuntimeError, match="Rollouts of its own"):
+        next(second)
+    got += first
+    want = plain(texts[:1], 5)
+    assert len(got) == 5 and all(x.tokens == want[0, x.number][0] for x in got)
+
+
+def test_tokens_of_dropped_samples_count():
+    """They have been drawn, too: the budget ends what nothing else would."""
+    got = rollouts(eos_token_id=()).sample(
+        prompts(20, 9, 12, 15), 16, max_new_tokens=NEW, max_tokens=450, until=range(0, 256, 20),
+        enough=lambda x: x.prompt < 3,
+    )  # fmt: skip
+    assert {x.why for x in got} == {"until", "budget"}
 
 
 def test_a_forward_that_fails_leaves_no_rows():

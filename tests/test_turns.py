@@ -246,6 +246,11 @@ def test_finished_rows_go_on():
     [
         (([[5]],), ValueError, "tokens has 1 entries for 2 rows"),
         (([[5], [6]], [1, 1]), ValueError, "rows holds a row twice"),
+        (([[5], [256]],), ValueError, r"tokens\[1\] holds 256, which is no token of the model's"),
+        (([[5], [-1]],), ValueError, r"tokens\[1\] holds -1"),
+        (([[5], [2.5]],), TypeError, r"tokens\[1\] holds something else than token ids"),
+        (([[5], "66"],), TypeError, r"tokens\[1\]='66': expected a list of token ids"),
+        (([5, 6],), TypeError, r"tokens\[0\]=5: expected a list"),
         (([[5]], [2]), IndexError, "rows holds 2; there are rows 0 to 1"),
     ],
 )

@@ -118,12 +118,6 @@ def run(args: argparse.Namespace) -> None:
     prompts = [encode(tokenizer, x["text"], args.chat)["input_ids"][0].tolist() for x in lines]
     warn_length(model, max(map(len, prompts)))
     rollouts = kvtools.Rollouts(model, config, seed=args.seed, **filters)
-    stops = args.stop or []
-
-    def until(tokens: list[int]) -> bool:
-        said = tokenizer.decode(tokens[-len(max(stops, key=len)) - 8 :])
-        return any(stop in said for stop in stops)
-
     with contextlib.ExitStack() as stack:
         sink, held = sys.stdout, []
         if output:
@@ -134,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
         begin, drawn, cut = time.monotonic(), 0, 0
         some = rollouts.sample(
             prompts, args.n, rows=args.rows, max_new_tokens=args.max_new_tokens,
-            until=until if stops else None, skip=skip, tokenizer=tokenizer,
+            until=ends(tokenizer, args.stop) if args.stop else None, skip=skip, tokenizer=tokenizer,
             enough=lambda x: bool(correct) and right[x.prompt] >= args.until_correct,
             max_tokens=args.max_tokens, max_seconds=args.max_seconds,
         )  # fmt: skip
@@ -203,6 +197,17 @@ def parse(line: str, number: int) -> dict[str, Any]:
     if not given["text"].strip():
         raise ValueError(f"line {number}: the prompt is empty")
     return given
+
+
+def ends(tokenizer: Any, stops: list[str]) -> Callable[[list[int]], bool]:
+    """Whether tokens, of which the last is new, say one of these texts."""
+    most = 8 + max(len(stop.encode()) for stop in stops)  # a byte may be a token
+
+    def until(tokens: list[int]) -> bool:
+        said = tokenizer.decode(tokens[-most:])
+        return any(stop in said for stop in stops)
+
+    return until
 
 
 def verdict(lines: list[dict[str, Any]]) -> Callable[[Any], bool]:

@@ -60,7 +60,8 @@ def logprobs(
 
     Raises:
         TypeError: `model` is no transformers model, or a completion is no list of token ids.
-        ValueError: a prompt is empty, sizes do not fit, or an option is out of range.
+        ValueError: a prompt is empty, sizes do not fit, the model has no such token, or an option
+            is out of range.
         Unsupported: a ValueError; kvtools cannot run a model.
 
     In modes and without gradients as `model` is called: put a model that trains with dropout in
@@ -83,15 +84,15 @@ def logprobs(
             f"completions has {len(completions)} entries for {len(prompts)} prompts: pass a list "
             "of completions for each"
         )
-    heads = [tuple(_ids(prompt, f"prompts[{i}]")) for i, prompt in enumerate(prompts)]
+    held: list[list[int]] = []  # tokens of each row
+    session = Session(model, config or CacheConfig(), probe=probe, texts=lambda row: held[row])
+    heads = [tuple(session.ids(prompt, f"prompts[{i}]")) for i, prompt in enumerate(prompts)]
     if not all(heads):
         raise ValueError(f"prompts[{heads.index(())}] is empty: it needs at least one token")
     tails = [
-        [_ids(x, f"completions[{i}][{j}]") for j, x in enumerate(_several(each, i))]
+        [session.ids(x, f"completions[{i}][{j}]") for j, x in enumerate(_several(each, i))]
         for i, each in enumerate(completions)
     ]
-    held: list[list[int]] = []  # tokens of each row
-    session = Session(model, config or CacheConfig(), probe=probe, texts=lambda row: held[row])
     empty = torch.zeros(0, device=session.device)
     found = Likelihood([[empty] * len(x) for x in tails], [[empty] * len(x) for x in tails])
     distinct = list(dict.fromkeys(head for head, each in zip(heads, tails, strict=True) if each))
@@ -127,15 +128,6 @@ def logprobs(
                 progress(done)
         session.kv.gather([])
     return found
-
-
-def _ids(x: Ids, name: str) -> list[int]:
-    x = x.tolist() if isinstance(x, (Tensor, np.ndarray)) else x
-    if isinstance(x, (str, bytes)) or not isinstance(x, Sequence):
-        raise TypeError(f"{name}={x!r}: expected a list of token ids")
-    if not all(isinstance(token, (int, np.integer)) for token in x):
-        raise TypeError(f"{name} holds something else than token ids")
-    return [int(token) for token in x]
 
 
 def _several(each: Any, i: int) -> Any:

@@ -205,7 +205,7 @@ class Session:
         """As `_prefill`, for prompts of which some begin alike."""
         texts = [x.cpu().numpy() for x in prompts]
         levels = branches(texts, max(STRETCH, self._config.sinks + 1))
-        if len(levels) <= 1:
+        if all(len(x.prompts) == 1 for level in levels for x in level):
             return self._prefill(prompts, copies)
         roots, before = levels[0], self.kv.rows
         row = np.empty(len(prompts), np.int64)  # of each prompt
@@ -484,6 +484,26 @@ class Session:
         # A number would stay what it is where the step is captured.
         forward = Forward(self.door, self.kv, False, positions.max())
         return self._forward(tokens[:, None], positions, forward).flatten(0, 1)
+
+    def ids(self, x: Any, name: str) -> list[int]:
+        """Token ids as they came from a caller, who calls them `name`.
+
+        Raises:
+            TypeError: they are something else.
+            ValueError: the model has no such token.
+        """
+        try:
+            array = x.cpu().numpy() if isinstance(x, Tensor) else np.asarray(x)
+        except ValueError:  # ragged
+            array = np.asarray(None)
+        if array.ndim != 1:
+            raise TypeError(f"{name}={x!r}: expected a list of token ids")
+        if len(array) and array.dtype.kind not in "iu":
+            raise TypeError(f"{name} holds something else than token ids")
+        known = getattr(inner(self._model).get_input_embeddings(), "num_embeddings", None)
+        for token in array[(array < 0) | (array >= (known or np.inf))]:
+            raise ValueError(f"{name} holds {token}, which is no token of the model's {known}")
+        return [int(token) for token in array.tolist()]
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
