@@ -322,6 +322,36 @@ def test_tree_attention_splits_over_threads(format, dtype, most, impl):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", ["greatest", "uneven"])
+@pytest.mark.parametrize("format,G,D", [("int8", 1, 64), ("int4", 3, 64), ("int4", 8, 128),
+                                        ("int2", 2, 128)])  # fmt: skip
+def test_tree_attention_of_values(format, G, D, values, dtype, impl):
+    """Weights may be rounded with those beside them: all alike on the greatest codes, where sums
+    are as large as can be; or such that few slots count, of values great and small."""
+    generator = torch.Generator().manual_seed(D)
+    forest = _host.Forest(8, 16)
+    forest.insert(101, 0, 1)
+    forest.append(np.ones(1, np.int32))
+    slot = torch.from_numpy(forest.row_slots(0).astype(np.int64))
+    k, v = torch.randn(2, len(slot), 1, D, generator=generator)
+    q = 3 * torch.randn(1, G, D, generator=generator)
+    if values == "greatest":
+        q.zero_()
+        v = torch.full_like(v, 30) @ quant.rotation(D, v.dtype, v.device).T
+    else:
+        v *= 4 ** (8 * torch.rand(len(slot), 1, 1, generator=generator) - 4)
+    pages = KVPages.empty(forest.num_pages, 1, 16, D, k_format=format, v_format=format, dtype=dtype)
+    kvtools.append_kv(k.to(dtype), v.to(dtype), slot, pages)
+    case = SimpleNamespace(
+        q=q.to(dtype), pages=pages, position=torch.tensor([101], dtype=torch.int32),
+        plan=Plan.from_host(forest.plan(np.ones(1, np.int32), 0, 0)),
+    )  # fmt: skip
+    exact = attend(SimpleNamespace(**vars(case) | {"q": case.q.double()}), "reference")
+    eager = attend(case, "reference")
+    assert_all_within_budget(impl, pages, attend(case, impl), exact, eager)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_tree_attention_keeps_a_nan_of_fp8(dtype, impl):
     case = Case(5, k_format="fp8", v_format="fp8", dtype=dtype)
