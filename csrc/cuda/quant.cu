@@ -48,35 +48,37 @@ __device__ float encode(const float (&x)[E], int d, float peak, uint8_t* codes) 
   constexpr int N = kTries <= 1 ? 1 : kTries <= 4 ? 4 : kTries <= 8 ? 8 : 16;
   const int lane = lane_index();
   const bool real = lane * E < d;  // E divides d
-  auto inverse_of = [peak](int i) {
-    const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
-    return 1 / (peak * (reach / G::kGreatest) + kLeastScale);
-  };
   // Magnitudes will do: levels lie symmetrically. Lane i % N has the range of try i.
-  const float inverse = inverse_of(lane % N);
-  float product[N] = {}, square[N] = {};
+  const float reach = Bits == 8 ? 1 : (17 - lane % N) / 16.0f;
+  const float range = peak * (reach / G::kGreatest) + kLeastScale, inverse = 1 / range;
+  // Of what is left of x in units of the range, and of the levels.
+  float rest[N] = {}, both[N] = {}, square[N] = {};
 #pragma unroll
   for (int i = 0; i < kTries; ++i) {
     const float here = N == 1 ? inverse : __shfl_sync(kAll, inverse, i);
 #pragma unroll
     for (int j = 0; j < E; ++j) {
-      const float magnitude = fabsf(x[j]), c = nearest<Bits>(magnitude * here);
-      const float y = G::kBend > 0 ? c * fmaf(c * c, G::kCubic, 1) : c;
-      product[i] = fmaf(magnitude, y, product[i]), square[i] = fmaf(y, y, square[i]);
+      const float v = fabsf(x[j]) * here, c = nearest<Bits>(v);
+      const float y = G::kBend > 0 ? c * fmaf(c * c, G::kCubic, 1) : c, left = v - y;
+      rest[i] = fmaf(left, left, rest[i]), both[i] = fmaf(left, y, both[i]);
+      square[i] = fmaf(y, y, square[i]);
     }
-    if (!real) square[i] = 0;  // the product is 0 there
+    if (!real) rest[i] = both[i] = square[i] = 0;
   }
-  // From here on, lane i has what try i % N needs. For these codes, the best scale:
-  const float all = sums(product), squares = sums(square), scale = to_scale(all / squares);
-  // What it takes off the sum of x², which is the same for all tries.
-  float most = scale * fmaf(-scale, squares, 2 * all);
+  // From here on, lane i has what try i % N needs. For these codes, the best scale; as it is
+  // stored, `more` of the range is added to it.
+  const float together = sums(both), squares = sums(square);
+  const float scale = to_scale((1 + together / squares) / inverse);
+  const float more = fmaf(scale, inverse, -1);
+  const float of_first = range * __shfl_sync(kAll, inverse, 0);  // as its square might overflow
+  float least = fmaf(more, fmaf(more, squares, -2 * together), sums(rest)) * (of_first * of_first);
   int best = lane % N;
-  if (best >= kTries) most = -INFINITY;
+  if (best >= kTries) least = INFINITY;
 #pragma unroll
   for (int distance = 1; distance < N; distance *= 2) {
-    const float other = __shfl_xor_sync(kAll, most, distance);
+    const float other = __shfl_xor_sync(kAll, least, distance);
     const int other_best = __shfl_xor_sync(kAll, best, distance);
-    if (other > most || (other == most && other_best < best)) most = other, best = other_best;
+    if (other < least || (other == least && other_best < best)) least = other, best = other_best;
   }
   const float chosen = __shfl_sync(kAll, inverse, best);
 #pragma unroll
