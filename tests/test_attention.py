@@ -277,6 +277,19 @@ def test_tree_attention_of_unaligned_slots(format, pad, impl):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("k_format,v_format", [("int4", "int4"), ("int8", "int2"), ("fp8", "none")])
+def test_scales_side_by_side_do_not_show(k_format, v_format, impl):
+    """Those of keys and values in one tensor, one behind the other for each slot."""
+    case = Case(12, k_format=k_format, v_format=v_format, dtype=torch.float16, D=64, page_size=20)
+    expected = attend(case, impl)
+    scales = [getattr(case.pages, name) for name in ("k_scale", "v_scale")]
+    both = torch.stack([torch.full_like(scales[0], 9) if x is None else x for x in scales], -1)
+    case.pages.k_scale = both[..., 0]
+    case.pages.v_scale = None if scales[1] is None else both[..., 1]
+    for x, y in zip(attend(case, impl), expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.long_if(
     when=lambda impl, format: interpreted(impl) and format not in ("none", "int4", "int3")
 )

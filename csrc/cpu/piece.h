@@ -150,12 +150,29 @@ inline void Tile::load_bounds() {
   }
 }
 
+// The halves of n words.
+inline void split_words(const char* from, int64_t n, f16* low, f16* high) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const u32 both = load_bits<u32>(from + 4 * i);
+    store_words(low + i, both & 0xffff), store_words(high + i, both >> 16);
+  }
+  for (; i < n; ++i) {
+    std::memcpy(low + i, from + 4 * i, sizeof *low);
+    std::memcpy(high + i, from + 4 * i + sizeof *low, sizeof *high);
+  }
+}
+
 inline void Tile::read(int64_t step, Slots& slots) const {
   const Pages& pages = pages_;
   const int64_t head = piece_.head + step % piece_.heads, node = o_.item(piece_.item)[0];
   const int64_t begin = slots.begin = piece_.begin + step / piece_.heads * kChunk;
   slots.n = std::min<int64_t>(kChunk, piece_.end - begin);
   f16 k_scale[kChunk], v_scale[kChunk];
+  // A slot's two scales may lie in one word.
+  const Paged &k = pages.k.scale, &v = pages.v.scale;
+  const bool in_words = k.data && v.data == k.data + sizeof(f16) && k.slot == 2 * sizeof(f16) &&
+                        v.slot == k.slot && v.head == k.head && v.page == k.page;
   o_.walk(piece_.item, begin, begin + slots.n,
           [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
             const int64_t s = slot - begin;
@@ -170,8 +187,10 @@ inline void Tile::read(int64_t step, Slots& slots) const {
                 std::memcpy(to + s + j, from, sizeof *to);
             };
             point(pages.k.codes, slots.k), point(pages.v.codes, slots.v);
-            if (pages.k.scale.data) copy(pages.k.scale, k_scale);
-            if (pages.v.scale.data) copy(pages.v.scale, v_scale);
+            if (in_words)
+              split_words(pages.k.scale.at(page, head, offset), count, k_scale + s, v_scale + s);
+            if (!in_words && pages.k.scale.data) copy(pages.k.scale, k_scale);
+            if (!in_words && pages.v.scale.data) copy(pages.v.scale, v_scale);
             if (pages.position.data) return copy(pages.position, slots.key);
             for (int64_t j = 0; j < count; ++j)
               slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
