@@ -172,8 +172,6 @@ FAULTS = [
     Fault("Triton: a range is judged by a scale that is not stored", "kvtools/kernels/quant.py",
           "more = tl.fma(scale, inverse, -1.0)", "more = tl.fma(scale, inverse, 0.0)",
           QUANT + "'codes_of_the_reference and triton and int4'"),
-    Fault("C++: errors of ranges are in units of each", "csrc/cpu/quant.cpp",
-          "* (of_first * of_first);", "* 1.0f;", QUANT + "'codes_of_the_reference and cpu'"),
     Fault("C++: dropped merge term", "csrc/cpu/attention.cpp",
           "        partial_.next[at] = first;",
           "        partial_.next[at] = first < 0 ? first : partial_.next[first];",

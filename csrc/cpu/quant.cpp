@@ -10,12 +10,14 @@ namespace kvtools::KVTOOLS_ISA {
 namespace {
 
 constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
+constexpr int kMostTries = Levels<2>::kTries;
 
 // What one thread needs for a head. Its vectors are whole: zero behind d.
 struct Scratch {
-  explicit Scratch(int64_t d) : x(whole_vectors(d)), framed(x.size()), codes(x.size()) {}
+  explicit Scratch(int64_t d)
+      : x(whole_vectors(d)), framed(x.size()), levels(kMostTries * x.size()), codes(x.size()) {}
 
-  std::vector<float> x, framed;
+  std::vector<float> x, framed, levels;  // levels for each range tried
   std::vector<uint8_t> codes;
 };
 
@@ -80,37 +82,39 @@ f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   constexpr int kTries = G::kTries;
   const f32 peak = peak_of(x, d);
   // One loop per stage, so that the tries do not wait for one another.
-  f32 inverse[kTries], rest[kTries], both[kTries], square[kTries];
+  f32 inverse[kTries], scale[kTries], error[kTries];
   for (int i = 0; i < kTries; ++i) {
     const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
     inverse[i] = 1 / (peak * (reach / G::kGreatest) + kTiny);
+    float* levels = scratch.levels.data() + i * scratch.x.size();
     // Magnitudes will do: levels lie symmetrically.
-    rest[i] = both[i] = square[i] = f32{};
+    f32 product{}, square{};
     for (int64_t j = 0; j < d; j += kLanes) {
-      const f32 v = abs(load(x + j)) * inverse[i];
-      f32 y = G::level(nearest<Bits>(v) + 0.5f), left = v - y;  // of x, in units of the range
-      if (j + kLanes > d) {
-        const i32 real = bit_cast<i32>(lane_index()) < int(d - j);
-        y = select(real, y, f32{}), left = select(real, left, f32{});
-      }
-      rest[i] += left * left;
-      both[i] += left * y;
-      square[i] += y * y;
+      const f32 magnitude = abs(load(x + j));
+      f32 y = G::level(nearest<Bits>(magnitude * inverse[i]) + 0.5f);
+      if (j + kLanes > d) y = select(bit_cast<i32>(lane_index()) < int(d - j), y, f32{});
+      product += magnitude * y;
+      square += y * y;
+      store(levels + j, y);
     }
+    // For these codes, the best scale.
+    scale[i] = to_scale(sum_lanes(product) / sum_lanes(square));
   }
-  f32 least{}, best_inverse{}, best_scale{};
   for (int i = 0; i < kTries; ++i) {
-    const f32 together = sum_lanes(both[i]), squares = sum_lanes(square[i]);
-    // For these codes, the best scale; as it is stored, `more` of the range is added to it.
-    const f32 scale = to_scale((1 + together / squares) / inverse[i]);
-    const f32 more = scale * inverse[i] - 1;
-    const f32 of_first = inverse[0] / inverse[i];  // as the square of a range might overflow
-    const f32 error =
-        (sum_lanes(rest[i]) + more * (more * squares - 2 * together)) * (of_first * of_first);
-    const i32 better = i == 0 ? ~i32{} : error < least;
-    least = select(better, error, least);
+    const float* levels = scratch.levels.data() + i * scratch.x.size();
+    f32 squares{};
+    for (int64_t j = 0; j < d; j += kLanes) {
+      const f32 difference = load(levels + j) * scale[i] - abs(load(x + j));
+      squares += difference * difference;
+    }
+    error[i] = sum_lanes(squares);
+  }
+  f32 least = error[0], best_inverse = inverse[0], best_scale = scale[0];
+  for (int i = 1; i < kTries; ++i) {
+    const i32 better = error[i] < least;
+    least = select(better, error[i], least);
     best_inverse = select(better, inverse[i], best_inverse);
-    best_scale = select(better, scale, best_scale);
+    best_scale = select(better, scale[i], best_scale);
   }
   for (int64_t j = 0; j < d; j += kLanes) {
     const f32 y = load(x + j);
