@@ -277,6 +277,19 @@ def test_tree_attention_of_unaligned_slots(format, pad, impl):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("k_format,v_format", [("int4", "int4"), ("int8", "int2"), ("fp8", "none")])
+def test_scales_side_by_side_do_not_show(k_format, v_format, impl):
+    """Those of keys and values in one tensor, one behind the other for each slot."""
+    case = Case(12, k_format=k_format, v_format=v_format, dtype=torch.float16, D=64, page_size=20)
+    expected = attend(case, impl)
+    scales = [getattr(case.pages, name) for name in ("k_scale", "v_scale")]
+    both = torch.stack([torch.full_like(scales[0], 9) if x is None else x for x in scales], -1)
+    case.pages.k_scale = both[..., 0]
+    case.pages.v_scale = None if scales[1] is None else both[..., 1]
+    for x, y in zip(attend(case, impl), expected, strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.long_if(
     when=lambda impl, format: interpreted(impl) and format not in ("none", "int4", "int3")
 )
@@ -320,6 +333,36 @@ def test_tree_attention_splits_over_threads(format, dtype, most, impl):
             assert_all_within_budget(impl, pages, actual, exact, eager)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", ["greatest", "uneven"])
+@pytest.mark.parametrize("format,G,D", [("int8", 1, 64), ("int4", 3, 64), ("int4", 8, 128),
+                                        ("int2", 2, 128)])  # fmt: skip
+def test_tree_attention_of_values(format, G, D, values, dtype, impl):
+    """Weights may be rounded with those beside them: all alike on the greatest codes, where sums
+    are as large as can be; or such that few slots count, of values great and small."""
+    generator = torch.Generator().manual_seed(D)
+    forest = _host.Forest(8, 16)
+    forest.insert(101, 0, 1)
+    forest.append(np.ones(1, np.int32))
+    slot = torch.from_numpy(forest.row_slots(0).astype(np.int64))
+    k, v = torch.randn(2, len(slot), 1, D, generator=generator)
+    q = 3 * torch.randn(1, G, D, generator=generator)
+    if values == "greatest":
+        q.zero_()
+        v = torch.full_like(v, 30) @ quant.rotation(D, v.dtype, v.device).T
+    else:
+        v *= 4 ** (8 * torch.rand(len(slot), 1, 1, generator=generator) - 4)
+    pages = KVPages.empty(forest.num_pages, 1, 16, D, k_format=format, v_format=format, dtype=dtype)
+    kvtools.append_kv(k.to(dtype), v.to(dtype), slot, pages)
+    case = SimpleNamespace(
+        q=q.to(dtype), pages=pages, position=torch.tensor([101], dtype=torch.int32),
+        plan=Plan.from_host(forest.plan(np.ones(1, np.int32), 0, 0)),
+    )  # fmt: skip
+    exact = attend(SimpleNamespace(**vars(case) | {"q": case.q.double()}), "reference")
+    eager = attend(case, "reference")
+    assert_all_within_budget(impl, pages, attend(case, impl), exact, eager)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -35,7 +35,7 @@ struct ReadFp8 {
   }
 };
 
-// Codes of 4 bits or less may carry other bits above the lowest four where a table is looked up.
+// Codes of 4 bits or less may carry other bits above their own where a table is looked up.
 #if defined(__AVX512F__)
 constexpr bool kTable = true;
 #else
@@ -48,8 +48,10 @@ inline f32 level(u32 code) {
 #if defined(__AVX512F__)
   if constexpr (Bits <= 4) {  // one permutation looks up any 16 floats
     f32 table;
-    for (int i = 0; i < 16; ++i)
-      table[i] = (i - G::kTop) * (1 + G::kCubic * (i - G::kTop) * (i - G::kTop));
+    for (int i = 0; i < 16; ++i) {
+      const float c = i % (1 << Bits) - G::kTop;
+      table[i] = c * (1 + G::kCubic * c * c);
+    }
     return _mm512_permutexvar_ps(bit_cast<__m512i>(code), table);
   }
 #endif
@@ -93,7 +95,7 @@ struct ReadPlanes {
   f32 operator()(const char* row, const Spot& at) const {
     u32 code = load_bytes(row + at.low);
     if constexpr (Low < 8) code = code >> at.low_shift;
-    if constexpr (Low < 4 || (Low == 4 && (High > 0 || !kTable))) code &= (1 << Low) - 1;
+    if constexpr (Low < 8 && (High > 0 || !kTable)) code &= (1 << Low) - 1;
     if constexpr (High > 0)
       code |= (load_high(row + at.high) >> at.high_shift & ((1 << High) - 1)) << Low;
     return level<Low + High>(code);

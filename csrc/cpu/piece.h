@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <climits>
 
+#include "packed.h"
 #include "problem.h"
 #include "rotate.h"
-#include "tile.h"
 
 namespace kvtools::KVTOOLS_ISA {
 
@@ -23,6 +23,7 @@ class Tile {
         partial_(partial),
         few_(piece.rows <= kFewRows),
         pairs_(kDotsPairs && !few_ && problem.in_pairs(pages_)) {
+    whole_.pieces = problem.p.out.type == Type::f32 ? 2 : 1;
     const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
     q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows);
     k_tile_ = q_ + q_size, v_tile_ = k_tile_ + kChunk * o_.width;
@@ -70,7 +71,7 @@ class Tile {
   void load_bounds();
   void read(int64_t step, Slots& slots) const;
   void attend(Slots& now, const Slots& next);
-  void few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled);
+  void few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled, bool v_whole);
   void many_weights(const Slots& now, bool clear);
   void add_pairs_of(const Slots& now, float* sum);
 
@@ -90,6 +91,8 @@ class Tile {
   // A row sees the positions above `lower` up to `upper`.
   int32_t upper_[kTileRows], lower_[kTileRows];
   int32_t upper_least_, upper_most_, lower_least_, lower_most_;
+  float most_[kFewRows], all_[kFewRows];  // of the weights of a row
+  Weights whole_;
 };
 
 inline void Tile::load_queries() {
@@ -147,12 +150,29 @@ inline void Tile::load_bounds() {
   }
 }
 
+// The halves of n words.
+inline void split_words(const char* from, int64_t n, f16* low, f16* high) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const u32 both = load_bits<u32>(from + 4 * i);
+    store_words(low + i, both & 0xffff), store_words(high + i, both >> 16);
+  }
+  for (; i < n; ++i) {
+    std::memcpy(low + i, from + 4 * i, sizeof *low);
+    std::memcpy(high + i, from + 4 * i + sizeof *low, sizeof *high);
+  }
+}
+
 inline void Tile::read(int64_t step, Slots& slots) const {
   const Pages& pages = pages_;
   const int64_t head = piece_.head + step % piece_.heads, node = o_.item(piece_.item)[0];
   const int64_t begin = slots.begin = piece_.begin + step / piece_.heads * kChunk;
   slots.n = std::min<int64_t>(kChunk, piece_.end - begin);
   f16 k_scale[kChunk], v_scale[kChunk];
+  // A slot's two scales may lie in one word.
+  const Paged &k = pages.k.scale, &v = pages.v.scale;
+  const bool in_words = k.data && v.data == k.data + sizeof(f16) && k.slot == 2 * sizeof(f16) &&
+                        v.slot == k.slot && v.head == k.head && v.page == k.page;
   o_.walk(piece_.item, begin, begin + slots.n,
           [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
             const int64_t s = slot - begin;
@@ -167,14 +187,17 @@ inline void Tile::read(int64_t step, Slots& slots) const {
                 std::memcpy(to + s + j, from, sizeof *to);
             };
             point(pages.k.codes, slots.k), point(pages.v.codes, slots.v);
-            if (pages.k.scale.data) copy(pages.k.scale, k_scale);
-            if (pages.v.scale.data) copy(pages.v.scale, v_scale);
+            if (in_words)
+              split_words(pages.k.scale.at(page, head, offset), count, k_scale + s, v_scale + s);
+            if (!in_words && pages.k.scale.data) copy(pages.k.scale, k_scale);
+            if (!in_words && pages.v.scale.data) copy(pages.v.scale, v_scale);
             if (pages.position.data) return copy(pages.position, slots.key);
             for (int64_t j = 0; j < count; ++j)
               slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
           });
   std::fill(slots.k + slots.n, slots.k + kChunk, slots.k[slots.n - 1]);
   std::fill(slots.v + slots.n, slots.v + kChunk, slots.v[slots.n - 1]);
+  std::fill(v_scale + slots.n, v_scale + whole_vectors(slots.n), f16{});  // their weight is 0
   for (int s = 0; s < slots.n; s += kLanes) {
     if (pages.k.scale.data) store(slots.k_scale + s, load(k_scale + s));
     if (pages.v.scale.data) store(slots.v_scale + s, load(v_scale + s));
@@ -185,9 +208,11 @@ inline void Tile::attend(Slots& now, const Slots& next) {
   const Pages& pages = pages_;
   const int64_t d = o_.d, width = o_.width;
   const int n = now.n, rows = piece_.rows, vectors = piece_.padded() / kLanes;
-  const auto [least, most] = std::minmax_element(now.key, now.key + n);
-  const bool dark = *least > upper_most_ || *most <= lower_least_;
-  const bool clear = *most <= upper_least_ && *least > lower_most_;
+  int32_t least = now.key[0], most = least;
+  for (int s = 1; s < n; ++s)
+    least = std::min(least, now.key[s]), most = std::max(most, now.key[s]);
+  const bool dark = least > upper_most_ || most <= lower_least_;
+  const bool clear = most <= upper_least_ && least > lower_most_;
   if (dark && !logits_) return;
 
   // Few rows are dotted with keys as they are stored, and scaled below. Else keys are decoded to a
@@ -218,6 +243,11 @@ inline void Tile::attend(Slots& now, const Slots& next) {
                                 x_ + r * kChunk);
       });
     };
+    using Turned = Packed<decltype(read)>;
+    if constexpr (Turned::kHas)
+      if (few_ && Turned::scores_whole(d))
+        return Turned::scores(q_ + head_ * rows * width, rows, d, now.k, next.k, n,
+                              reinterpret_cast<uint32_t*>(k_tile_), x_);
     if (few_ && read.whole(d)) return few_rows(read);
     if (pairs_)
       return in_groups<kTileVectors>(vectors, [&](auto count, int v) {
@@ -233,10 +263,14 @@ inline void Tile::attend(Slots& now, const Slots& next) {
     });
   });
 
-  bool v_direct = false;
-  with_reader(pages.v, d, [&](auto read) { v_direct = few_ && read.whole(d); });
+  bool v_direct = false, v_whole = false;
+  with_reader(pages.v, d, [&](auto read) {
+    using Whole = Packed<decltype(read)>;
+    v_direct = few_ && read.whole(d);
+    if constexpr (Whole::kHas) v_whole = v_direct && Whole::values_whole(d);
+  });
   if (few_)
-    few_weights(now, clear, k_scaled, v_scaled || !v_direct);
+    few_weights(now, clear, k_scaled, v_scaled || !v_direct, v_whole);
   else
     many_weights(now, clear);
   if (o_.tracks && store_ == 0)
@@ -252,6 +286,12 @@ inline void Tile::attend(Slots& now, const Slots& next) {
         store(sum + r * width + e, load(sum + r * width + e) * shrink_[r]);
   if (pairs_) return add_pairs_of(now, sum);
   with_reader(pages.v, d, [&](auto read) {
+    using Whole = Packed<decltype(read)>;
+    if constexpr (Whole::kHas)
+      if (v_whole) {
+        Whole::round(x_, most_, all_, rows, n, whole_);
+        return Whole::add(now.v, next.v, n, whole_, rows, sum, d);
+      }
     if (v_direct)
       return in_groups<4>(rows, [&](auto count, int r) {
         add_values<count.value>(read, now.v, next.v, n, x_ + r * kChunk, kChunk, 1, sum + r * width,
@@ -291,7 +331,8 @@ inline void Tile::add_pairs_of(const Slots& now, float* sum) {
     });
 }
 
-inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled) {
+inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled,
+                              bool v_whole) {
   const float octave = o_.unit * kLog2e;
   const int64_t all = o_.slots(piece_.item);
   float *peak = partial_.peak + at_, *mass = partial_.mass + at_;
@@ -302,24 +343,28 @@ inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool 
       f32 y = load(x + s);
       if (!k_scaled) y *= load(now.k_scale + s);
       y = capped(y);
-      const i32 key = load_bits<i32>(now.key + s);
-      i32 hidden = bit_cast<i32>(lane_index() >= static_cast<uint32_t>(now.n - s));
-      if (!clear) hidden |= (key > upper_[r]) | (key <= lower_[r]);
-      y = select(hidden, splat(-kInfinity), y);
+      if (!clear || s + kLanes > now.n) {
+        const i32 key = load_bits<i32>(now.key + s);
+        i32 hidden = bit_cast<i32>(lane_index() >= static_cast<uint32_t>(now.n - s));
+        if (!clear) hidden |= (key > upper_[r]) | (key <= lower_[r]);
+        y = select(hidden, splat(-kInfinity), y);
+      }
       store(x + s, y);
       top = max(top, y);
     }
     top = max_lanes(top);
     const f32 safe = select(top == -kInfinity, f32{}, top);
-    f32 total{};
+    f32 total{}, most{}, sum{};
     for (int s = 0; s < now.n; s += kLanes) {
       const f32 y = load(x + s);
       if (logits_) store_part(logits_ + r * all + s, y, std::min(kLanes, now.n - s));
       f32 w = exp2((y - safe) * octave);
       total += w;
       if (!v_scaled) w *= load(now.v_scale + s);
+      most = max(most, w), sum += w;
       store(x + s, w);
     }
+    if (v_whole) most_[r] = max_lanes(most)[0], all_[r] = sum_lanes(sum)[0];
     shrink_[r] = exp2((splat(peak[r]) - safe) * octave)[0];
     mass[r] = mass[r] * shrink_[r] + sum_lanes(total)[0];
     peak[r] = top[0];

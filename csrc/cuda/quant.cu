@@ -15,22 +15,29 @@ __device__ float to_scale(float x) {
   return __half2float(__float2half_rn(fminf(fmaxf(x, kLeastScale), 65504.0f)));
 }
 
-// The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
-// lower.
+// The c of the nearest level to v >= 0, a half or more: of two as near, the lower, so that it is
+// -1/2 for v = 0. Products are fused with sums: nothing here is held to the last bit.
 template <int Bits>
 __device__ float nearest(float v) {
   using G = Grid<Bits>;
+  constexpr float kRound = 12582912;  // 1.5 * 2^23: to the nearest integer
+  constexpr float kScale = G::kTop / G::kGreatest, kSquare = 1 / (G::kGreatest * G::kGreatest);
   v = fminf(v, G::kGreatest);
-  // The border below level r lies at r (1 + 3/4 kCubic + kCubic r²). A polynomial inverts this to
-  // less than half a step; then one comparison decides.
-  float guess = v;
+  // The border below c = r + 1/2 lies at r (1 + 3/4 kCubic + kCubic r²). A polynomial inverts this
+  // to less than half a step; then one comparison decides.
+  float r, over;
   if (G::kBend > 0) {
-    const float t = v * (1 / G::kGreatest), t2 = t * t;
-    guess = G::kTop * t * (1.4393f + t2 * (-0.7805f + t2 * 0.3477f));
+    const float square = v * v;
+    float slope = fmaf(square, 0.3477f * kScale * kSquare * kSquare, -0.7805f * kScale * kSquare);
+    slope = fmaf(square, slope, 1.4393f * kScale);
+    r = fmaf(v, slope, kRound) - kRound;
+    over = fmaf(fmaf(r * r, G::kCubic, 1 + 0.75f * G::kCubic), r, -v);
+  } else {
+    r = (v + kRound) - kRound;
+    over = r - v;
   }
-  const float r = rintf(guess);
-  const float border = G::kBend > 0 ? r * (1 + G::kCubic * (0.75f + r * r)) : r;
-  return border < v ? r : r - 1;
+  // Where v lies above the border `over` is negative, and the half is added.
+  return r - __uint_as_float(__float_as_uint(0.5f) | (__float_as_uint(over) & 0x80000000u));
 }
 
 // Codes and scale of rotated x: of a few ranges, that with the least error.
@@ -40,35 +47,31 @@ __device__ float encode(const float (&x)[E], int d, float peak, uint8_t* codes) 
   constexpr int kTries = G::kTries;
   constexpr int N = kTries <= 1 ? 1 : kTries <= 4 ? 4 : kTries <= 8 ? 8 : 16;
   const int lane = lane_index();
-  auto inverse_of = [peak](int i) {
-    const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
-    return 1 / (peak * (reach / G::kGreatest) + kLeastScale);
-  };
-  // Magnitudes will do: levels lie symmetrically.
-  float level[kTries][E], product[N] = {}, square[N] = {}, error[N] = {};
+  const bool real = lane * E < d;  // E divides d
+  // Magnitudes will do: levels lie symmetrically. Lane i % N has the range of try i.
+  const float reach = Bits == 8 ? 1 : (17 - lane % N) / 16.0f;
+  const float range = peak * (reach / G::kGreatest) + kLeastScale, inverse = 1 / range;
+  // Of what is left of x in units of the range, and of the levels.
+  float rest[N] = {}, both[N] = {}, square[N] = {};
 #pragma unroll
   for (int i = 0; i < kTries; ++i) {
-    const float inverse = inverse_of(i);
+    const float here = N == 1 ? inverse : __shfl_sync(kAll, inverse, i);
 #pragma unroll
     for (int j = 0; j < E; ++j) {
-      const float magnitude = fabsf(x[j]);
-      const float y = lane * E + j < d ? G::level(nearest<Bits>(magnitude * inverse) + 0.5f) : 0;
-      level[i][j] = y;
-      product[i] += magnitude * y, square[i] += y * y;
+      const float v = fabsf(x[j]) * here, c = nearest<Bits>(v);
+      const float y = G::kBend > 0 ? c * fmaf(c * c, G::kCubic, 1) : c, left = v - y;
+      rest[i] = fmaf(left, left, rest[i]), both[i] = fmaf(left, y, both[i]);
+      square[i] = fmaf(y, y, square[i]);
     }
+    if (!real) rest[i] = both[i] = square[i] = 0;
   }
-  // From here on, lane i has what try i % N needs. For these codes, the best scale:
-  const float scale = to_scale(sums(product) / sums(square));
-#pragma unroll
-  for (int i = 0; i < kTries; ++i) {
-    const float here = __shfl_sync(kAll, scale, i);
-#pragma unroll
-    for (int j = 0; j < E; ++j) {
-      const float difference = level[i][j] * here - fabsf(x[j]);
-      error[i] += difference * difference;
-    }
-  }
-  float least = sums(error);
+  // From here on, lane i has what try i % N needs. For these codes, the best scale; as it is
+  // stored, `more` of the range is added to it.
+  const float together = sums(both), squares = sums(square);
+  const float scale = to_scale((1 + together / squares) / inverse);
+  const float more = fmaf(scale, inverse, -1);
+  const float of_first = range * __shfl_sync(kAll, inverse, 0);  // as its square might overflow
+  float least = fmaf(more, fmaf(more, squares, -2 * together), sums(rest)) * (of_first * of_first);
   int best = lane % N;
   if (best >= kTries) least = INFINITY;
 #pragma unroll
@@ -77,13 +80,12 @@ __device__ float encode(const float (&x)[E], int d, float peak, uint8_t* codes) 
     const int other_best = __shfl_xor_sync(kAll, best, distance);
     if (other < least || (other == least && other_best < best)) least = other, best = other_best;
   }
-  const float inverse = inverse_of(best);
+  const float chosen = __shfl_sync(kAll, inverse, best);
 #pragma unroll
   for (int j = 0; j < E; ++j)
-    if (lane * E + j < d) {
-      const float r = nearest<Bits>(fabsf(x[j]) * inverse);
-      codes[lane * E + j] =
-          static_cast<uint8_t>(x[j] < 0 ? G::kTop - 0.5f - r : G::kTop + 0.5f + r);
+    if (real) {
+      const float c = nearest<Bits>(fabsf(x[j]) * chosen);
+      codes[lane * E + j] = static_cast<uint8_t>(G::kTop + (x[j] < 0 ? -c : c));
     }
   return __shfl_sync(kAll, scale, best);
 }

@@ -1,4 +1,4 @@
-// Scores of reasoning steps: a block per rollout, a warp per step.
+// Scores of reasoning steps: a warp per step, then one per rollout.
 #include <type_traits>
 
 #include "format.h"
@@ -8,7 +8,7 @@
 namespace kvtools::cuda {
 namespace {
 
-constexpr int kLeastWarps = 4, kMostWarps = 16;
+constexpr int kWarps = 2;  // of a block: 256 steps are for all of a GPU
 
 __device__ float to_float(float x) { return x; }
 __device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -101,7 +101,7 @@ __device__ float linked(Link link, float margin) {
   }
 }
 
-// The score of a rollout, by one warp and so always in the same order, from what the block wrote.
+// The score of a rollout, by one warp and so always in the same order.
 __device__ float reduced(const StepScores& p, int64_t begin, int64_t end) {
   if (begin >= end) return NAN;
   const float count = static_cast<float>(end - begin);
@@ -147,34 +147,37 @@ __device__ float reduced(const StepScores& p, int64_t begin, int64_t end) {
   }
 }
 
+// The index of a warp among those of all blocks.
+__device__ int64_t warp_index() { return int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
+
 template <int K, class Hidden, class Head>
-__global__ void __launch_bounds__(kMostWarps* kWarp, 1)
-    step_scores_kernel(__grid_constant__ const StepScores p) {
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+__global__ void __launch_bounds__(kWarps* kWarp)
+    step_margins_kernel(__grid_constant__ const StepScores p) {
+  const int64_t s = warp_index();
+  if (s >= p.s) return;
   // Nobody has read the indices: what they say must not lead outside.
-  const int64_t begin = max(p.cu_steps[blockIdx.x], int64_t(0));
-  const int64_t end = min(p.cu_steps[blockIdx.x + int64_t(1)], p.s);
-  for (int64_t s = begin + warp; s < end; s += warps) {
-    const int64_t row = p.step[s];
-    const bool there = row >= 0 && row < p.t;
-    const float margin = there ? margin_of<K, Hidden, Head>(p, row) : NAN;
-    if (lane_index() == 0) p.margin[s] = margin, p.prob[s] = linked(p.link, margin);
-  }
-  __syncthreads();
-  if (warp > 0) return;
+  const int64_t row = p.step[s];
+  const bool there = row >= 0 && row < p.t;
+  const float margin = there ? margin_of<K, Hidden, Head>(p, row) : NAN;
+  if (lane_index() == 0) p.margin[s] = margin, p.prob[s] = linked(p.link, margin);
+}
+
+__global__ void __launch_bounds__(kWarps* kWarp)
+    step_scores_kernel(__grid_constant__ const StepScores p) {
+  const int64_t r = warp_index();
+  if (r >= p.r) return;
+  const int64_t begin = max(p.cu_steps[r], int64_t(0)), end = min(p.cu_steps[r + 1], p.s);
   const float score = reduced(p, begin, end);
-  if (lane_index() == 0) p.score[blockIdx.x] = score;
+  if (lane_index() == 0) p.score[r] = score;
 }
 
 template <class Hidden, class Head>
 void run(const StepScores& p, void* stream) {
-  // A step has the same bits whatever the warps, as has the sum of steps.
-  int warps = kLeastWarps;
-  while (warps < kMostWarps && warps * p.r < p.s) warps *= 2;
-  auto* kernel = p.k == 1   ? step_scores_kernel<1, Hidden, Head>
-                 : p.k == 2 ? step_scores_kernel<2, Hidden, Head>
-                            : step_scores_kernel<3, Hidden, Head>;
-  launch("step_scores", kernel, dim3(static_cast<unsigned>(p.r)), warps * kWarp, 0, stream, p);
+  auto* margins = p.k == 1   ? step_margins_kernel<1, Hidden, Head>
+                  : p.k == 2 ? step_margins_kernel<2, Hidden, Head>
+                             : step_margins_kernel<3, Hidden, Head>;
+  if (p.s) launch("step_scores", margins, blocks_of(p.s, kWarps), kWarps * kWarp, 0, stream, p);
+  launch("step_scores", step_scores_kernel, blocks_of(p.r, kWarps), kWarps * kWarp, 0, stream, p);
 }
 
 bool in_vectors(const Strided<2>& x, int64_t m) {

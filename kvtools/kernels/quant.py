@@ -1,7 +1,7 @@
 """Rotate, quantise and store keys and values.
 
-Bits must not depend on the batch, on strides, or on which kernel computes them. So nothing is fused
-into other roundings, and sums have an order of their own.
+Bits must not depend on the batch, on strides, or on which kernel computes them. So products are
+fused with sums only where it is said, and sums have an order of their own.
 """
 
 from functools import cache
@@ -25,7 +25,6 @@ from .format import (
     frame_start,
     framed,
     from_columns,
-    level,
     load_scale,
     load_tile,
     log2,
@@ -143,21 +142,28 @@ def greatest(FORMAT):
 
 @triton.jit
 def _nearest(v, FORMAT: tl.constexpr):
-    """The nearest levels to v, of two as near the lower, and their codes as floats."""
-    TOP: tl.constexpr = top(FORMAT)
+    """The c of the nearest levels to v >= 0, 1/2 or more: of two as near the lower, so that it is
+    -1/2 for v = 0. Products are fused with sums: nothing here is held to the last bit."""
     GREATEST: tl.constexpr = greatest(FORMAT)
+    SCALE: tl.constexpr = top(FORMAT) / greatest(FORMAT)
+    SQUARE: tl.constexpr = 1 / greatest(FORMAT) / greatest(FORMAT)
+    CUBIC: tl.constexpr = bend(FORMAT) / top(FORMAT) / top(FORMAT)
     ROUND: tl.constexpr = 1.5 * 2**23
-    v = tl.minimum(tl.maximum(v, -GREATEST), GREATEST)
-    guess = v
+    v = tl.minimum(v, GREATEST)
+    # The border below c = r + 1/2 lies at r (1 + 3/4 CUBIC + CUBIC r²). A polynomial inverts this
+    # to less than half a step; then one comparison decides.
     if bend(FORMAT) != 0:
-        # A polynomial inverts `level` to less than half a code; then one comparison decides.
-        u = v * (1 / GREATEST)
-        u2 = u * u
-        guess = u * (1.4393 * TOP + u2 * (-0.7805 * TOP + u2 * (0.3477 * TOP)))
-    middle = (guess + ROUND) - ROUND
-    lower, upper = level(middle - 0.5, FORMAT), level(middle + 0.5, FORMAT)
-    above = (lower + upper) * 0.5 < v
-    return tl.where(above, upper, lower), middle + tl.where(above, TOP + 0.5, TOP - 0.5)
+        square = v * v
+        slope = tl.fma(square, 0.3477 * SCALE * SQUARE * SQUARE, -0.7805 * SCALE * SQUARE)
+        slope = tl.fma(square, slope, 1.4393 * SCALE)
+        r = tl.fma(v, slope, ROUND) - ROUND
+        over = tl.fma(tl.fma(r * r, CUBIC, 1 + 0.75 * CUBIC), r, -v)
+    else:
+        r = (v + ROUND) - ROUND
+        over = r - v
+    # Where v lies above the border `over` is negative, and the half is added.
+    half = (over.to(tl.int32, bitcast=True) & -0x80000000) | 0x3F000000
+    return r - half.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -179,23 +185,34 @@ def _encode(x, FORMAT: tl.constexpr, D: tl.constexpr):
     BLOCK_D: tl.constexpr = x.shape[1]
     BEGIN: tl.constexpr = tries(FORMAT)[0]
     END: tl.constexpr = tries(FORMAT)[1]
-    peak = tl.max(tl.abs(x), 1)
+    CUBIC: tl.constexpr = bend(FORMAT) / top(FORMAT) / top(FORMAT)
+    magnitude = tl.abs(x)  # will do: levels lie symmetrically
+    peak = tl.max(magnitude, 1)
     least, best_inverse, best_scale = peak, peak, peak
+    first = tl.div_rn(1.0, peak * ((17 - BEGIN) / 16 / greatest(FORMAT)) + TINY)
     for i in range(BEGIN, END):
-        inverse = tl.div_rn(1.0, peak * ((17 - i) / 16 / greatest(FORMAT)) + TINY)
-        y, _ = _nearest(x * inverse[:, None], FORMAT)
+        reach = peak * ((17 - i) / 16 / greatest(FORMAT)) + TINY
+        inverse = tl.div_rn(1.0, reach)
+        v = magnitude * inverse[:, None]
+        y = _nearest(v, FORMAT)
+        if bend(FORMAT) != 0:
+            y = y * tl.fma(y * y, CUBIC, 1.0)
+        left = v - y  # of x, in units of the range
         if D != BLOCK_D:
-            y = tl.where((tl.arange(0, BLOCK_D) < D)[None, :], y, 0.0)
-        # For these codes, the best scale.
-        scale = _to_scale(tl.div_rn(_sum(x * y), _sum(y * y))).to(tl.float32)
-        difference = y * scale[:, None] - x
-        error = _sum(difference * difference)
+            real = (tl.arange(0, BLOCK_D) < D)[None, :]
+            y, left = tl.where(real, y, 0.0), tl.where(real, left, 0.0)
+        rest, both, square = _sum(left * left), _sum(left * y), _sum(y * y)
+        # For these codes, the best scale; as it is stored, `more` of the range is added to it.
+        scale = _to_scale(tl.div_rn(1 + tl.div_rn(both, square), inverse)).to(tl.float32)
+        more = tl.fma(scale, inverse, -1.0)
+        of_first = reach * first  # as the square of `reach` might overflow
+        error = tl.fma(more, tl.fma(more, square, -2 * both), rest) * (of_first * of_first)
         better = (error < least) | (i == BEGIN)
         least = tl.where(better, error, least)
         best_inverse = tl.where(better, inverse, best_inverse)
         best_scale = tl.where(better, scale, best_scale)
-    _, codes = _nearest(x * best_inverse[:, None], FORMAT)
-    return codes.to(tl.int32), best_scale.to(tl.float16)
+    c = _nearest(magnitude * best_inverse[:, None], FORMAT)
+    return (tl.where(x < 0, -c, c) + top(FORMAT)).to(tl.int32), best_scale.to(tl.float16)
 
 
 @triton.jit

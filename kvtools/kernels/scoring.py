@@ -13,6 +13,7 @@ IGNORED = tl.constexpr(-100)
 # A program takes TILE_T tokens by SPLIT_V ids, whatever the batch, so that a token's bits depend on
 # it alone. GROUP tiles of tokens run side by side: their hidden states stay in L2.
 TILE_T, SPLIT_V, GROUP = 128, 512, 16
+STEPS = 2  # that a program scores
 
 
 def step_scores(
@@ -29,15 +30,20 @@ def step_scores(
     margin_s, prob_s, score_r = (
         torch.empty(size, dtype=torch.float32, device=hidden_tm.device) for size in (s, s, r)
     )
-    if r:
-        # 16 KB a tile: with the stages in flight, enough to keep one SM's share of bandwidth busy.
-        block_m = min(triton.next_power_of_2(max(m, 1)), 2048 // hidden_tm.itemsize)
-        _step_scores_kernel[(r,)](
-            hidden_tm, *hidden_tm.stride(), step_s, step_s.stride(0), cu_steps, cu_steps.stride(0),
+    if s:
+        # Few steps a program, so that 256 fill a GPU, and as many whatever s, on which bits may not
+        # depend. 8 KB a tile: with the stages in flight enough for one SM's share of bandwidth.
+        block_m = min(triton.next_power_of_2(max(m, 1)), 4096 // hidden_tm.itemsize)
+        _step_margins_kernel[(triton.cdiv(s, STEPS),)](
+            hidden_tm, *hidden_tm.stride(), step_s, step_s.stride(0),
             weight_km, *weight_km.stride(), bias_k, 0 if bias_k is None else bias_k.stride(0),
-            margin_s, prob_s, score_r, s, len(hidden_tm), m, temperature,
-            K=len(weight_km), LINK=link, REDUCE=reduce, BLOCK_S=8, BLOCK_M=block_m, num_warps=8,
-            enable_fp_fusion=True,
+            margin_s, prob_s, s, len(hidden_tm), m, K=len(weight_km), LINK=link, BLOCK_S=STEPS,
+            BLOCK_M=block_m, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    if r:
+        _step_scores_kernel[(r,)](
+            cu_steps, cu_steps.stride(0), margin_s, prob_s, score_r, s, temperature, REDUCE=reduce,
+            BLOCK_S=128, num_warps=1, enable_fp_fusion=True,
         )  # fmt: skip
     return margin_s, prob_s, score_r
 
@@ -105,15 +111,40 @@ def _partial(
 
 
 @triton.jit(do_not_specialize=["S", "T"])
-def _step_scores_kernel(
-    hidden_ptr, stride_ht, stride_hm, step_ptr, stride_s, cu_steps_ptr, stride_c,
-    weight_ptr, stride_wk, stride_wm, bias_ptr, stride_b, margin_ptr, prob_ptr, score_ptr,
-    S, T, M, temperature, K: tl.constexpr, LINK: tl.constexpr, REDUCE: tl.constexpr,
+def _step_margins_kernel(
+    hidden_ptr, stride_ht, stride_hm, step_ptr, stride_s, weight_ptr, stride_wk, stride_wm,
+    bias_ptr, stride_b, margin_ptr, prob_ptr, S, T, M, K: tl.constexpr, LINK: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """One rollout: the margin and the linked score of its steps, and its own score."""
-    pid = tl.program_id(0)
+    """The margin and the linked score of BLOCK_S steps."""
+    offs_s = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    live = offs_s < S
     # Nobody has read the indices: what they say must not lead outside.
+    row = tl.load(step_ptr + offs_s * stride_s, mask=live, other=0).to(tl.int64)
+    there = (row >= 0) & (row < T)
+    start = tl.where(there, 0.0, float("nan"))
+    margin = _margin(
+        hidden_ptr + row * stride_ht, live & there, start, stride_hm, weight_ptr, stride_wk,
+        stride_wm, bias_ptr, stride_b, M, K, BLOCK_S, BLOCK_M,
+    )  # fmt: skip
+    prob = margin
+    if LINK == "sigmoid":
+        prob = tl.sigmoid(margin)
+    elif LINK == "difference":
+        prob = tanh(margin / 2)
+    elif LINK == "tanh":
+        prob = tanh(margin)
+    tl.store(margin_ptr + offs_s, margin, mask=live)
+    tl.store(prob_ptr + offs_s, prob, mask=live)
+
+
+@triton.jit(do_not_specialize=["S"])
+def _step_scores_kernel(
+    cu_steps_ptr, stride_c, margin_ptr, prob_ptr, score_ptr, S, temperature, REDUCE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """The score of one rollout."""
+    pid = tl.program_id(0)
     begin = tl.maximum(tl.load(cu_steps_ptr + pid.to(tl.int64) * stride_c), 0)
     end = tl.minimum(tl.load(cu_steps_ptr + (pid + 1).to(tl.int64) * stride_c), S)
     if begin >= end:
@@ -123,23 +154,8 @@ def _step_scores_kernel(
     for s in range(begin, end, BLOCK_S):
         offs_s = (s + tl.arange(0, BLOCK_S)).to(tl.int64)
         live = offs_s < end
-        row = tl.load(step_ptr + offs_s * stride_s, mask=live, other=0).to(tl.int64)
-        there = (row >= 0) & (row < T)
-        start = tl.where(there, 0.0, float("nan"))
-        margin = _margin(
-            hidden_ptr + row * stride_ht, live & there, start, stride_hm, weight_ptr, stride_wk,
-            stride_wm, bias_ptr, stride_b, M, K, BLOCK_S, BLOCK_M,
-        )  # fmt: skip
-        prob = margin
-        if LINK == "sigmoid":
-            prob = tl.sigmoid(margin)
-        elif LINK == "difference":
-            prob = tanh(margin / 2)
-        elif LINK == "tanh":
-            prob = tanh(margin)
-        tl.store(margin_ptr + offs_s, margin, mask=live)
-        tl.store(prob_ptr + offs_s, prob, mask=live)
-
+        margin = tl.load(margin_ptr + offs_s, mask=live, other=0)
+        prob = tl.load(prob_ptr + offs_s, mask=live, other=0)
         x = prob
         if REDUCE == "prod" or REDUCE == "gmean":
             # From margins: log(sigmoid(margin)) keeps what a probability rounded to 1 has lost.
