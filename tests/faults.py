@@ -105,8 +105,8 @@ FAULTS = [
     Fault("the first to leave unplugs", "kvtools/hf/plug.py",
           "                if uses > 1:", "                if False:", DOOR + "beside"),
     Fault("layers keep their cache alive", "kvtools/hf/plug.py",
-          "        self.kv = kv\n        self.timing", "        self._flow.cache = self\n"
-          "        self.kv = kv\n        self.timing", DOOR + "behind"),
+          "        self.kv, self.door = kv, None\n", "        self._flow.cache = self\n"
+          "        self.kv, self.door = kv, None\n", DOOR + "behind"),
     Fault("greedy draws a seed", "kvtools/hf/generate.py",
           "    if config.do_sample:\n        seeds", "    if True:\n        seeds",
           DOOR + "behind"),
