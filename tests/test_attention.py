@@ -68,7 +68,8 @@ class Case:
     """A random forest with content in every layout, and the dense keys of each row."""
 
     def __init__(self, seed, *, k_format="none", v_format="none", page_size=16, H=2, G=3, D=16,
-                 tile=0, chunk=0, dtype=torch.float64, scatter=False, most=3, longest=40):  # fmt: skip
+                 tile=0, chunk=0, dtype=torch.float64, scatter=False, most=3,
+                 longest=40):  # fmt: skip
         rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(seed)
         forest = _host.Forest(4096 // page_size + 64, page_size)

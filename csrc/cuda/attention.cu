@@ -190,8 +190,8 @@ template <int D, bool Exact>
 __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
     attend_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(Shared, shared);
+  if (!is_mine(o)) return;
   const Item item(o);
-  if (!(o.mine >> item.number & 1)) return;
   const int rows = item.rows, d = o.d, number = item.number;
   const int warp = threadIdx.x / kWarp, lane = lane_index();
   const Store store(o, number);

@@ -51,26 +51,30 @@ struct Span {
   }
 };
 
+// Whether a block's item is of a store that the launch takes.
+__device__ inline bool is_mine(const Attention& o) {
+  return o.mine >> o.store[o.item[6 * int64_t(blockIdx.x)]] & 1;
+}
+
 // A work item, for a KV head. A row is a query head of a token.
 struct Item {
   const Attention& o;
-  const int32_t* const numbers;
   const int head, node, tokens_begin, rows, begin, end, number;  // the last: of the store
 
   __device__ explicit Item(const Attention& o)
       : o(o),
-        numbers(o.item + 6 * int64_t(blockIdx.x)),
         head(blockIdx.y),
-        node(numbers[0]),
-        tokens_begin(numbers[1]),
-        rows((numbers[2] - tokens_begin) * o.group),
-        begin(numbers[3]),
-        end(min(numbers[4], o.length[node])),
+        node(number_of(0)),
+        tokens_begin(number_of(1)),
+        rows((number_of(2) - tokens_begin) * o.group),
+        begin(number_of(3)),
+        end(min(number_of(4), o.length[node])),
         number(o.store[node]) {}
 
+  __device__ int number_of(int i) const { return o.item[6 * int64_t(blockIdx.x) + i]; }
   __device__ int token(int row) const { return o.token[tokens_begin + row / o.group]; }
   __device__ int head_q(int row) const { return head * o.group + row % o.group; }
-  __device__ int part(int row) const { return numbers[5] + row / o.group; }
+  __device__ int part(int row) const { return number_of(5) + row / o.group; }
   __device__ int64_t result(int row) const { return int64_t{part(row)} * o.heads_q + head_q(row); }
 
   // What is told of a row besides its output; by one thread.

@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(kThreads, kPlaces<D, F>)
   using T = typename F::Operand;
   KVTOOLS_SHARED(char, shared);
   const Item item(o);
-  if (item.rows > kFewRows || !(o.mine >> item.number & 1)) return;
+  if (item.rows > kFewRows || !is_mine(o)) return;
   const int warp = threadIdx.x / kWarp, lane = lane_index(), i = lane / 4, j = lane % 4;
   char* const prepared = &shared;
   char* const memory = prepared + kFewRows * kQueryPitch<D> + warp * kWarpBytes<D, F>;

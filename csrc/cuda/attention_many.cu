@@ -89,7 +89,7 @@ struct Sums {
 template <int D, class F>
 __device__ void unpack(const char* codes, int pitch, char* to) {
   constexpr int kRow = PieceLayout<D, F>::kRow, kChunks = kRow / 8;  // of eight bytes
-#pragma unroll 2
+#pragma unroll
   for (int n = 0; n < kPiece * kChunks / kWarp; ++n) {
     const int row = (n * kWarp + lane_index()) / kChunks, chunk = lane_index() % kChunks;
     const uint2 code = *reinterpret_cast<const uint2*>(codes + row * pitch + chunk * 8);
@@ -156,10 +156,12 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
   auto buffer = [&](int n) { return queries + M::kTileAt + (L::kCoded ? 0 : n % 2 * M::kTile); };
   auto own = [&](int n) { return buffer(n) + warp * Operands<D>::kBytes; };
   pieces.copy(o, item.number, L::kCoded ? mine : own(0));
-  for (int n = warp; n < left; n += kWarps) {
-    prepare<D>(o, store.k.format, item.token(row0 + n), item.head_q(row0 + n),
-               queries + n * M::kQueryPitch, L::kCoded ? Type::f16 : store.k.type);
-    const int2 seen = seen_by(item, row0 + n);
+  // The last row stands for those that there are not.
+  for (int n = warp; n < side * kWarpRows; n += kWarps) {
+    const int from = row0 + min(n, left - 1);
+    prepare<D>(o, store.k.format, item.token(from), item.head_q(from), queries + n * M::kQueryPitch,
+               L::kCoded ? Type::f16 : store.k.type);
+    const int2 seen = seen_by(item, from);
     if (lane == 0) *seen_of(n) = seen;
   }
   int2 common = {INT_MIN, INT_MAX};
@@ -230,7 +232,7 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
           const int key = placed ? position[at] : slot;
 #pragma unroll
           for (int c = 0; c < 2 * kTiles; ++c) {
-            const int2 seen = *seen_of(min(row + 8 * c + i, left - 1));
+            const int2 seen = *seen_of(row + 8 * c + i);
             if (key < seen.x || key > seen.y)
               hidden |= 1u << (c / 2 * 16 + (2 * p + n / 2) * 4 + c % 2 * 2 + n % 2);
           }
@@ -248,8 +250,7 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
         uint32_t a[kTiles][4], b[2][4];
 #pragma unroll
         for (int r = 0; r < kTiles; ++r)
-          load_matrices<false>(a[r], queries +
-                                         min(row + 16 * r + lane % 16, left - 1) * M::kQueryPitch +
+          load_matrices<false>(a[r], queries + (row + 16 * r + lane % 16) * M::kQueryPitch +
                                          lane / 16 * 16 + 32 * s);
 #pragma unroll
         for (int p = 0; p < 2; ++p) {
@@ -391,7 +392,7 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
 template <int D, class F>
 __global__ void __launch_bounds__(kThreads, 2) many_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(char, shared);
-  if (Item(o).rows <= kFewRows || !(o.mine >> Item(o).number & 1)) return;
+  if (Item(o).rows <= kFewRows || !is_mine(o)) return;
   for (int row0 = 0; row0 < Item(o).rows; row0 += kBlockRows) attend<D, F>(o, row0, &shared);
 }
 
