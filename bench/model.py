@@ -3,8 +3,7 @@
 Of each loop over tiles of keys and values this counts what a tile costs every pipe, plays how long
 the warps of a multiprocessor take for it by the compiler's own scheduling and the latencies below,
 and tells what is on its way from memory meanwhile. No GPU is needed, and none has confirmed it.
-Triton's loops are read from end to end; in csrc/cuda, whose kernels serve all formats, a lane is
-followed through the branches.
+Triton's loops are read from end to end; in csrc/cuda a lane is followed through the branches.
 
 It cannot see: bank conflicts, the instruction cache, bubbles behind branches, conflicts of register
 banks, TLBs, what heads find in L2, row conflicts and bursts of DRAM, queues near saturation, clocks
@@ -341,6 +340,13 @@ def nvcc(*args: str | Path) -> str:
     return subprocess.check_output([found, *args], text=True)
 
 
+# What kernels for one format have in their names.
+MANGLED = {
+    "none": "5PlainI13__nv_bfloat16E", "fp8": "9PackedFp8", "int8": "6PackedILi8EE",
+    "int4": "6PackedILi4EE", "int2": "6PackedILi2EE",
+}  # fmt: skip
+
+
 def of_cuda() -> Iterator[Kernel]:
     """The way through a tile of each format and head size, for one token and for 16."""
     with tempfile.TemporaryDirectory() as folder:
@@ -358,19 +364,23 @@ def of_cuda() -> Iterator[Kernel]:
             re.findall(r"Function (\S+):\s*(.*)", cuobjdump("--dump-resource-usage", cubin))
         }  # fmt: skip
         for d in (64, 128, 256):
-            [name] = [x for x in functions if f"attend_kernelILi{d}ELb0E" in x]
             for format in SHOWN:
                 for tile, tokens in (("few", 1), ("many", TILE_ROWS // LLAMA[1])):
-                    launch, trace = follow(library, functions[name], format, d, tokens)
+                    launched, few = f"attend {tile}", 8
+                    kernel = f"{tile}_kernelILi{d}ENS0_{MANGLED[format]}E"
+                    if d > 128:  # the kernel for all that those for one format do not take
+                        launched, few, kernel = "attend", 16, f"attend_kernelILi{d}ELb0E"
+                    [name] = [x for x in functions if kernel in x]
+                    launch, trace = follow(library, functions[name], launched, format, d, tokens)
                     yield Kernel(
-                        "cuda", format, d, tile, 16 if tile == "few" else TILE_ROWS, launch.slots,
+                        "cuda", format, d, tile, few if tile == "few" else TILE_ROWS, launch.slots,
                         launch.threads // 32, usage[name]["REG"],
                         usage[name]["SHARED"] + launch.shared, trace,
                     )  # fmt: skip
 
 
 def follow(
-    library: ctypes.CDLL, function: Function, format: str, d: int, tokens: int
+    library: ctypes.CDLL, function: Function, launched: str, format: str, d: int, tokens: int
 ) -> tuple[Launch, list[Instruction]]:
     """How attend is launched over 768 slots of a node, and what a warp issues for a tile of it."""
     slots = 768
@@ -384,7 +394,7 @@ def follow(
     note.restype = ctypes.POINTER(Launch)
     at = ["none", "fp8", "int8", "int6", "int4", "int3", "int2"].index(format)
     launch = Launch.from_buffer_copy(
-        note(at, d, *LLAMA[:2], tokens, slots // 16, pointers).contents
+        note(launched.encode(), at, d, *LLAMA[:2], tokens, slots // 16, pointers).contents
     )
 
     def memory(address: int, size: int) -> bytes | None:
@@ -412,17 +422,23 @@ def seconds(shape: Shape, of: dict[str, dict]) -> float:
     plan = forest.plan(
         np.ones(shape.n, np.int32), tile=TILE_ROWS // shape.g, items=-(-2 * processors // shape.h)
     )
-    blocks = []
+    blocks: dict[str, list[float]] = {"many": [], "few": []}
     for node, first, last, begin, end, _ in plan["item"]:
         rows = (last - first) * shape.g
-        tile = of["few" if rows <= 16 else "many"]
+        name = "few" if rows <= of["few"]["rows"] else "many"
+        tile = of[name]
         slots = min(end, plan["length"][node]) - begin
         rounds = -(-rows // tile["rows"]) * -(-slots // tile["slots"])
-        blocks.append(cycles("block") + rounds * tile["cycles"])
-    free = [0.0] * (processors * of["few"]["blocks"])
-    for block in blocks * shape.h:
-        heapq.heapreplace(free, free[0] + block)
-    return max(max(free) / cycles("clock"), floor(shape, of["few"]["format"]))
+        # Triton has one launch for both.
+        launch = name if tile["impl"] == "cuda" else "few"
+        blocks[launch].append(cycles("block") + rounds * tile["cycles"])
+    took = 0.0
+    for launch, found in blocks.items():
+        free = [0.0] * (processors * of[launch]["blocks"])
+        for block in found * shape.h:
+            heapq.heapreplace(free, free[0] + block)
+        took += max(free)
+    return max(took / cycles("clock"), floor(shape, of["few"]["format"]))
 
 
 def floor(shape: Shape, format: str) -> float:

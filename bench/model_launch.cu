@@ -12,11 +12,12 @@ struct Launch {
   int32_t parameter_bytes, shared, threads, slots;
 };
 static Launch noted;
+static const char* wanted;
 
 template <class Kernel>
 void note(const char* name, Kernel, dim3, int threads, size_t shared, void*, const Attention& o) {
   static_assert(sizeof(o) <= sizeof(noted.parameters));
-  if (std::strcmp(name, "attend")) return;
+  if (std::strcmp(name, wanted)) return;
   std::memcpy(noted.parameters, &o, sizeof(o));
   noted.parameter_bytes = sizeof(o), noted.threads = threads;
   noted.shared = static_cast<int32_t>(shared), noted.slots = o.layouts[0].slots;
@@ -29,12 +30,17 @@ inline int most_on_sm_90() { return 227 << 10; }
 #define launch note
 #define most_shared most_on_sm_90
 #include "../csrc/cuda/attention.cu"
+#include "../csrc/cuda/attention_few.cu"
+#include "../csrc/cuda/attention_many.cu"
 
-// A decode step's item of `tokens` bf16 query tokens over pages of 16 slots in a format. `arrays`:
-// position, page_indptr, page, first, length, base, store, token, item.
-extern "C" const void* kvtools_attend_launch(int format, int d, int heads, int group, int tokens,
-                                             int pages, const int32_t* const* arrays) {
+// The launch called `name` for a decode step's item of `tokens` bf16 query tokens over pages of 16
+// slots in a format. `arrays`: position, page_indptr, page, first, length, base, store, token,
+// item.
+extern "C" const void* kvtools_attend_launch(const char* name, int format, int d, int heads,
+                                             int group, int tokens, int pages,
+                                             const int32_t* const* arrays) {
   using namespace kvtools;
+  cuda::wanted = name;
   TreeAttention p{};
   char* const somewhere = reinterpret_cast<char*>(int64_t{1} << 40);  // aligned, never read here
   const int64_t page_size = 16, hq = int64_t{heads} * group;
@@ -43,11 +49,12 @@ extern "C" const void* kvtools_attend_launch(int format, int d, int heads, int g
     x.format = static_cast<Format>(format), x.type = Type::bf16;
     const int64_t bytes = x.format == Format::none ? 2 * d : d * kBits[format] / 8;
     x.codes = {somewhere, heads * page_size * bytes, page_size * bytes, bytes};
-    if (format) x.scale = {somewhere, heads * page_size * 2, page_size * 2, 2};
+    if (format) x.scale = {somewhere, heads * page_size * 4, page_size * 4, 4};
     return x;
   };
   Pages& store = p.stores[0];
   store.k = content(), store.v = content();
+  if (format) store.v.scale.data += 2;  // in words with those of keys, as KVPages makes them
   store.pages = pages, store.heads = heads, store.page_size = page_size, store.d = d;
   p.store_count = 1;
   p.q.data = p.out.data = p.lse.data = p.scratch = somewhere;

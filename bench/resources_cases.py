@@ -172,7 +172,11 @@ def scoring() -> Iterator[Case]:
 
 
 # The kernels of csrc/cuda that multiply matrices.
-CUDA_MULTIPLY = {f"{x}_kernel<{d}, false>" for x in ("attend", "track") for d in SIZES}
+CUDA_MULTIPLY = {f"{x}_kernel<{d}, false>" for x in ("attend", "track") for d in SIZES} | {
+    f"{x}_kernel<{d}, {format}>" for x in ("few", "many") for d in (64, 128)
+    for format in ("Plain<__half> ", "Plain<__nv_bfloat16> ", "PackedFp8", *(
+        f"Packed<{bits}> " for bits in (8, 4, 2)))
+}  # fmt: skip
 # Each row's cases, and its kernels that multiply matrices.
 ROWS = {
     "quant": (quant, set()),

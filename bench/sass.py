@@ -196,7 +196,8 @@ class Lane:
     """Lane 0 of warp 0 of block 0, as far as its integers follow from the kernel's parameters.
 
     What floats, shared memory and foreign memory hold is not known. A branch that depends on it is
-    not taken, since compilers leave the common case in line; an index into parameters that depends
+    not taken, since compilers leave the common case in line; a vote of all, of which it depends, is
+    unanimous; an index into parameters that depends
     on it counts as 0. Other lanes are taken to hold what this one holds.
     """
 
@@ -316,8 +317,11 @@ class Lane:
             return self.load(x, given[0], width)
         if name in ("MOV", "S2R", "R2UR", "S2UR", "CS2R"):
             return [(of[0],) * width]
-        if name in ("SHFL", "VOTE"):
-            return [True, of[0]] if name == "SHFL" else [predicates[-1]]
+        if name == "SHFL":
+            return [True, of[0]]
+        if name == "VOTE":
+            unanimous = True if ".ALL" in x.op else None
+            return [unanimous if predicates[-1] is None else predicates[-1]]
         if name == "PLOP3":
             a, b, c = predicates[:3]
             return None if None in (a, b, c) else [int(given[3], 16) >> (a << 2 | b << 1 | c) & 1]

@@ -189,6 +189,17 @@ FAULTS = [
     Fault("C++: the halves of a pair of slots are swapped", "csrc/cpu/packed.h",
           "put(to, order), put(to + kLanes, later);", "put(to, later), put(to + kLanes, order);",
           ATTENTION + "'formats and cpu-avx512'"),
+    Fault("CUDA: halves of a pair of codes swapped", "csrc/cuda/pieces.h",
+          "byte ? x >> 6 : x << 2", "byte ? x << 2 : x >> 6", ATTENTION + "'pieces and int4'"),
+    Fault("CUDA: a base that does not follow the peak", "csrc/cuda/pieces.h",
+          "kMargin = 8;", "kMargin = 1000;", ATTENTION + "'pieces and int4'"),
+    Fault("CUDA: a page is looked up one piece late", "csrc/cuda/pieces.h",
+          "      if (offset_ == page_size(o, number)) offset_ = 0, ++table_;\n      look_up(o);",
+          "      look_up(o);\n      if (offset_ == page_size(o, number)) offset_ = 0, ++table_;",
+          ATTENTION + "'pieces and int4'"),
+    Fault("CUDA: slots outside of an item are added", "csrc/cuda/attention_few.cu",
+          "for (int w = j; w < L::kRow / 4; w += 4) row[w] = 0;", ";",
+          ATTENTION + "'pieces and none'"),
     Fault("C++: sinks count in the mean", "csrc/cpu/evict.cpp",
           "if (s + j >= p.sinks) mean += e;", "mean += e;", EVICT + "'test_key_scores and cpu'"),
     Fault("C++: top-k keeps one more", "csrc/cpu/sampling.cpp",
@@ -427,16 +438,29 @@ def plant(fault: Fault, tree: Path) -> None:
     path.write_text(text.replace(fault.old, fault.new))
 
 
-def run(tests: str, tree: Path, *, build: bool = False) -> tuple[bool, str]:
+def part_of(fault: Fault) -> str:
+    """What is compiled for it: nothing, the extension, or that with csrc/cuda for this CPU."""
+    return "host" if "csrc/cuda" in fault.file else fault.file.partition("/")[0]
+
+
+def run(tests: str, tree: Path, *, part: str = "") -> tuple[bool, str]:
     """Whether the tests pass, and what pytest says. It is an error if there are none."""
-    env = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
-    if build:
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    place = tree / "build/host/lib" if part == "host" else tree  # as make host
+    env = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
+    build = {
+        "csrc": ["build_ext", "--inplace"],
+        "host": ["build", "--build-base", "build/host", "--build-lib", "build/host/lib"],
+    }
+    if part in build:
+        env["KVTOOLS_CUDA"] = "host" if part == "host" else os.environ.get("KVTOOLS_CUDA", "auto")
+        command = [sys.executable, "setup.py", "-q", *build[part]]
         subprocess.run(command, cwd=tree, check=True, capture_output=True, env=env)
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+    file, *options = shlex.split(tests)
     done = subprocess.run(
-        [*command, *shlex.split(tests)], cwd=tree, capture_output=True, text=True, env=env
-    )
+        [*command, f"--rootdir={tree}", tree / file, *options],
+        cwd=place, capture_output=True, text=True, env=env,
+    )  # fmt: skip
     if done.returncode not in (0, 1):
         raise SystemExit(f"{tests}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}")
     return done.returncode == 0, done.stdout[-2000:]
@@ -453,11 +477,11 @@ def check(faults: list[Fault]) -> None:
             plant(fault, tree)
             (tree / fault.file).write_text(original)
             files, _, cases = fault.tests.partition(" -k ")
-            wanted[files].add(" ".join(shlex.split(cases)))
-        for files, cases in wanted.items():
-            passed, said = run(
-                f"{files} -k {shlex.quote(' or '.join(f'({x})' for x in sorted(cases)))}", tree
-            )
+            part = part_of(fault)
+            wanted[files, part if part == "host" else ""].add(" ".join(shlex.split(cases)))
+        for (files, part), cases in wanted.items():
+            cases = shlex.quote(" or ".join(f"({x})" for x in sorted(cases)))
+            passed, said = run(f"{files} -k {cases}", tree, part=part)
             if not passed:
                 raise SystemExit(f"{files} fails without a fault\n{said}")
 
@@ -468,7 +492,7 @@ def caught(fault: Fault) -> tuple[bool, float]:
         tree = Path(folder)
         copy(tree)
         plant(fault, tree)
-        passed, _ = run(fault.tests, tree, build=fault.file.startswith("csrc"))
+        passed, _ = run(fault.tests, tree, part=part_of(fault))
     return not passed, time.perf_counter() - begin
 
 

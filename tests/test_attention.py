@@ -68,12 +68,13 @@ class Case:
     """A random forest with content in every layout, and the dense keys of each row."""
 
     def __init__(self, seed, *, k_format="none", v_format="none", page_size=16, H=2, G=3, D=16,
-                 tile=0, chunk=0, dtype=torch.float64, scatter=False, most=3):  # fmt: skip
+                 tile=0, chunk=0, dtype=torch.float64, scatter=False, most=3,
+                 longest=40):  # fmt: skip
         rng = np.random.default_rng(seed)
         generator = torch.Generator().manual_seed(seed)
         forest = _host.Forest(4096 // page_size + 64, page_size)
         for _ in range(int(rng.integers(1, 4))):
-            forest.insert(int(rng.integers(1, 40)), 0, int(rng.integers(1, 5)))
+            forest.insert(int(rng.integers(1, longest)), 0, int(rng.integers(1, 5)))
         for _ in range(3):
             forest.append(rng.integers(0, 20, forest.num_rows).astype(np.int32))
             forest.gather(rng.integers(0, forest.num_rows, forest.num_rows).astype(np.int32))
@@ -246,6 +247,50 @@ INTERPRETED = {  # heads; all of them would take minutes
 def test_tree_attention_within_budget(format, dtype, G, D, impl):
     case = Case(12, k_format=format, v_format=format, dtype=dtype, G=G, D=D)
     check(case, impl, case.expanded())
+
+
+# Kernels of csrc/cuda that take pages of whole pieces of 16 slots, and the general one for others.
+@pytest.mark.only(when=lambda impl: impl == "cuda")
+@pytest.mark.parametrize(
+    "format,dtype,D,page_size,G,most,scatter,tile,chunk,options",
+    [
+        ("none", torch.bfloat16, 128, 16, 4, 1, False, 0, 0, {}),
+        ("none", torch.float16, 64, 48, 2, 5, True, 3, 48, {"sliding": 37}),
+        ("none", torch.bfloat16, 64, 64, 16, 9, False, 0, 64, {"scale": 0.5}),
+        ("fp8", torch.bfloat16, 128, 32, 1, 1, True, 0, 0, {"scale": 0.5}),
+        ("fp8", torch.float16, 64, 16, 5, 8, False, 16, 160, {}),
+        ("int8", torch.float16, 128, 64, 8, 1, False, 0, 0, {"sliding": 100}),
+        ("int8", torch.bfloat16, 64, 16, 3, 20, True, 40, 0, {"before": 30}),
+        ("int4", torch.bfloat16, 128, 16, 4, 1, False, 0, 0, {"scale": 1.0}),
+        ("int4", torch.bfloat16, 128, 32, 7, 6, False, 5, 96, {"scale": 1.0}),
+        ("int4", torch.float16, 64, 16, 1, 2, True, 0, 0, {"sink_h": torch.ones(2).double()}),
+        ("int2", torch.bfloat16, 64, 48, 4, 1, False, 0, 0, {"before": 10**6}),
+        ("int2", torch.float16, 128, 16, 12, 7, True, 10, 0, {}),
+        ("int4", torch.float16, 128, 24, 4, 3, False, 0, 0, {}),
+        ("int4", torch.float16, 128, 1, 2, 1, False, 0, 0, {"softcap": 5.0}),
+    ],
+)  # fmt: skip
+def test_tree_attention_by_pieces(
+    format, dtype, D, page_size, G, most, scatter, tile, chunk, options, impl
+):
+    case = Case(21, k_format=format, v_format=format, dtype=dtype, D=D, page_size=page_size, H=2,
+                G=G, most=most, scatter=scatter, tile=tile, chunk=chunk, longest=700)  # fmt: skip
+    how = {**options}
+    if "before" in how:
+        how["before_t"] = case.position - how.pop("before") + 1
+    if "sink_h" in how:
+        how["sink_h"] = how["sink_h"].to(case.dtype)
+    exact = case.expanded(**options)
+    check(case, impl, exact, **how)
+    if format == "none":
+        return
+    # Scales in words of both, and apart.
+    k_scale, v_scale = torch.stack([case.pages.k_scale, case.pages.v_scale], -1).unbind(-1)
+    case.pages.k_scale, case.pages.v_scale = k_scale, v_scale
+    check(case, impl, exact, **how)
+    apart = [x[..., None].repeat(1, 1, 1, 3)[..., 1] for x in (k_scale, v_scale)]
+    case.pages.k_scale, case.pages.v_scale = apart
+    check(case, impl, exact, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

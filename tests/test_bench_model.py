@@ -201,6 +201,22 @@ def test_a_lane_follows_what_parameters_decide(divisor, dividend):
     assert away[-2:] == ["NOP", "EXIT"] and "LDS" not in away
 
 
+@pytest.mark.parametrize("kind,taken", [("ALL", True), ("ANY", False)])
+def test_a_vote_of_all_is_unanimous(kind, taken):
+    """Where shared memory decides, only that branch is taken: peaks stay."""
+    function = parsed(f"""
+        LDS R4, [R5]
+        ISETP.EQ.AND P0, PT, R4, RZ, PT
+        VOTE.{kind} P1, P0
+        @P1 BRA `(.L_x_1)
+        NOP
+    .L_x_1:
+        EXIT
+    """)
+    ops = [function.code[i].op for i in sass.Lane(function, b"", lambda *_: None).run(99)]
+    assert ("NOP" not in ops) == taken
+
+
 def test_a_jump_that_nothing_decides_is_an_error():
     function = parsed('LDS R4, [R5]\nBRX R4 -0x20 (*"BRANCH_TARGETS .L_x_1"*)\n.L_x_1:\nEXIT')
     with pytest.raises(ValueError, match="0x10 depends on what is not known"):
@@ -230,6 +246,17 @@ def test_time_of_a_shape():
     assert once > 2 * before
     of["many"]["rows"] = 32  # half of an item's rows at a time
     assert model.seconds(shared, of) > 1.8 * once
+
+
+def test_kernels_for_few_and_many_rows_follow_one_another():
+    of = {"few": figures(impl="cuda", rows=8), "many": figures(impl="cuda", tile="many", rows=64)}
+    own, shared = model.SHAPES
+    alone = model.seconds(own, of)
+    of["many"]["cycles"] = 9000.0
+    assert model.seconds(own, of) == alone
+    both = model.seconds(shared, of)
+    of["many"]["blocks"] = 2  # of these there are more places, of the others no more
+    assert model.seconds(shared, of) < both
 
 
 def test_a_measured_time_stands_beside_it(tmp_path):

@@ -4,19 +4,12 @@
 // merged by a second kernel; a third tells what own slots received.
 #include <cmath>
 
-#include "head.h"
 #include "kernels.h"
+#include "pieces.h"
 #include "products.h"
 
 namespace kvtools::cuda {
 namespace {
-
-constexpr float kLn2 = 0.6931471805599453f;
-
-// The type of queries, as they meet keys of this format.
-KVTOOLS_ANYWHERE Type operand_type(const TreeAttention& p, Format format, bool exact) {
-  return exact ? Type::f32 : format == Format::none ? p.q.type : Type::f16;
-}
 
 // On a multiprocessor at once, so that the compiler does not save more registers than that takes.
 template <int D, bool Exact>
@@ -31,43 +24,6 @@ template <int D>
 constexpr int kStagedPitch = 2 * D + 16;
 
 using Shared = char;  // the first of many
-
-// A head of a token, as it meets keys of this format, to `to`: divided by its gain, rotated where
-// they are.
-template <int D>
-__device__ void prepare(const Attention& o, Format format, int64_t token, int head, char* to,
-                        Type type) {
-  float x[D / kWarp];
-  load_head(x, o.q.at(token, head), o.q.type, size_of(o.q.type), o.d);
-  const Frame frame(o.frames, token, head / o.group);
-  if (frame.gain)
-#pragma unroll
-    for (int j = 0; j < D / kWarp; ++j) {
-      const int e = lane_index() * (D / kWarp) + j;
-      if (e < o.d) x[j] *= reciprocal_approximately(frame.gain_at(e));
-    }
-  if (format != Format::none) rotate(x, o.d, o.norm);
-  store_head(x, to, type, o.d);
-}
-
-// Positions that a token sees in a store, but for `sliding`.
-struct Span {
-  int first = INT_MIN, last;
-
-  __device__ Span(const Attention& o, int store, int64_t token) : last(o.position[token]) {
-    if (!o.before) return;
-    const int before = o.before[token];
-    if (o.recent >> store & 1)
-      first = before;
-    else if (before <= last)
-      last = max(before, INT_MIN + 1) - 1;
-  }
-
-  // The first that `sliding` leaves; `position` is the token's.
-  __device__ int from(const Attention& o, int position) const {
-    return static_cast<int>(max(int64_t{first}, position - o.sliding + 1));
-  }
-};
 
 // What rows have found: with lane 4 i + j, of rows i and i + 8.
 template <int D>
@@ -234,38 +190,32 @@ template <int D, bool Exact>
 __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
     attend_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(Shared, shared);
-  const int32_t* item = o.item + 6 * int64_t(blockIdx.x);
-  const int node = item[0], tokens_begin = item[1], head = blockIdx.y;
-  const int rows = (item[2] - tokens_begin) * o.group, d = o.d;
-  const int begin = item[3], end = min(item[4], o.length[node]);
-  const int warp = threadIdx.x / kWarp, lane = lane_index(), number = o.store[node];
+  if (!is_mine(o)) return;
+  const Item item(o);
+  const int rows = item.rows, d = o.d, number = item.number;
+  const int warp = threadIdx.x / kWarp, lane = lane_index();
   const Store store(o, number);
   const Format k_format = store.pages.k.format, v_format = store.pages.v.format;
   const bool prepared = o.prepared >> number & 1;
   char* const memory = &shared;
   char* const stages = memory + Queries<D, Exact>::kShared;
   char* const last_stage = stages + (store.layout.stages - 1) * store.layout.stage();
-  auto token_of = [&](int row) { return o.token[tokens_begin + row / o.group]; };
-  auto part_of = [&](int row) { return o.item[6 * int64_t(blockIdx.x) + 5] + row / o.group; };
-  auto result_of = [&](int row) {
-    return part_of(row) * o.heads_q + head * o.group + row % o.group;
-  };
   for (int row0 = 0; row0 < rows; row0 += kWarps * kStep) {
     // Warps stand side by side over rows, and behind one another over slots.
     const int left = rows - row0, side = left <= kStep ? 1 : left <= 2 * kStep ? 2 : 4;
     const int deep = kWarps / side, depth = warp / side, place = warp % side;
     const int row = row0 + place * kStep + lane / 4;
-    Tiles<D, Exact, true> tiles(o, store, stages, node, head, begin, end);
+    Tiles<D, Exact, true> tiles(o, store, stages, item.node, item.head, item.begin, item.end);
     tiles.start();
     // The last stage is free until the first tile is there. What does not fit is written where
     // the result will be.
     auto prepared_at = [&](int row) {
       if constexpr (kStaged<D, Exact>) return last_stage + (row - row0) * kStagedPitch<D>;
-      return reinterpret_cast<char*>(o.part_out + result_of(row) * d);
+      return reinterpret_cast<char*>(o.part_out + item.result(row) * d);
     };
     if (prepared) {
       for (int i = row0 + warp; i < min(row0 + kWarps * kStep, rows); i += kWarps)
-        prepare<D>(o, k_format, token_of(i), head * o.group + i % o.group, prepared_at(i),
+        prepare<D>(o, k_format, item.token(i), item.head_q(i), prepared_at(i),
                    operand_type(o, k_format, Exact));
       __syncthreads();
     }
@@ -273,8 +223,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
     const char* query[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int here = min(row + 8 * i, rows - 1), token = token_of(here);
-      query[i] = prepared ? prepared_at(here) : o.q.at(token, head * o.group + here % o.group);
+      const int here = min(row + 8 * i, rows - 1), token = item.token(here);
+      query[i] = prepared ? prepared_at(here) : o.q.at(token, item.head_q(here));
       const Span span(o, number, token);
       bounds.first[i] = span.from(o, o.position[token]), bounds.last[i] = span.last;
     }
@@ -305,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
     for (int i = 0; i < 2; ++i) {
       const int here = row + 8 * i;
       if (here >= rows) continue;
-      const int64_t at = result_of(here);
+      const int64_t at = item.result(here);
       // 0 where nothing is seen; a NaN, once seen, stays.
       const float mass = found.mass[i], inverse = mass != 0 ? 1 / mass : 0;
 #pragma unroll
@@ -315,12 +265,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<D, Exact>)
           const int e = element_of<D, Exact>(store.pages.v, d, n, lane % 4 * 2 + m);
           if (e >= 0) o.part_out[at * d + e] = found.sum[n][2 * i + m] * inverse;
         }
-      if (lane % 4) continue;
-      o.part_lse[at] = mass != 0 ? (found.peak[i] + log2f(mass)) * kLn2 : -INFINITY;
-      if (here % o.group) continue;
-      const int part = part_of(here);
-      o.part_seen[part * o.stores[0].heads + head] = found.seen[i];
-      if (head == 0) o.part_store[part] = number;
+      if (lane % 4 == 0) item.finish(here, found.peak[i], mass, found.seen[i]);
     }
   }
 }
@@ -517,6 +462,26 @@ bool prepares(const TreeAttention& p, Format format) {
   return format != Format::none || p.frames.of || exact_products(p) || words % 2;
 }
 
+// Whether kernels for pieces of pages take a store: heads of 64 or 128 and formats that they are
+// compiled for, pages of whole pieces, all of it in units of 16 bytes; and nothing asked of scores
+// but weights. All else is for attend_kernel.
+bool in_pieces(const TreeAttention& p, const Pages& x) {
+  if (exact_products(p) || tracks(p) || p.softcap > 0) return false;
+  const Format format = x.k.format;
+  if (format != x.v.format || format == Format::int6 || format == Format::int3) return false;
+  if ((x.d != 64 && x.d != 128) || x.page_size % kPiece) return false;
+  auto aligned = [](const Paged& y, int64_t slot) {
+    return (reinterpret_cast<int64_t>(y.data) | y.page | y.head | slot) % 16 == 0;
+  };
+  const Paged &k = x.k.scale, &v = x.v.scale, &position = x.position;
+  const bool paired = k.slot == 4 && v.data == k.data + 2;
+  const bool scaled = k.page == v.page && k.head == v.head && k.slot == v.slot && aligned(k, 0) &&
+                      (paired || (k.slot == 2 && aligned(v, 0)));
+  return aligned(x.k.codes, x.k.codes.slot) && aligned(x.v.codes, x.v.codes.slot) &&
+         (format == Format::none || scaled) &&
+         (!position.data || (position.slot == 4 && aligned(position, 0)));
+}
+
 // Divides scratch memory; returns its size.
 int64_t place_scratch(Attention& o) {
   char* const begin = o.scratch;
@@ -582,10 +547,26 @@ void run(Attention& o, void* stream) {
     const int size = (y.stages - 1) * y.stage() + std::max(y.stage(), staged);
     shared = std::max(shared, static_cast<size_t>(size));
   }
-  const dim3 items(static_cast<unsigned>(o.items), static_cast<unsigned>(o.stores[0].heads));
+  const dim3 items = blocks_of(o);
   const dim3 rows = blocks_of(o.tokens * o.heads_q, kWarps);
-  if (o.items)
-    launch("attend", attend_kernel<D, Exact>, items, kThreads, queries + shared, stream, o);
+  uint32_t rest = o.items ? (1u << o.store_count) - 1 : 0;
+  // Stores of one format are taken together, items of more rows before those of few.
+  for (int i = 0; i < o.store_count; ++i) {
+    const Content& k = o.stores[i].k;
+    if (!(rest >> i & 1) || !in_pieces(o, o.stores[i])) continue;
+    o.mine = 0;
+    for (int n = i; n < o.store_count; ++n) {
+      const Pages& other = o.stores[n];
+      if (other.k.format == k.format && other.k.type == k.type && in_pieces(o, other))
+        o.mine |= 1u << n;
+    }
+    rest &= ~o.mine;
+    // With a part for each item, all of them have one token.
+    if (o.group > kFewRows || o.parts > o.items) attend_many(o, o.stores[i], stream);
+    if (o.group <= kFewRows) attend_few(o, o.stores[i], stream);
+  }
+  o.mine = rest;
+  if (rest) launch("attend", attend_kernel<D, Exact>, items, kThreads, queries + shared, stream, o);
   launch("merge", merge_kernel<D>, rows, kThreads, 0, stream, o);
   if (o.items && o.mean) {
     Layout& y = o.layouts[0];

@@ -1,9 +1,26 @@
 // Codes of stored heads as fp16, two at a time, as tensor cores take them; or one by one in fp32.
 #pragma once
 
+#include <type_traits>
+
 #include "format.h"
 
 namespace kvtools::cuda {
+
+__device__ inline __half2 halves(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
+__device__ inline uint32_t bits(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
+
+// Two numbers of T.
+template <class T>
+__device__ inline uint32_t packed(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 x = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  } else {
+    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&x);
+  }
+}
 
 // Codes of `Bits` bits as fp16.
 template <int Bits>
@@ -48,9 +65,6 @@ struct Integers {
 
   // The level of one code.
   __device__ static float value(int code) { return G::level(code - G::kTop); }
-
-  __device__ static __half2 halves(uint32_t x) { return *reinterpret_cast<__half2*>(&x); }
-  __device__ static uint32_t bits(__half2 x) { return *reinterpret_cast<uint32_t*>(&x); }
 };
 
 // fp8 (e4m3) as fp16. It has the layout of fp16 with an exponent less by 8, but for NaN.

@@ -156,18 +156,6 @@ __device__ inline int element_of(const Content& v, int d, int n, int column) {
   return at < width ? (n >> bytes & ((1 << parts) - 1)) * width + at : -1;
 }
 
-// Two numbers of T.
-template <class T>
-__device__ inline uint32_t packed(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 x = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-  } else {
-    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&x);
-  }
-}
-
 // Add products of weights p, as multiply_keys leaves them, with 16 values from `rows` on.
 template <int D, bool Exact>
 __device__ inline void add_values(const Attention& o, const Store& store, const char* rows,

@@ -95,6 +95,23 @@ __device__ inline void load_matrices(uint32_t (&x)[4], const char* row) {
 #endif
 }
 
+// Of 8 by 8 elements of 16 bits, of which lane 4 i + j has elements 2 j and 2 j + 1 of row i: those
+// of column i.
+__device__ inline uint32_t transpose(uint32_t x) {
+#ifdef __CUDACC__
+  uint32_t y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+#else
+  const int i = lane_index() / 4, j = lane_index() % 4;
+  auto element = [&](int row) {
+    return testing::exchange(x, 4 * row + i / 2) >> 16 * (i % 2) & 0xffff;
+  };
+  const uint32_t low = element(2 * j), high = element(2 * j + 1);
+  return low | high << 16;
+#endif
+}
+
 // c += a b of tiles 16 by 16 and 16 by 8 of T, __half or __nv_bfloat16. With lane 4 i + j,
 // registers hold: a, rows i and i + 8, columns 2 j and 2 j + 1, then the same rows and columns
 // greater by 8; b, of column i, rows 2 j and 2 j + 1, then 8 more; c, columns 2 j and 2 j + 1 of

@@ -33,6 +33,7 @@ struct Attention : TreeAttention {
   // A bit for each store: what meets its keys is not a query as it is given; its values are
   // rotated.
   uint32_t prepared, rotated;
+  uint32_t mine;  // likewise: that are the launch's; a block of an item of others returns
   int group, d;
   float factor, cap;  // scores in base 2: of scores, or what they are in units of the cap; cap
   float norm;         // of rotations
