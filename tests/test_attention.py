@@ -440,6 +440,27 @@ def test_strides_do_not_show(impl):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("formats", [("int4", "int4"), ("int8", "fp8"), ("int4", "int2")])
+def test_how_scales_and_codes_lie_does_not_show(formats, impl):
+    """A slot's two scales in one word, in the other order, and apart; codes at odd addresses."""
+    case = Case(17, k_format=formats[0], v_format=formats[1], D=32, dtype=native(impl))
+    expected = attend(case, impl)
+    paired = case.pages
+    k, v = paired.k_scale, paired.v_scale
+    turned = torch.stack([v, k], -1)
+    others = [dict(k_scale=k.contiguous(), v_scale=v.contiguous()),
+              dict(k_scale=turned[..., 1], v_scale=turned[..., 0])]  # fmt: skip
+    odd = {}
+    for name in ("k", "v"):
+        x = getattr(paired, name)
+        wide = torch.empty(*x.shape[:3], x.shape[3] + 3, dtype=torch.uint8).view(x.dtype)
+        odd[name] = wide[..., 1:-2].copy_(x)
+    for changed in (*others, odd):
+        case.pages = replace(paired, **changed)
+        for x, y in zip(attend(case, impl), expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
 def test_tree_attention_sees_nothing(impl):
     case = Case(6, dtype=native(impl))
     nothing = some_items(case.plan, slice(0))
