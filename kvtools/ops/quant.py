@@ -127,7 +127,12 @@ class KVPages:
 
 def _paired(both: Tensor) -> tuple[Tensor, Tensor]:
     """Scales of keys and of values side by side, in one 32-bit word that a kernel reads at once."""
-    return both[..., 0], both[..., 1]
+    k_scale, v_scale = both.unbind(-1)
+    if both.is_meta:
+        return k_scale, v_scale
+    # No element is shared, so none of torch's storages need be: torch.compile with dynamic shapes
+    # fails at mutated views of one storage where another axis is 2 long, too (torch 2.13).
+    return k_scale, torch.from_dlpack(v_scale)
 
 
 def check_format(format: str, d: int) -> None:
