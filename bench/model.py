@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvtools import results
-from kvtools.ops.attention import TILE_ROWS
+from kvtools.ops.attention import PLACES, TILE_ROWS
 from kvtools.reference.quant import width
 
 from .bench_attention import Inputs, Shape, nbytes
@@ -56,6 +56,9 @@ GUIDE = "CUDA C++ Programming Guide, throughput of arithmetic instructions, capa
 ASSUMED = "assumed"
 RATES = {
     "HBM": Rate(3.0e12, "B/s", "a read stream on an H100 SXM (3.35e12 nominal), assumed"),
+    "L2 rate": Rate(
+        5.5e12, "B/s", "what reads get of an H100's L2, published for its PCIe card; assumed"
+    ),
     "clock": Rate(1.755e9, "Hz", "H100 boost, NVIDIA; under load it may be less"),
     "SMs": Rate(132, "", "H100 SXM, NVIDIA"),
     # A multiprocessor's, for a cycle.
@@ -99,7 +102,8 @@ def cycles(name: str) -> float:
     return RATES[name].value
 
 
-HBM_BYTES = cycles("HBM") / cycles("SMs") / cycles("clock")  # a multiprocessor's, in a cycle
+# A multiprocessor's bytes in a cycle.
+HBM_BYTES, L2_BYTES = (cycles(x) / cycles("SMs") / cycles("clock") for x in ("HBM", "L2 rate"))
 
 
 def product(x: Instruction) -> tuple[str, float]:
@@ -272,7 +276,8 @@ class Kernel(NamedTuple):
             "bytes": size, "bytes asked for": asked * 32 * self.warps,
             "bytes in flight": copied * 32 * self.warps * blocks, "cycles of pipes": pipes,
             "simulated cycles": simulated, "cycles of HBM": size / HBM_BYTES,
-            **rated(pipes, simulated, blocks, size / HBM_BYTES),
+            **rated(pipes, simulated, blocks, size / HBM_BYTES,
+                    size / (L2_BYTES if far == "L2" else HBM_BYTES)),
         }  # fmt: skip
 
 
@@ -281,15 +286,20 @@ def slot_bytes(format: str, d: int) -> int:
     return 4 * d if format == "none" else 2 * (width(format, d) + 2)
 
 
-def rated(pipes: dict[str, float], simulated: float, blocks: int, hbm: float) -> dict[str, Any]:
-    """What bounds a tile, given cycles of each pipe and of HBM, those in which each of the blocks
-    of a multiprocessor does one, and how many these are: the pipe and its ceiling as a share of the
-    HBM rate; with latency, too, the cycles, what binds, and the share."""
+def rated(
+    pipes: dict[str, float], simulated: float, blocks: int, hbm: float, memory: float
+) -> dict[str, Any]:
+    """What bounds a tile, given cycles of each pipe, of HBM and of the memory that it comes from,
+    those in which each of the blocks of a multiprocessor does one, and how many these are: the pipe
+    and its ceiling as a share of the HBM rate; with latency, too, the cycles, what binds, and the
+    share."""
     pipe = max(pipes, key=pipes.__getitem__)
     busy = blocks * pipes[pipe]
-    took = max(simulated, busy, blocks * hbm)
+    took = max(simulated, busy, blocks * memory)
     # A pipe that is never idle for long is what binds.
-    binds = "HBM" if took == blocks * hbm else pipe if took < busy / 0.9 else "latency"
+    binds = "latency" if took >= busy / 0.9 else pipe
+    if took == blocks * memory:
+        binds = "HBM" if memory == hbm else "L2"
     return {
         "pipe": pipe, "ceiling": hbm / pipes[pipe], "binds": binds, "cycles": took,
         "rate": blocks * hbm / took,
@@ -314,15 +324,12 @@ def of_triton() -> Iterator[Kernel]:
         binary = read(compiled)
         # The loop for many rows goes over tiles of rows, too.
         loops = sorted(function.loops(), key=lambda loop: loop.depth)
-        for loop, tile in zip(loops, ("few", "many"), strict=True):
-            if "rows" in case:
-                if tile == "many":
-                    continue
-                tile = "few, alone"
+        tiles = ("few, alone",) if "rows" in case else ("few", "many")
+        for loop, tile in zip(loops, tiles, strict=True):
             yield Kernel(
                 "triton", format, int(d), tile, sizes["BLOCK_M"] if tile == "many" else 16,
-                sizes["BLOCK_N"], compiled.metadata.num_warps, binary.registers, binary.shared,
-                function.code[loop.begin : loop.end + 1],
+                sizes["SMALL_N" if tile == "few" else "BLOCK_N"], compiled.metadata.num_warps,
+                binary.registers, binary.shared, function.code[loop.begin : loop.end + 1],
             )  # fmt: skip
 
 
@@ -413,15 +420,19 @@ def follow(
 
 def seconds(shape: Shape, of: dict[str, dict]) -> float:
     """Of the attention kernel: blocks in the order of their launch, each on the place that is free
-    first; at the least what HBM takes. `of`: the figures of both tiles."""
+    first; at the least what HBM takes. `of`: the figures of a kernel's tiles."""
+    impl = of["few"]["impl"]
+    if not shape.p and "few, alone" in of:
+        of = {"few": of["few, alone"]}
     levels = [torch.empty(2, *level, shape.h, shape.d, device="meta") for level in shape.levels]
     step = Inputs(torch.empty(shape.n, shape.h * shape.g, 1, shape.d, device="meta"), levels)
     processors = int(cycles("SMs"))
     forest, _ = step.forest
     # As `limits` cuts for such a GPU.
     plan = forest.plan(
-        np.ones(shape.n, np.int32), tile=TILE_ROWS // shape.g, items=-(-2 * processors // shape.h)
-    )
+        np.ones(shape.n, np.int32), tile=TILE_ROWS // shape.g,
+        items=PLACES[impl] * processors // shape.h,
+    )  # fmt: skip
     blocks: dict[str, list[float]] = {"many": [], "few": []}
     for node, first, last, begin, end, _ in plan["item"]:
         rows = (last - first) * shape.g
@@ -430,14 +441,17 @@ def seconds(shape: Shape, of: dict[str, dict]) -> float:
         slots = min(end, plan["length"][node]) - begin
         rounds = -(-rows // tile["rows"]) * -(-slots // tile["slots"])
         # Triton has one launch for both.
-        launch = name if tile["impl"] == "cuda" else "few"
+        launch = name if impl == "cuda" else "few"
         blocks[launch].append(cycles("block") + rounds * tile["cycles"])
+    # Triton has all heads of an item together, csrc/cuda all items of a head.
+    each, heads = (shape.h, 1) if impl == "triton" else (1, shape.h)
     took = 0.0
     for launch, found in blocks.items():
-        free = [0.0] * (processors * of[launch]["blocks"])
-        for block in found * shape.h:
-            heapq.heapreplace(free, free[0] + block)
-        took += max(free)
+        if found:
+            free = [0.0] * (processors * of[launch]["blocks"])
+            for block in [x for x in found for _ in range(each)] * heads:
+                heapq.heapreplace(free, free[0] + block)
+            took += max(free)
     return max(took / cycles("clock"), floor(shape, of["few"]["format"]))
 
 
@@ -499,41 +513,79 @@ def named(format: str) -> str:
     return "bf16" if format == "none" else format
 
 
+def arrow(before: str | None, after: str) -> str:
+    return after if before in (None, after) else f"{before} → {after}"
+
+
 def table(result: dict) -> list[list[str]]:
-    """Heads of 128, for people."""
+    """Heads of 128, for people; behind what the base had."""
     heads = ["kernel", "instructions", "registers", "blocks", "KiB in flight", "pipe", "ceiling",
              "binds", "of the HBM rate"]  # fmt: skip
+
+    def rows(kernels: list[dict]) -> dict[str, list[str]]:
+        return {
+            f"{x['impl']}, {named(x['format'])}, {x['tile']}": [
+                f"{x['instructions']} / {x['slots']}", str(x["registers"]), str(x["blocks"]),
+                f"{x['bytes in flight'] / 1024:.0f}", x["pipe"], f"{x['ceiling']:.2f}", x["binds"],
+                f"{x['rate']:.2f}",
+            ]
+            for x in kernels if x["d"] == 128
+        }  # fmt: skip
+
+    before = rows(result["base"]["kernels"]) if result["base"] else {}
     return [heads] + [
-        [f"{x['impl']}, {named(x['format'])}, {x['tile']}", f"{x['instructions']} / {x['slots']}",
-         str(x["registers"]), str(x["blocks"]), f"{x['bytes in flight'] / 1024:.0f}", x["pipe"],
-         f"{x['ceiling']:.2f}", x["binds"], f"{x['rate']:.2f}"]
-        for x in result["kernels"] if x["d"] == 128
-    ]  # fmt: skip
+        [kernel, *map(arrow, before.get(kernel, [None] * len(row)), row)]
+        for kernel, row in rows(result["kernels"]).items()
+    ]
 
 
 def times_table(result: dict) -> list[list[str]]:
     shape = "{rows} x {own}", "{rows} x {shared} + {own}"
+
+    def name(x: dict) -> str:
+        return f"{x['impl']}, {named(x['format'])}, {shape[x['shared'] > 0].format(**x)}"
+
+    before = {name(x): f"{x['us']:.0f}" for x in result["base"]["times"]} if result["base"] else {}
     return [["attention of a layer", "floor us", "predicted us", "measured us"]] + [
-        [f"{x['impl']}, {named(x['format'])}, {shape[x['shared'] > 0].format(**x)}",
-         f"{x['floor us']:.0f}", f"{x['us']:.0f}",
+        [name(x), f"{x['floor us']:.0f}", arrow(before.get(name(x)), f"{x['us']:.0f}"),
          "-" if x["measured us"] is None else f"{x['measured us']:.0f}"]
         for x in result["times"]
     ]  # fmt: skip
 
 
 def caption(result: dict) -> str:
+    base = result["base"] and f" Before each arrow is commit {result['base']['commit']}."
     return (
         f"H100, by the model alone: Triton {result['triton']}, nvcc {result['nvcc']}, heads of "
         "128. "
         "Instructions of a warp for a tile of so many slots; blocks and KiB of copies on their way "
-        "are a multiprocessor's."
+        f"are a multiprocessor's.{base or ''}"
     )
+
+
+def base(commit: str, parts: Path | None) -> dict:
+    """What another commit's kernels give by its own bench.model, here and now; `parts` as in
+    bench.step."""
+    from .step import built
+
+    root = built(commit, parts)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model.json")
+        subprocess.run(
+            [sys.executable, "-m", "bench.model", "--json", path], cwd=root, check=True,
+            env=os.environ | {"PYTHONPATH": str(root)}, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        found = json.loads(path.read_text())
+    return {"commit": commit, "kernels": found["kernels"], "times": found["times"]}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.model", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", type=Path, metavar="PATH", help="results")
     parser.add_argument("--readme", type=Path, metavar="PATH", help="file whose tables to rewrite")
+    parser.add_argument("--base", metavar="COMMIT", help="build to compare with")
+    parser.add_argument("--base-build", type=Path, metavar="FOLDER",
+                        help="its compiled parts; default: they are compiled")  # fmt: skip
     args = parser.parse_args(argv)
     if args.json:
         results.claim(args.json, {}, ["rates", "kernels", "times", "targets"])
@@ -543,7 +595,8 @@ def main(argv: list[str] | None = None) -> int:
     result = {
         "triton": triton.__version__, "nvcc": re.search(r"release ([\d.]+)", nvcc("--version"))[1],
         "rates": {name: x._asdict() for name, x in RATES.items()}, "kernels": kernels,
-        "times": predicted, "targets": judge(kernels, predicted),
+        "times": predicted, "base": args.base and base(args.base, args.base_build),
+        "targets": judge(kernels, predicted),
     }  # fmt: skip
     for rows in (table(result), times_table(result)):
         shown = Table(*rows[0], box=box.SIMPLE_HEAD, pad_edge=False)

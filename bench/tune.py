@@ -25,16 +25,16 @@ KINDS = {
     "wide": (torch.float32, "none"),
 }
 CANDIDATES = [
-    dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+    dict(BLOCK_M=m, BLOCK_N=n, SMALL_N=2 * n, num_warps=warps, num_stages=stages)
     for m, n in itertools.product((16, 32, 64, 128), repeat=2)
     for warps, stages in itertools.product((4, 8), (2, 3, 5))
     if m * n <= 64 * 128
 ]  # fmt: skip
 # Those that the compiled code promises most of: three or four programs on an SM, more in flight.
 FEW = [
-    dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
+    dict(BLOCK_M=m, BLOCK_N=n, SMALL_N=2 * n, num_warps=warps, num_stages=stages)
     for m, n, warps, stages in (
-        (32, 64, 4, 4), (16, 128, 4, 3), (32, 32, 4, 4), (64, 64, 8, 3), (64, 64, 4, 3)
+        (32, 64, 4, 4), (64, 32, 4, 5), (32, 32, 4, 4), (64, 64, 8, 3), (64, 64, 4, 3)
     )
 ]  # fmt: skip
 

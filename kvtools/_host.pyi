@@ -173,8 +173,9 @@ class Forest:
             tile: most query tokens of one work item; 0 is no limit.
             chunk: most slots of one work item, a multiple of `page_size`; 0 is no limit. Cuts lie
                 on page borders.
-            items: without a `chunk`, cut into about so many work items of equal size, of at least
-                128 slots; 0 leaves nodes whole.
+            items: without a `chunk`, cut such that the last of the work ends soonest where so many
+                items of a KV head run at once; no item is shorter than 128 slots but a node's last.
+                The longest comes first. See `kvtools.ops.attention.limits`.
         """
 
     def check(self) -> None:

@@ -707,6 +707,11 @@ def _to_numpy(x: Index, name: str, length: int | None = None) -> np.ndarray:
 
 
 def _nbytes(tensors: Iterable[Tensor | None]) -> int:
-    """Of what holds them; tensors may share that."""
+    """Of what holds them; tensors may share that, be it under storages of their own."""
     storages = (x.untyped_storage() for x in tensors if x is not None)
-    return sum({x._cdata: x.nbytes() for x in storages}.values())
+    total, last = 0, {}
+    for begin, size, device in sorted((x.data_ptr(), x.nbytes(), str(x.device)) for x in storages):
+        end = begin + size
+        total += max(0, end - max(begin, last.get(device, 0)))
+        last[device] = max(end, last.get(device, 0))
+    return total

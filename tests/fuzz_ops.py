@@ -117,7 +117,7 @@ def make_pages(rng, put, pages, heads, page_size, d, name="pages", **options) ->
     made = KVPages.empty(pages, heads, page_size, d, **options)
     for x in made.tensors():
         if x is not None:
-            x.view(torch.uint8).zero_()
+            x[..., None].view(torch.uint8).zero_()
     if made.importance is not None:
         made.importance.uniform_()
     tensors = zip(TENSORS, made.tensors(), strict=True)

@@ -485,6 +485,108 @@ def test_strides_do_not_show(impl):
         torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("formats", [("int4", "int4"), ("int8", "fp8"), ("int4", "int2")])
+def test_how_scales_and_codes_lie_does_not_show(formats, impl):
+    """A slot's two scales in one word, in the other order, and apart; codes at odd addresses."""
+    case = Case(17, k_format=formats[0], v_format=formats[1], D=32, dtype=native(impl))
+    expected = attend(case, impl)
+    paired = case.pages
+    k, v = paired.k_scale, paired.v_scale
+    turned = torch.stack([v, k], -1)
+    others = [dict(k_scale=k.contiguous(), v_scale=v.contiguous()),
+              dict(k_scale=turned[..., 1], v_scale=turned[..., 0])]  # fmt: skip
+    odd = {}
+    for name in ("k", "v"):
+        x = getattr(paired, name)
+        wide = torch.empty(*x.shape[:3], x.shape[3] + 3, dtype=torch.uint8).view(x.dtype)
+        odd[name] = wide[..., 1:-2].copy_(x)
+    for changed in (*others, odd):
+        case.pages = replace(paired, **changed)
+        for x, y in zip(attend(case, impl), expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.skipif(not kvtools.ops.TRITON, reason="needs Triton")
+@pytest.mark.parametrize("format", ["fp8", "int8", "int4", "int2"])
+def test_ptx_of_unpacking(format):
+    """What NVIDIA's GPUs run, run here instruction by instruction, gives the levels of all words:
+    fields in the order of `word_element`, low bytes first, exact but for fp16's last rounding."""
+    from kvtools.kernels import format as kernels
+
+    low = np.arange(2**16, dtype=np.uint32)
+    words = low | low[::-1] << 16
+    bits = 8 if format == "fp8" else int(format[3:])
+    code = kernels.FORMATS[format]
+    found = run_ptx(kernels.unpacking(code), words, 16 // bits)
+    for i, pair in enumerate(found):
+        for half in range(2):
+            codes = words >> (16 * half + bits * i) & 2**bits - 1
+            if format == "fp8":
+                x = torch.from_numpy(codes.astype(np.uint8)).view(torch.float8_e4m3fn)
+                expected = x.to(torch.float16).numpy()
+            else:
+                c = codes - (2**bits - 1) / 2
+                unit = kernels.word_unit(code)
+                expected = (c if unit == 1 else c * (c * c + 1 / unit)).astype(np.float16)
+            actual = (pair >> 16 * half & 0xFFFF).astype(np.uint16).view(np.float16)
+            np.testing.assert_array_equal(actual, expected)
+
+
+def run_ptx(text, words, outputs):
+    """What registers $0, $1, ... hold of a straight piece of PTX over uint32 words."""
+    held = {f"${outputs}": words}
+
+    def get(name):
+        return held[name] if name in held else np.uint32(int(name, 0))
+
+    def halves(function, *names):
+        x = [[(get(n) >> s & 0xFFFF).astype(np.uint16).view(np.float16).astype(np.float64)
+              for n in names] for s in (0, 16)]  # fmt: skip
+        low, high = (function(*y).astype(np.float16).view(np.uint16).astype(np.uint32) for y in x)
+        return low | high << 16
+
+    def table(a, b, c, lut):  # a and b as bits of an index into lut, and so on
+        bits = (get(n) >> np.arange(32, dtype=np.uint32)[:, None] & 1 for n in (a, b, c))
+        x, y, z = np.broadcast_arrays(*bits)
+        bit = int(lut, 0) >> (x << 2 | y << 1 | z) & 1
+        return (bit.astype(np.uint32) << np.arange(32, dtype=np.uint32)[:, None]).sum(
+            0, dtype=np.uint32
+        )
+
+    def permuted(a, b, selector):
+        both = get(a).astype(np.uint64) | np.uint64(get(b)) << np.uint64(32)
+        index = [int(selector, 0) >> 4 * i & 15 for i in range(4)]
+        assert max(index) < 8
+        return sum((both >> np.uint64(8 * j) & np.uint64(255)) << np.uint64(8 * i)
+                   for i, j in enumerate(index)).astype(np.uint32)  # fmt: skip
+
+    def e4m3(a):
+        byte = torch.from_numpy(np.stack([get(a) & 255, get(a) >> 8 & 255]).astype(np.uint8))
+        low, high = byte.view(torch.float8_e4m3fn).half().view(torch.int16).numpy()
+        return low.view(np.uint16).astype(np.uint32) | high.view(np.uint16).astype(np.uint32) << 16
+
+    run = {
+        "mov.b32": get, "shl.b32": lambda a, n: get(a) << int(n), "lop3.b32": table,
+        "shr.u32": lambda a, n: get(a) >> int(n), "prmt.b32": permuted,
+        "add.rn.f16x2": lambda *x: halves(lambda a, b: a + b, *x),
+        "mul.rn.f16x2": lambda *x: halves(lambda a, b: a * b, *x),
+        "fma.rn.f16x2": lambda *x: halves(lambda a, b, c: a * b + c, *x),
+        "cvt.rn.f16x2.e4m3x2": e4m3,
+    }  # fmt: skip
+    for line in text.strip("{} ").split(";"):
+        op, _, rest = line.strip().partition(" ")
+        if not op or op == ".reg":
+            continue
+        if rest.startswith("{"):  # two halves of a register
+            names, source = rest[1:].split("}")
+            for shift, name in zip((0, 16), names.split(","), strict=True):
+                held[name.strip()] = get(source.strip(", ")) >> shift & 0xFFFF
+            continue
+        to, *given = (x.strip() for x in rest.split(","))
+        held[to] = run[op](*given)
+    return [held[f"${i}"] for i in range(outputs)]
+
+
 def test_tree_attention_sees_nothing(impl):
     case = Case(6, dtype=native(impl))
     nothing = some_items(case.plan, slice(0))

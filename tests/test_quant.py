@@ -208,6 +208,11 @@ def make_pages(H, D, k_format, v_format, device, dtype=torch.float32, **options)
     )
 
 
+def bytes_of(x):
+    """Of a tensor with any strides, in a last axis of their own."""
+    return x[..., None].view(torch.uint8)
+
+
 @pytest.mark.parametrize("k_format,v_format", [(f, f) for f in FORMATS] + [("none", "int4")])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_append_kv(k_format, v_format, per_head, device, impl):
@@ -337,7 +342,7 @@ def test_append_kv_to_two_places(first, second, dtype, paged, frames, framed, D,
         )  # fmt: skip
         for x in (*one.tensors(), *two.tensors()):
             if x is not None:
-                x.view(torch.uint8).fill_(0x55)
+                bytes_of(x).fill_(0x55)
         return one, two
 
     actual, expected = places(), places()
@@ -351,7 +356,7 @@ def test_append_kv_to_two_places(first, second, dtype, paged, frames, framed, D,
     kvtools.append_kv(k, v, also, content, impl=impl)
     for got, wanted in zip(actual, expected, strict=True):
         for x, y in zip(got.tensors(), wanted.tensors(), strict=True):
-            assert x is None or torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+            assert x is None or torch.equal(bytes_of(x), bytes_of(y))
 
 
 @pytest.mark.only(when=lambda impl: impl in ("reference", "cpu"))
@@ -410,6 +415,24 @@ def test_append_kv_into_spread_out_pages(format, device, impl):
         assert torch.equal(x, y)
         view.zero_()
         assert not whole.view(torch.uint8).any()
+
+
+@pytest.mark.parametrize("formats", [("int4", "fp8"), ("int8", "none"), ("none", "int2")])
+def test_scales_of_a_slot_are_one_word(formats, device):
+    """Where keys and values have some, also of pages that have grown."""
+    pages = make_pages(2, 24, *formats, device)
+    content = [None if x is None else x.zero_() for x in (pages.k_scale, pages.v_scale)]
+    for x in filter(torch.is_tensor, content):
+        x += torch.arange(x.numel(), device=device).view(x.shape)
+    before = [None if x is None else x.clone() for x in content]
+    for _ in range(2):
+        k, v = pages.k_scale, pages.v_scale
+        if k is not None and v is not None:
+            assert v.data_ptr() == k.data_ptr() + 2 and k.data_ptr() % 4 == 0
+            assert k.stride() == v.stride() and k.stride(2) == 2
+        for x, y in zip((k, v), before, strict=True):
+            assert x is y is None or torch.equal(x[: len(y)], y)
+        pages.grow(pages.k.shape[0] + 3)
 
 
 def test_large_heads(device, impl):
@@ -489,8 +512,8 @@ def test_append_kv_writes_nothing_outside(k_format, dtype, device, impl):
                            position=True, importance=True, window=9)  # fmt: skip
     for x in around.tensors():
         if x is not None:
-            x.view(torch.uint8).fill_(0x55)
-    before = [None if x is None else x.view(torch.uint8).clone() for x in around.tensors()]
+            bytes_of(x).fill_(0x55)
+    before = [None if x is None else bytes_of(x).clone() for x in around.tensors()]
     pages = KVPages(*(None if x is None else x[1:5] for x in around.tensors()))
     k = torch.randn(4, 2, 8, device=device)
     position = torch.arange(4, device=device)
@@ -504,7 +527,7 @@ def test_append_kv_writes_nothing_outside(k_format, dtype, device, impl):
     written[1, 0, 0] = written[2, 1, 1] = written[4, :, 2] = True
     for x, old in zip(around.tensors(), before, strict=True):
         if x is not None:
-            same = (x.view(torch.uint8) == old).reshape(6, 2, 3, -1).all(-1)
+            same = (bytes_of(x) == old).reshape(6, 2, 3, -1).all(-1)
             assert torch.equal(same, ~written)
     beyond = [[12, 1], [2, 13], [3, 2**31 - 1], [-1, 12]]
     if impl in ("reference", "cpu"):
@@ -515,7 +538,7 @@ def test_append_kv_writes_nothing_outside(k_format, dtype, device, impl):
     written[1, 1, 1] = written[1, 0, 2] = written[2, 0, 0] = True
     for x, old in zip(around.tensors(), before, strict=True):
         if x is not None:
-            same = (x.view(torch.uint8) == old).reshape(6, 2, 3, -1).all(-1)
+            same = (bytes_of(x) == old).reshape(6, 2, 3, -1).all(-1)
             assert torch.equal(same, ~written)
 
 
@@ -587,7 +610,7 @@ def test_quant_contract(format, device, opcheck):
     opcheck("quantize_kv", (x, format), **checks)
     pages = make_pages(2, 8, format, format, device, position=True, importance=True, window=3)
     for tensor in pages.tensors():
-        tensor.view(torch.uint8).zero_()
+        bytes_of(tensor).zero_()
     slot = torch.tensor([[3, 1], [0, 2], [4, 4]], device=device)
     position = torch.arange(3, dtype=torch.int32, device=device)
     k, v, k_scale, v_scale, *rest = pages.tensors()

@@ -8,6 +8,7 @@ one that tracks importance, and what they are launched with is found once.
 """
 
 from functools import cache
+from math import e, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from .format import (
     FLOAT,
+    FP8,
     Frame,
     Paged,
     Rows,
@@ -25,21 +27,32 @@ from .format import (
     column_element,
     content,
     dot,
+    exp2,
+    fields,
     format_of,
     frame_start,
     framed,
     load_scale,
+    load_scales,
     load_tile,
+    load_words,
     paged,
     parts,
     rotate,
     rotate_back,
+    side_by_side,
     slot_start,
     tanh,
     to_columns,
+    word_columns,
+    word_element,
+    word_unit,
 )
 
+LOG2_E = tl.constexpr(log2(e))
 SMALL_M = tl.constexpr(16)  # query rows of the least tile that tensor cores take
+
+WORDS = (FP8, 8, 4, 2)  # formats that are read by 16 bits
 
 PLANES = {FLOAT: 0, 3: 2, 6: 2}  # of codes, one for other formats
 
@@ -74,16 +87,20 @@ class Mask(NamedTuple):
 
     query: Any
     before: Any
-    sliding: int
+    sliding: int | None
 
 
 class Store(NamedTuple):
-    """What constants a kernel needs of a store."""
+    """What constants a kernel needs of a store. `words`: codes are read by 16 bits; `paired`: the
+    scales of a slot's key and value are one word of 32."""
 
     k_format: int
     v_format: int
     page_size: int
     recent: bool
+    k_words: bool
+    v_words: bool
+    paired: bool
 
 
 class Constants(NamedTuple):
@@ -119,18 +136,21 @@ def tree_attention(
         contents.append(
             (*more[i : i + 2], *(x if x.numel() else None for x in more[i + 2 : i + 5]))
         )
+    # All tokens together, or each node's where none has several. What is planned on the device is
+    # not known here: this chooses among kernels that all are right.
+    rows = hq // heads * (1 if token.shape[0] == first.shape[0] else t)
     of = _constants(
-        q_thd.get_device(), q_thd.dtype, hq, heads, d, t * hq <= 16 * heads, tracks, group,
-        recent, *((x[0].dtype, x[0].shape[2:], x[1].dtype, x[1].shape[3]) for x in contents),
+        q_thd.get_device(), q_thd.dtype, hq, heads, d, rows <= 16, tracks, group,
+        recent, *map(_layout, contents),
     )  # fmt: skip
     sizes = of.sizes
     if of.kind in TUNED:
-        sizes = TUNED[of.kind] | {"BLOCK_M": 16} if sizes["BLOCK_M"] == 16 else TUNED[of.kind]
+        sizes = TUNED[of.kind] | ({"BLOCK_M": 16} if sizes["BLOCK_M"] == 16 else {})
 
     q = Rows(q_thd, *q_thd.stride())
     several = len(contents) > 1
     work = Work(page_indptr, page, first, length, base, store if several else None, token, item)
-    mask = Mask(position_t, before_t, sliding or 2**31 - 1)
+    mask = Mask(position_t, before_t, sliding or None)
     softcap = softcap or None
     turns, frames = framed(frame, frame_t)
     stores = tuple(
@@ -142,9 +162,9 @@ def tree_attention(
     scratch = q_thd.new_empty(n_parts * (hq * (d + 1) + heads * tracks), dtype=torch.float32)
     items = item.shape[0]
     if items:
-        _attend_kernel[(items, heads)](
-            q, mask, turns, frames, work, stores, scratch, n_parts, scale, softcap, **of.attend,
-            **sizes, enable_fp_fusion=True,
+        _attend_kernel[(items * heads,)](
+            q, mask, turns, frames, work, stores, scratch, n_parts, scale, softcap, heads,
+            **of.attend, **sizes, enable_fp_fusion=True,
         )  # fmt: skip
     turned = mean_th = state = state_sum = None
     if tracks:
@@ -168,25 +188,43 @@ def tree_attention(
     return out_thd, lse_th
 
 
+def _layout(content: tuple) -> tuple:
+    """What constants depend on in the tensors of a store: dtype, slots and last axis of keys, dtype
+    and last axis of values, whether each lies by 16 bits, and the scales of both by 32."""
+    k, v, k_scale, v_scale, _ = content
+    even = (
+        x.dtype.itemsize == 1 and not any(n % 2 for n in (x.data_ptr(), *x.stride()[:3]))
+        for x in (k, v)
+    )  # fmt: skip
+    paired = (
+        k_scale is not None and v_scale is not None and k_scale.stride() == v_scale.stride()
+        and v_scale.data_ptr() == k_scale.data_ptr() + 2 and k_scale.data_ptr() % 4 == 0
+        and not any(n % 2 for n in k_scale.stride())
+    )  # fmt: skip
+    return k.dtype, k.shape[2:], v.dtype, v.shape[3], *even, paired
+
+
 @cache
 def _constants(
     device: int, dtype: torch.dtype, hq: int, heads: int, d: int, few: bool, tracks: bool,
     group: str, recent: int, *contents: tuple,
 ) -> Constants:  # fmt: skip
-    """`few` query rows for each KV head; of each store the dtype and the slots and last axis of
-    keys, the dtype and last axis of values. The device is the current one."""
+    """`few` query rows for each KV head; `contents`: of each store its `_layout`. The device is
+    the current one."""
     stores, k_dtypes, wide = [], [], False
-    for i, (k_dtype, (page_size, k_width), v_dtype, v_width) in enumerate(contents):
+    for i, (k_dtype, (page_size, k_width), v_dtype, v_width, *lie, paired) in enumerate(contents):
         k_format, v_format = format_of(k_dtype, k_width, d), format_of(v_dtype, v_width, d)
-        stores.append(Store(k_format, v_format, page_size, bool(recent >> i & 1)))
+        words = (even and x in WORDS for even, x in zip(lie, (k_format, v_format), strict=True))
+        stores.append(Store(k_format, v_format, page_size, bool(recent >> i & 1), *words, paired))
         k_dtypes.append(_dot_dtype(dtype, k_dtype, k_format))
         wide |= torch.float32 in (k_dtypes[i], _dot_dtype(dtype, v_dtype, v_format))
     planes = max(PLANES.get(x, 1) for store in stores for x in store[:2])
+    floats = any(FLOAT in store[:2] for store in stores)
     kind = f"{architecture()} {'wide' if wide else ('plain', 'coded', 'planes')[planes]}"
     shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
     first = stores[0]
     return Constants(
-        f"{kind} {block_d(d)}", _blocks(few, d, wide, planes), k_dtypes[0],
+        f"{kind} {block_d(d)}", _blocks(few, d, wide, planes, floats), k_dtypes[0],
         shape | dict(STORES=tuple(map(tuple, stores)), TRACKS=tracks),
         shape | dict(
             ROTATED=any(store.v_format != FLOAT for store in stores),
@@ -207,20 +245,26 @@ def _dot_dtype(q: torch.dtype, x: torch.dtype, format: int) -> torch.dtype:
     return torch.float32 if q == torch.float32 else torch.float16
 
 
-def _blocks(few: bool, d: int, wide: bool, planes: int) -> dict[str, int]:
-    """Tile sizes for products in fp32 (`wide`) or 16 bits, with so many planes of codes."""
-    m, n, warps = 64, 32, 8  # what leaves no register short: see `make resources`
+def _blocks(few: bool, d: int, wide: bool, planes: int, floats: bool) -> dict[str, int]:
+    """Tile sizes for products in fp32 (`wide`) or 16 bits, with so many planes of codes, `floats`
+    besides or alone; SMALL_N slots for few rows. By `python -m bench.model`, with no register
+    short."""
+    m, n, small, warps, stages = 64, 64, 128, 4, 4 if floats else 5
     if wide:
-        m, n, warps = 16, 16, 4 if d <= 128 else 8
+        m, n, small, warps, stages = 16, 16, 16, 4 if d <= 128 else 8, 3
+    elif planes == 2:
+        m, n, small, warps, stages = (64, 32, 32, 8, 3) if d <= 128 else (16, 16, 16, 4, 3)
     elif d > 128:
-        m, n, warps = (16, 16, 4) if planes else (32, 32, 8)
-    elif few:
-        m, n, warps = 16, 32 if planes == 2 else 64, 4
-    elif architecture() in ("sm_80", "sm_86", "sm_87", "sm_89"):
-        m, n, warps = 32, 32, 4
+        m, n, small, warps, stages = (32, 32, 64, 4, 4) if planes else (64, 32, 64, 8, 4)
+    if few:
+        m, n = 16, small
+    elif architecture() in ("sm_80", "sm_86", "sm_87", "sm_89"):  # accumulators are in registers
+        m, n = min(m, 32), min(n, 32)
     if architecture().startswith("gfx"):
-        warps = min(warps, 4)  # of 64 lanes, that may have twice as many registers
-    return dict(BLOCK_M=16 if few else m, BLOCK_N=n, num_warps=warps, num_stages=3)
+        # Warps are of 64 lanes that may have twice as many registers; shared memory is 64 KiB.
+        least = 16 if d > 128 and planes else 32
+        m, n, small, warps, stages = min(m, 2 * least), min(n, least), min(small, least), 4, 3
+    return dict(BLOCK_M=m, BLOCK_N=n, SMALL_N=small, num_warps=warps, num_stages=stages)
 
 
 @triton.constexpr_function
@@ -254,12 +298,86 @@ def _find(pages_ptr, at, live, PAGE_SIZE: tl.constexpr):
     return page.to(tl.int64), (at % PAGE_SIZE).to(tl.int64)
 
 
+@triton.constexpr_function
+def unit(FORMAT, WORDS):
+    return word_unit(FORMAT) if WORDS else 1.0
+
+
+@triton.constexpr_function
+def tiles(FORMAT, WORDS, D, BLOCK_M, LEAST):
+    """In how many tiles slots are multiplied, of LEAST columns at least. Few rows take the operands
+    of their products from registers, where decoded words lie apart; many take them from shared
+    memory."""
+    if not WORDS or BLOCK_M > 16:
+        return 1
+    return min(fields(FORMAT), max(1, fields(FORMAT) * word_columns(FORMAT, D) // LEAST))
+
+
+@triton.constexpr_function
+def width(FORMAT, WORDS, D, BLOCK_D):
+    """Columns of all tiles together."""
+    return fields(FORMAT) * word_columns(FORMAT, D) if WORDS else BLOCK_D
+
+
+@triton.jit
+def _elements(
+    i, TILES: tl.constexpr, FORMAT: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Elements that are the columns of tile i."""
+    if WORDS:
+        N: tl.constexpr = width(FORMAT, WORDS, D, BLOCK_D) // TILES
+        return word_element(i * N + tl.arange(0, N), FORMAT, D)
+    else:
+        return column_element(D, BLOCK_D, parts(FORMAT))
+
+
+@triton.jit
+def _load_tiles(
+    x: Paged, page, head, offset, live, TILES: tl.constexpr, FORMAT: tl.constexpr,
+    WORDS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Slots [N] of a head, as a tuple."""
+    if WORDS:
+        found = load_words(x, page, head, offset, live, FORMAT, D, DTYPE)
+        N: tl.constexpr = fields(FORMAT) // TILES
+        if N == 1:
+            return found
+        else:
+            wider = ()
+            for i in tl.static_range(TILES):
+                wider = wider + (side_by_side(found[N * i : N * i + N], N),)
+            return wider
+    else:
+        return (load_tile(x, page, head, offset, live, FORMAT, D, BLOCK_D, DTYPE),)
+
+
+@triton.jit
+def _query_tiles(
+    x, TILES: tl.constexpr, FORMAT: tl.constexpr, WORDS: tl.constexpr, D: tl.constexpr
+):
+    """Of rows [M, BLOCK_D] in order what meets the tiles of keys."""
+    found = ()
+    if WORDS:
+        for i in tl.static_range(TILES):
+            element = _elements(i, TILES, FORMAT, WORDS, D, x.shape[1])
+            index = tl.minimum(element, D - 1)[None, :]
+            index = tl.broadcast_to(index, [x.shape[0], element.shape[0]])
+            tile = tl.gather(x, index, 1)
+            if element.shape[0] * TILES != D:  # padding of keys is no zero
+                tile = tl.where((element < D)[None, :], tile, 0)
+            found = found + (tile,)
+    else:
+        found = (to_columns(x, D, parts(FORMAT)),)
+    return found
+
+
 @triton.jit
 def _load_queries(
     q: Rows, frame: Frame, frames, token, kv_head, heads, head, mask, FORMAT: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, DTYPE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Rows (token, head) over their gains, rotated as keys of FORMAT are, in these' columns."""
+    """Rows (token, head) over their gains, rotated as keys of FORMAT are."""
     column = tl.arange(0, BLOCK_D)
     start = token.to(tl.int64) * q.stride_t + head * q.stride_h
     mask = mask[:, None] & (column < D)[None, :]
@@ -269,18 +387,24 @@ def _load_queries(
         gain = tl.load(frame.ptr + at[:, None] + column[None, :], mask=mask, other=1.0)
         x = x.to(tl.float32) / gain.to(tl.float32)
     if FORMAT != 0:
-        x = to_columns(rotate(x.to(tl.float32), D), D, parts(FORMAT))
-    return x.to(DTYPE)
+        x = rotate(x.to(tl.float32), D)
+    return x
 
 
 @triton.jit
-def _logits(q, k, k_scale, scale, softcap):
-    """Scores of a tile [M, N]."""
-    x = dot(q, tl.trans(k), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * scale
+def _logits(q, k, k_scale, scale, softcap, N: tl.constexpr):
+    """Scores [M, N] of queries and keys in as many tiles, as powers of 2 have them."""
+    x = tl.zeros([q[0].shape[0], k[0].shape[0]], tl.float32)
+    for i in tl.static_range(N):
+        x = dot(q[i], tl.trans(k[i]), x)
+    if softcap is None:
+        scale *= LOG2_E
     if k_scale is not None:
-        x *= k_scale[None, :]
+        x *= (k_scale * scale)[None, :]
+    else:
+        x *= scale
     if softcap is not None:
-        x = tanh(x / softcap) * softcap
+        x = tanh(x / softcap) * (softcap * LOG2_E)
     return x
 
 
@@ -320,69 +444,96 @@ def _attend_tile(
     V_FORMAT: tl.constexpr = constant(STORES, INDEX, 1)
     PAGE_SIZE: tl.constexpr = constant(STORES, INDEX, 2)
     RECENT: tl.constexpr = constant(STORES, INDEX, 3)
+    K_WORDS: tl.constexpr = constant(STORES, INDEX, 4)
+    V_WORDS: tl.constexpr = constant(STORES, INDEX, 5)
+    PAIRED: tl.constexpr = constant(STORES, INDEX, 6)
+    K_TILES: tl.constexpr = tiles(K_FORMAT, K_WORDS, D, BLOCK_M, 16)
+    # Four warps share the columns of values, 8 each.
+    V_TILES: tl.constexpr = tiles(V_FORMAT, V_WORDS, D, BLOCK_M, 32)
+    V_WIDTH: tl.constexpr = width(V_FORMAT, V_WORDS, D, BLOCK_D) // V_TILES
     K_DTYPE: tl.constexpr = operand(q.ptr.dtype.element_ty, k.ptr.dtype.element_ty, K_FORMAT)
     V_DTYPE: tl.constexpr = operand(q.ptr.dtype.element_ty, v.ptr.dtype.element_ty, V_FORMAT)
     row = row0 + tl.arange(0, BLOCK_M)
     real = row < rows
     token = tl.load(work.token + token_begin + row // G, mask=real, other=0)
     head_m = head * G + row % G
-    x_q = _load_queries(
-        q, frame, frames, token, head, heads, head_m, real, K_FORMAT, D, BLOCK_D, K_DTYPE
-    )
+    x_q = _load_queries(q, frame, frames, token, head, heads, head_m, real, K_FORMAT, D, BLOCK_D)
+    x_q = _query_tiles(x_q.to(K_DTYPE), K_TILES, K_FORMAT, K_WORDS, D)
     query, oldest, last = _range(mask, token, RECENT)
     base = tl.load(work.base + node)
     first = tl.load(work.first + node)
     pages_ptr = work.page + tl.load(work.page_indptr + node)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = ()
+    for _ in tl.static_range(V_TILES):
+        acc = acc + (tl.zeros([BLOCK_M, V_WIDTH], tl.float32),)
     seen = tl.zeros([BLOCK_M], tl.int32)
-    unit = 2.0**-24  # of acc: the greatest scale of values so far, so that fp16 can hold the others
+    unit_v = (
+        2.0**-24
+    )  # of acc: the greatest scale of values so far, so that fp16 can hold the others
+    live = tl.full([BLOCK_N], True, tl.int1)
     for start in range(begin, end, BLOCK_N):
         slot = start + tl.arange(0, BLOCK_N)
-        live = slot < end
-        page, offset = _find(pages_ptr, first + slot, live, PAGE_SIZE)
-        x_k = load_tile(k, page, head, offset, live, K_FORMAT, D, BLOCK_D, K_DTYPE)
-        x_scale = None
-        if K_FORMAT != 0:
-            x_scale = load_scale(k_scale, page, head, offset, live)
-        x = _logits(x_q, x_k, x_scale, scale, softcap)
-        key = _key(position, base + slot, page, head, offset, live)[None, :]
-        visible = (key <= last[:, None]) & (query[:, None] - key < mask.sliding)
-        visible &= key >= oldest[:, None]
+        # Behind the end the last slot is read again, and hidden below: loads need no predicates.
+        page, offset = _find(pages_ptr, first + tl.minimum(slot, end - 1), live, PAGE_SIZE)
+        x_k = _load_tiles(
+            k, page, head, offset, live, K_TILES, K_FORMAT, K_WORDS, D, BLOCK_D, K_DTYPE
+        )
+        x_scale, p_scale = None, None
+        if PAIRED:
+            x_scale, p_scale = load_scales(k_scale, page, head, offset, live)
+        else:
+            if K_FORMAT != 0:
+                x_scale = load_scale(k_scale, page, head, offset, live)
+            if V_FORMAT != 0:
+                p_scale = load_scale(v_scale, page, head, offset, live)
+        x = _logits(x_q, x_k, x_scale, scale * unit(K_FORMAT, K_WORDS), softcap, K_TILES)
+        key = _key(position, base + slot, page, head, offset, slot < end)[None, :]
+        visible = key <= last[:, None]
+        if mask.sliding is not None:
+            visible &= query[:, None] - key < mask.sliding
+        if RECENT and mask.before is not None:
+            visible &= key >= oldest[:, None]
         x = tl.where(visible, x, float("-inf"))
         if TRACKS and INDEX == 0:
             seen += tl.sum(visible.to(tl.int32), 1)
 
         peak = tl.maximum(m_i, tl.max(x, 1))
         safe = tl.where(peak == float("-inf"), 0.0, peak)
-        p = tl.exp(x - safe[:, None])
-        alpha = tl.exp(m_i - safe)
+        p = exp2(x - safe[:, None])
+        alpha = exp2(m_i - safe)
         l_i = l_i * alpha + tl.sum(p, 1)
         m_i = peak
         if V_FORMAT != 0:
-            p_scale = load_scale(v_scale, page, head, offset, live)
-            greatest = tl.maximum(unit, tl.max(p_scale, 0))
-            alpha *= unit / greatest
-            unit = greatest
-            p *= (p_scale / greatest)[None, :]
-        x_v = load_tile(v, page, head, offset, live, V_FORMAT, D, BLOCK_D, V_DTYPE)
-        acc = dot(p.to(V_DTYPE), x_v, acc * alpha[:, None])
+            greatest = tl.maximum(unit_v, tl.max(p_scale, 0))
+            alpha *= unit_v * (1 / greatest)
+            unit_v = greatest
+            p *= (p_scale * (1 / greatest))[None, :]
+        x_v = _load_tiles(
+            v, page, head, offset, live, V_TILES, V_FORMAT, V_WORDS, D, BLOCK_D, V_DTYPE
+        )
+        new = ()
+        for i in tl.static_range(V_TILES):
+            new = new + (dot(p.to(V_DTYPE), x_v[i], acc[i] * alpha[:, None]),)
+        acc = new
 
     total = tl.where(l_i == 0, 1.0, l_i)
-    if V_FORMAT != 0:
-        acc *= unit
-    acc = acc / total[:, None]
-    if rotates(STORES) and V_FORMAT == 0:
-        acc = rotate(acc, D)
     result = (part + row // G).to(tl.int64)
     at = result * heads * G + head_m
-    element = column_element(D, BLOCK_D, parts(V_FORMAT))
-    tl.store(
-        out_ptr + at[:, None] * D + element[None, :], acc,
-        mask=real[:, None] & (element < D)[None, :],
-    )  # fmt: skip
-    lse = tl.where(l_i == 0, float("-inf"), m_i + tl.log(total))
+    for i in tl.static_range(V_TILES):
+        x = acc[i]
+        if V_FORMAT != 0:
+            x *= unit_v * unit(V_FORMAT, V_WORDS)
+        x = x / total[:, None]
+        if rotates(STORES) and V_FORMAT == 0:
+            x = rotate(x, D)
+        element = _elements(i, V_TILES, V_FORMAT, V_WORDS, D, BLOCK_D)
+        tl.store(
+            out_ptr + at[:, None] * D + element[None, :], x,
+            mask=real[:, None] & (element < D)[None, :],
+        )  # fmt: skip
+    lse = tl.where(l_i == 0, float("-inf"), m_i / LOG2_E + tl.log(total))
     tl.store(lse_ptr + at, lse, mask=real)
     if TRACKS:
         if INDEX > 0:
@@ -397,20 +548,21 @@ def _attend_item(
     frames, work: Work, k: Paged, k_scale: Paged, position: Paged, v: Paged, v_scale: Paged,
     out_ptr, lse_ptr, seen_ptr, scale, softcap, STORES: tl.constexpr, INDEX: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TRACKS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SMALL_N: tl.constexpr,
 ):  # fmt: skip
     """All rows of a work item that lies in store INDEX."""
     # Flat tuples only: Triton 3.6 mistakes tuples in tuples inside loops.
     # Rollouts' own nodes have few rows: a tile of their size keeps the others' products away.
-    if rows <= SMALL_M:
+    if BLOCK_M > SMALL_M and rows <= SMALL_M:
         if rows > 0:
             _attend_tile(
                 0, rows, head, node, token_begin, part, begin, end, q, mask, frame, frames, work, k,
                 k_scale, position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads,
-                STORES, INDEX, G, D, BLOCK_D, TRACKS, SMALL_M, BLOCK_N,
+                STORES, INDEX, G, D, BLOCK_D, TRACKS, SMALL_M, SMALL_N,
             )  # fmt: skip
     else:
-        for row0 in range(0, rows, BLOCK_M):
+        # What is the same for all its turns would take registers from the loop over slots.
+        for row0 in tl.range(0, rows, BLOCK_M, disable_licm=True):
             _attend_tile(
                 row0, rows, head, node, token_begin, part, begin, end, q, mask, frame, frames, work,
                 k, k_scale, position, v, v_scale, out_ptr, lse_ptr, seen_ptr, scale, softcap, heads,
@@ -421,12 +573,13 @@ def _attend_item(
 @triton.jit(do_not_specialize=["frames", "n_parts"])
 def _attend_kernel(
     q: Rows, mask: Mask, frame: Frame, frames, work: Work, stores, scratch_ptr, n_parts, scale,
-    softcap, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STORES: tl.constexpr,
-    TRACKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    softcap, heads, G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, STORES: tl.constexpr,
+    TRACKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SMALL_N: tl.constexpr,
 ):  # fmt: skip
     """A work item and a KV head: output, lse and number of visible slots of each of its tokens."""
-    item = work.item + tl.program_id(0).to(tl.int64) * 6
-    head, heads = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    # All heads of an item before the next: a plan has its longest items first.
+    program = tl.program_id(0).to(tl.int64)
+    item, head = work.item + program // heads * 6, program % heads
     node, token_begin, part = tl.load(item), tl.load(item + 1), tl.load(item + 5)
     rows = (tl.load(item + 2) - token_begin) * G
     begin, end = tl.load(item + 3), tl.minimum(tl.load(item + 4), tl.load(work.length + node))
@@ -440,7 +593,7 @@ def _attend_kernel(
                 node, token_begin, part, begin, end, rows, head, heads, q, mask, frame, frames,
                 work, stores[i][0], stores[i][1], stores[i][2], stores[i][3], stores[i][4],
                 scratch_ptr, lse_ptr, seen_ptr, scale, softcap, STORES, i, G, D, BLOCK_D, TRACKS,
-                BLOCK_M, BLOCK_N,
+                BLOCK_M, BLOCK_N, SMALL_N,
             )  # fmt: skip
 
 
@@ -522,9 +675,9 @@ def _merge_parts_kernel(
         tl.store(mean_ptr + at, tl.exp(peak + tl.log(here) - lse) / seen, mask=g < G)
         token_g = tl.zeros([BLOCK_G], tl.int32) + tl.program_id(0)
         x_q = _load_queries(
-            q, frame, frames, token_g, head, heads, head_g, g < G, K_FORMAT, D, BLOCK_D,
-            turned_ptr.dtype.element_ty,
-        )  # fmt: skip
+            q, frame, frames, token_g, head, heads, head_g, g < G, K_FORMAT, D, BLOCK_D
+        )
+        x_q = to_columns(x_q.to(turned_ptr.dtype.element_ty), D, parts(K_FORMAT))
         ptr = turned_ptr + at[:, None] * BLOCK_D + column[None, :]
         tl.store(ptr, x_q, mask=(g < G)[:, None])
 
@@ -572,11 +725,15 @@ def _track_kernel(
             ptr = turned_ptr + at.to(tl.int64)[:, None] * BLOCK_D + column[None, :]
             x_q = tl.load(ptr, mask=(g < G)[:, None], other=0)
             query, oldest, last = _range(mask, token_g, RECENT)
-            past = (key <= last[:, None]) & (key >= oldest[:, None])
+            past = key <= last[:, None]
+            if RECENT and mask.before is not None:
+                past &= key >= oldest[:, None]
             lse = tl.load(lse_ptr + at, mask=g < G, other=0)
-            x = _logits(x_q, x_k, x_scale, scale, softcap)
-            p = tl.exp(x - lse[:, None])
-            visible = past & (query[:, None] - key < mask.sliding) & (g < G)[:, None]
+            x = _logits((x_q,), (x_k,), x_scale, scale, softcap, 1)
+            p = exp2(x - lse[:, None] * LOG2_E)
+            visible = past & (g < G)[:, None]
+            if mask.sliding is not None:
+                visible &= query[:, None] - key < mask.sliding
             p = tl.where(visible, p, 0.0)
             if importance is not None:
                 received += tl.sum(p, 0) / G

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.target_info import is_cuda
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 # How a page tensor is stored; integers of n bits are n.
 FLOAT, FP8 = 0, 1
@@ -202,11 +202,25 @@ def level(c, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def distance(codes, FORMAT: tl.constexpr):
+    """Of uint16 codes from the middle code, in fp16."""
+    # 512 + code is exact in fp16, to halves: no slow integer conversion.
+    return ((codes << 1) | 0x6000).to(tl.float16, bitcast=True) - (512 + top(FORMAT))
+
+
+@triton.jit
 def decode(codes, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
     """Levels of uint16 codes."""
-    # 512 + code is exact in fp16, to halves: no slow integer conversion.
-    c = ((codes << 1) | 0x6000).to(tl.float16, bitcast=True) - (512 + top(FORMAT))
-    return level(c.to(DTYPE), FORMAT)
+    return level(distance(codes, FORMAT).to(DTYPE), FORMAT)
+
+
+@triton.jit
+def e4m3(bits):
+    """fp16 of what uint16 holds."""
+    # e4m3 has fp16's layout with an exponent less by 8.
+    half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+    x = half.to(tl.float16, bitcast=True) * 256
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), x)
 
 
 @triton.jit
@@ -225,11 +239,7 @@ def load_tile(
         mask = live[:, None] & (column < D)[None, :]
         tile = tl.load(x.ptr + start[:, None] + column[None, :], mask=mask, other=0)
         if FORMAT == 1:
-            # e4m3 has fp16's layout with an exponent less by 8.
-            bits = tile.to(tl.uint16)
-            half = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
-            tile = half.to(tl.float16, bitcast=True) * 256
-            tile = tl.where((bits & 0x7F) == 0x7F, float("nan"), tile)
+            tile = e4m3(tile.to(tl.uint16))
         return tile.to(DTYPE)
     else:
         LOW: tl.constexpr = planes(FORMAT)[0]
@@ -239,6 +249,156 @@ def load_tile(
             high = _load_plane(x, start, live, D * LOW // 8, HIGH, PARTS, D, BLOCK_D)
             codes = codes | (high << LOW)
         return decode(codes, FORMAT, DTYPE)
+
+
+@triton.constexpr_function
+def fields(FORMAT):
+    """Elements of a 16-bit word of codes, and so tiles that `load_words` gives."""
+    return 2 if FORMAT == FP8 else 16 // FORMAT
+
+
+@triton.constexpr_function
+def word_columns(FORMAT, D):
+    """Words of a head, padded."""
+    return max(16, triton.next_power_of_2(D // fields(FORMAT)))
+
+
+@triton.constexpr_function
+def word_unit(FORMAT):
+    """What levels of `load_words` are multiplied with to be in units of the scale."""
+    return 1.0 if FORMAT == FP8 or bend(FORMAT) == 0 else bend(FORMAT) / top(FORMAT) ** 2
+
+
+@triton.jit
+def word_element(column, FORMAT: tl.constexpr, D: tl.constexpr):
+    """Elements that are the columns of `load_words`, its tiles side by side; D for none."""
+    HALF: tl.constexpr = fields(FORMAT) // 2  # the elements of a byte
+    field = column // word_columns(FORMAT, D)
+    word = column % word_columns(FORMAT, D)
+    element = word * 2 + field // HALF + field % HALF * (D // HALF)
+    return tl.where(word < D // fields(FORMAT), element, D)
+
+
+@triton.constexpr_function
+def shifts(FORMAT):
+    """Of formats of n bits how each field of a word is shifted to the left, and where it begins
+    then. In fp16 a field from bit p on, under the exponent of 2^(10 - p), adds its code to that
+    power. Less the middle code, too, it must be exact, so p > 0. Shifts that serve several cost
+    less."""
+    return {
+        8: ((2, 2), (-6, 2)),
+        4: ((4, 4), (0, 4), (-6, 2), (-6, 6)),
+        2: ((2, 2), (0, 2), (0, 4), (0, 6), (0, 8), (-8, 2), (-8, 4), (-8, 6)),
+    }[FORMAT]
+
+
+@triton.constexpr_function
+def pair(x):
+    """Twice the same number of at least 1 in fp16, exactly, as PTX has it."""
+    power = int(abs(x)).bit_length() - 1
+    bits = int(x < 0) << 15 | (power + 15) << 10 | int((abs(x) / 2**power - 1) * 1024)
+    return hex(bits << 16 | bits)
+
+
+@triton.constexpr_function
+def unpacking(FORMAT):
+    """PTX that makes pairs of levels, one for each field, of two words of codes."""
+    n = fields(FORMAT)
+    if FORMAT == FP8:
+        lines = ["prmt.b32 t, $2, 0, 0x3120", "mov.b32 {a, b}, t"]
+        lines += ["cvt.rn.f16x2.e4m3x2 $0, a", "cvt.rn.f16x2.e4m3x2 $1, b"]
+    else:
+        lines, shifted = [], 0
+        for i in range(n):
+            shift, at = shifts(FORMAT)[i]
+            if shift not in (0, shifted):
+                how = "shl.b32" if shift > 0 else "shr.u32"
+                lines.append(f"{how} t, ${n}, {abs(shift)}")
+                shifted = shift
+            word, mask, power = "t" if shift else f"${n}", (2**FORMAT - 1) << at, (25 - at) << 10
+            lines.append(f"lop3.b32 c, {word}, {mask * 65537:#x}, {power * 65537:#x}, 0xea")
+            lines.append(f"mov.b32 d, {pair(-(2 ** (10 - at)) - top(FORMAT))}")
+            if bend(FORMAT) == 0:
+                lines.append(f"add.rn.f16x2 ${i}, c, d")
+                continue
+            lines += ["add.rn.f16x2 c, c, d", f"mov.b32 d, {pair(1 / word_unit(FORMAT))}"]
+            lines += ["fma.rn.f16x2 d, c, c, d", f"mul.rn.f16x2 ${i}, c, d"]
+    return "{ .reg .b32 t, c, d; .reg .b16 a, b; " + "; ".join(lines) + "; }"
+
+
+@triton.constexpr_function
+def unpacks(FORMAT):
+    """Whether the device runs `unpacking`."""
+    return not INTERPRETED.value and (cuda_capability_geq(8, 9) if FORMAT == FP8 else is_cuda())
+
+
+@triton.constexpr_function
+def constraints(FORMAT):
+    return "=r," * fields(FORMAT) + "r"
+
+
+@triton.constexpr_function
+def half_types(FORMAT):
+    return (tl.float16,) * fields(FORMAT)
+
+
+@triton.jit
+def load_words(
+    x: Paged, page, head, offset, live, FORMAT: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Slots [N] of a head as `fields` tiles [N, word_columns] of DTYPE, whose columns are those of
+    `word_element`; scales and `word_unit` are left out. What is not there has the code 0.
+
+    Codes must lie at even addresses. Tiles apart leave each pair of codes where its product wants
+    it: none is moved."""
+    column = tl.arange(0, word_columns(FORMAT, D))
+    start = slot_start(x, page, head, offset)
+    ptr = (x.ptr + start).to(tl.pointer_type(tl.uint16))
+    mask = live[:, None] & (column < D // fields(FORMAT))[None, :]
+    words = tl.load(ptr[:, None] + column[None, :], mask=mask, other=0)
+    tiles = ()
+    if unpacks(FORMAT) and (tl.float16 == DTYPE or bend(FORMAT) == 0):
+        levels = tl.inline_asm_elementwise(
+            unpacking(FORMAT), constraints(FORMAT), [words], half_types(FORMAT), True, 2
+        )
+        for i in tl.static_range(fields(FORMAT)):
+            tiles = tiles + (levels[i].to(DTYPE),)
+    elif FORMAT == 1:
+        for i in tl.static_range(2):
+            tiles = tiles + (e4m3((words >> (8 * i)) & 0xFF).to(DTYPE),)
+    else:
+        for i in tl.static_range(fields(FORMAT)):
+            c = distance((words >> (FORMAT * i)) & ((1 << FORMAT) - 1), FORMAT).to(DTYPE)
+            if bend(FORMAT) != 0:
+                c = c * (c * c + 1 / word_unit(FORMAT))
+            tiles = tiles + (c,)
+    return tiles
+
+
+@triton.jit
+def side_by_side(tiles, N: tl.constexpr):
+    """2, 4 or 8 tiles as one, their columns in this order. Nothing is moved."""
+    x = tl.join(tiles[0], tiles[1])
+    if N == 2:
+        x = tl.permute(x, 0, 2, 1)
+    else:
+        x = tl.join(x, tl.join(tiles[2], tiles[3]))
+        if N == 4:
+            x = tl.permute(x, 0, 3, 2, 1)
+        else:
+            y = tl.join(tl.join(tiles[4], tiles[5]), tl.join(tiles[6], tiles[7]))
+            x = tl.permute(tl.join(x, y), 0, 4, 3, 2, 1)
+    return tl.reshape(x, [tiles[0].shape[0], N * tiles[0].shape[1]])
+
+
+@triton.jit
+def load_scales(k: Paged, page, head, offset, live):
+    """Scales of keys and of values in fp32, of slots [N] whose two are one word."""
+    ptr = (k.ptr + slot_start(k, page, head, offset)).to(tl.pointer_type(tl.uint32))
+    both = tl.load(ptr, mask=live, other=0)
+    k_scale = both.to(tl.uint16).to(tl.float16, bitcast=True)
+    v_scale = (both >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    return k_scale.to(tl.float32), v_scale.to(tl.float32)
 
 
 @triton.jit
@@ -290,6 +450,17 @@ def dot(a, b, acc):
         a, b = a.to(tl.float32), b.to(tl.float32)
     # AMD's matrix cores take fp32 as it is, NVIDIA's as three products of parts.
     return tl.dot(a, b, acc, input_precision="tf32x3" if is_cuda() else "ieee")
+
+
+@triton.jit
+def exp2(x):
+    """2^x in fp32; on NVIDIA one instruction, which takes what is below 2^-126 for 0."""
+    if is_cuda() and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1
+        )
+    else:
+        return tl.exp2(x)
 
 
 @triton.jit

@@ -18,6 +18,9 @@ from .upload import at_once
 
 MOST_STORES = 4
 TILE_ROWS = 64  # query rows of a work item on a GPU
+# Blocks of a kernel that a GPU's multiprocessor runs at once, by `python -m bench.model`; where no
+# token shares a node a plan counts on half as many again.
+PLACES = {"triton": 2, "cuda": 3}
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,8 @@ def joined(plans: Sequence[dict]) -> dict:
         )
     joined = {name: np.concatenate([p[name] for p in shifted]) for name in (*Plan.TENSORS, "owner")}
     joined["part"] = joined["part"][np.argsort(joined["owner"], kind="stable")]
+    slots = joined["item"][:, 4] - joined["item"][:, 3]
+    joined["item"] = joined["item"][np.argsort(-slots, kind="stable")]  # longest first
     joined["part_indptr"] = sum(plan["part_indptr"] for plan in plans)
     joined["leaf"] = plans[0]["leaf"]
     return joined | {"page_size": tuple(plan["page_size"] for plan in plans)}
@@ -236,21 +241,23 @@ def pages_needed(arrays: dict, page_size: int | tuple[int, ...]) -> tuple[int, .
     return tuple(_host().plan_pages(arrays, _several(page_size)))
 
 
-def limits(device: torch.device, heads: int, group: int) -> dict[str, int]:
+def limits(device: torch.device, heads: int, group: int, impl: Impl = "auto") -> dict[str, int]:
     """How to cut the work of a plan for `device`, as arguments of the plan.
 
-    On a GPU, tiles of 64 query rows, and two rounds of work items over its multiprocessors. On a
-    CPU nothing is cut: its kernel shares work as it runs.
+    On a GPU, tiles of 64 query rows, and as many work items at once as its multiprocessors run of
+    the kernel. On a CPU nothing is cut: its kernel shares work as it runs.
 
     Args:
         device: that computes.
         heads: KV heads.
         group: query heads per KV head.
+        impl: that computes; "auto" is Triton.
     """
     if device.type != "cuda":
         return {}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return dict(tile=max(1, TILE_ROWS // group), items=-(-2 * processors // heads))
+    places = PLACES["cuda" if impl == "cuda" else "triton"] * processors
+    return dict(tile=max(1, TILE_ROWS // group), items=max(1, places // heads))
 
 
 def plan_from_block_table(
@@ -274,7 +281,8 @@ def plan_from_block_table(
             without tokens, too.
         tile: at most so many query tokens per work item; 0 for no limit.
         chunk: at most so many slots per work item, a multiple of `page_size`; 0 for no limit.
-        items: without a `chunk`, cut into about so many work items; see `limits`.
+        items: without a `chunk`, cut such that all is done soonest where so many work items of a
+            head run at once, longest first; see `limits`.
 
     Returns:
         A plan on the device of `block_table`. A partly filled last block is taken as its row's own.

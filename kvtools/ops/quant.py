@@ -29,7 +29,8 @@ class KVPages:
             axis of n D / 8 for n bits (int8, int6, int4, int3, int2). K and V may differ. Quantised
             formats are rotated.
         k_scale, v_scale: [pages, Hkv, page_size] fp16, one scale per token and head; None if
-            unquantised.
+            unquantised. Where both lie in one tensor [pages, Hkv, page_size, 2], as those of
+            `empty` do, kernels read them together.
         position: [pages, Hkv, page_size] int32, true token position; None means "in order".
         importance: [pages, Hkv, page_size] fp32, attention received so far; None if no policy needs
             it.
@@ -82,11 +83,17 @@ class KVPages:
             kind = torch.float8_e4m3fn if format == "fp8" else torch.uint8
             return new(kind, reference.width(format, d))
 
+        k_scale = v_scale = None
+        if "none" not in (k_format, v_format):
+            k_scale, v_scale = _paired(new(torch.float16, 2))
+        elif k_format != v_format:
+            scale = new(torch.float16)
+            k_scale, v_scale = (scale, None) if v_format == "none" else (None, scale)
         return cls(
             codes(k_format),
             codes(v_format),
-            new(torch.float16) if k_format != "none" else None,
-            new(torch.float16) if v_format != "none" else None,
+            k_scale,
+            v_scale,
             new(torch.int32) if position else None,
             new(torch.float32) if importance else None,
             new(torch.int32, -(-window // 32)) if window else None,
@@ -104,14 +111,28 @@ class KVPages:
     def grow(self, pages: int) -> None:
         """Enlarge every tensor to `pages` pages, keeping the content; all of them or, where memory
         ends, none."""
+        old = {name: x for name in TENSORS if (x := getattr(self, name)) is not None}
+        old = {name: x for name, x in old.items() if pages > x.shape[0]}
         grown = {}
-        for name in TENSORS:
-            old = getattr(self, name)
-            if old is not None and pages > old.shape[0]:
-                new = torch.empty(pages, *old.shape[1:], dtype=old.dtype, device=old.device)
-                new[: old.shape[0]] = old
-                grown[name] = new
+        if "k_scale" in old and "v_scale" in old:
+            scale = old["k_scale"]
+            both = torch.empty(pages, *scale.shape[1:], 2, dtype=scale.dtype, device=scale.device)
+            grown["k_scale"], grown["v_scale"] = _paired(both)
+        for name, x in old.items():
+            if name not in grown:
+                grown[name] = torch.empty(pages, *x.shape[1:], dtype=x.dtype, device=x.device)
+            grown[name][: x.shape[0]] = x
         vars(self).update(grown, _checked=None)
+
+
+def _paired(both: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of keys and of values side by side, in one 32-bit word that a kernel reads at once."""
+    k_scale, v_scale = both.unbind(-1)
+    if both.is_meta:
+        return k_scale, v_scale
+    # No element is shared, so none of torch's storages need be: torch.compile with dynamic shapes
+    # fails at mutated views of one storage where another axis is 2 long, too (torch 2.13).
+    return k_scale, torch.from_dlpack(v_scale)
 
 
 def check_format(format: str, d: int) -> None:
