@@ -260,7 +260,7 @@ def targets(cells: dict[str, dict]) -> Targets:
             4,
             least=True,
         )
-        known = ours["peak_bytes"] is not None
+        known = ours["peak_bytes"] is not None and rival["peak_bytes"]
         share = ours["peak_bytes"] / rival["peak_bytes"] if known else None
         found.add("completions: memory over padded", share, 0.1)
         found.add("completions: greatest error", rival["error"], 1e-5)
