@@ -372,15 +372,16 @@ def of_cuda() -> Iterator[Kernel]:
         }  # fmt: skip
         for d in (64, 128, 256):
             for format in SHOWN:
-                for tile, tokens in (("few", 1), ("many", TILE_ROWS // LLAMA[1])):
+                for tile, tokens in (("few", 1), ("many", TILE_ROWS["cuda"] // LLAMA[1])):
                     launched, few = f"attend {tile}", 8
                     kernel = f"{tile}_kernelILi{d}ENS0_{MANGLED[format]}E"
                     if d > 128:  # the kernel for all that those for one format do not take
                         launched, few, kernel = "attend", 16, f"attend_kernelILi{d}ELb0E"
+                    rows = few if tile == "few" else TILE_ROWS["cuda"]
                     [name] = [x for x in functions if kernel in x]
                     launch, trace = follow(library, functions[name], launched, format, d, tokens)
                     yield Kernel(
-                        "cuda", format, d, tile, few if tile == "few" else TILE_ROWS, launch.slots,
+                        "cuda", format, d, tile, rows, launch.slots,
                         launch.threads // 32, usage[name]["REG"],
                         usage[name]["SHARED"] + launch.shared, trace,
                     )  # fmt: skip
@@ -430,7 +431,7 @@ def seconds(shape: Shape, of: dict[str, dict]) -> float:
     forest, _ = step.forest
     # As `limits` cuts for such a GPU.
     plan = forest.plan(
-        np.ones(shape.n, np.int32), tile=TILE_ROWS // shape.g,
+        np.ones(shape.n, np.int32), tile=TILE_ROWS[impl] // shape.g,
         items=PLACES[impl] * processors // shape.h,
     )  # fmt: skip
     blocks: dict[str, list[float]] = {"many": [], "few": []}

@@ -150,8 +150,9 @@ __device__ float reduced(const StepScores& p, int64_t begin, int64_t end) {
 // The index of a warp among those of all blocks.
 __device__ int64_t warp_index() { return int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp; }
 
+// Eight blocks: with no such number the compiler spills, to save registers that nobody misses.
 template <int K, class Hidden, class Head>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, 8)
     step_margins_kernel(__grid_constant__ const StepScores p) {
   const int64_t s = warp_index();
   if (s >= p.s) return;

@@ -17,10 +17,10 @@ from .quant import FLOATS, KVPages, check_frame, check_pages
 from .upload import at_once
 
 MOST_STORES = 4
-TILE_ROWS = 64  # query rows of a work item on a GPU
+TILE_ROWS = {"triton": 64, "cuda": 128}  # query rows of a work item on a GPU
 # Blocks of a kernel that a GPU's multiprocessor runs at once, by `python -m bench.model`; where no
 # token shares a node a plan counts on half as many again.
-PLACES = {"triton": 2, "cuda": 3}
+PLACES = {"triton": 2, "cuda": 2}
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,9 @@ def pages_needed(arrays: dict, page_size: int | tuple[int, ...]) -> tuple[int, .
 def limits(device: torch.device, heads: int, group: int, impl: Impl = "auto") -> dict[str, int]:
     """How to cut the work of a plan for `device`, as arguments of the plan.
 
-    On a GPU, tiles of 64 query rows, and as many work items at once as its multiprocessors run of
-    the kernel. On a CPU nothing is cut: its kernel shares work as it runs.
+    On a GPU, tiles of as many query rows as the kernel takes at once, and as many work items at
+    once as its multiprocessors run of the kernel. On a CPU nothing is cut: its kernel shares work
+    as it runs.
 
     Args:
         device: that computes.
@@ -256,8 +257,9 @@ def limits(device: torch.device, heads: int, group: int, impl: Impl = "auto") ->
     if device.type != "cuda":
         return {}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    places = PLACES["cuda" if impl == "cuda" else "triton"] * processors
-    return dict(tile=max(1, TILE_ROWS // group), items=max(1, places // heads))
+    impl = "cuda" if impl == "cuda" else "triton"
+    items = PLACES[impl] * processors // heads
+    return dict(tile=max(1, TILE_ROWS[impl] // group), items=max(1, items))
 
 
 def plan_from_block_table(
