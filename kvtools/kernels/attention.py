@@ -224,7 +224,8 @@ def _constants(
     shape = dict(G=hq // heads, D=d, BLOCK_D=block_d(d))
     first = stores[0]
     return Constants(
-        f"{kind} {block_d(d)}", _blocks(few, d, wide, planes, floats), k_dtypes[0],
+        f"{kind} {block_d(d)}",
+        _blocks(few, d, wide, planes, floats, tracks or len(stores) > 1), k_dtypes[0],
         shape | dict(STORES=tuple(map(tuple, stores)), TRACKS=tracks),
         shape | dict(
             ROTATED=any(store.v_format != FLOAT for store in stores),
@@ -245,10 +246,10 @@ def _dot_dtype(q: torch.dtype, x: torch.dtype, format: int) -> torch.dtype:
     return torch.float32 if q == torch.float32 else torch.float16
 
 
-def _blocks(few: bool, d: int, wide: bool, planes: int, floats: bool) -> dict[str, int]:
+def _blocks(few: bool, d: int, wide: bool, planes: int, floats: bool, more: bool) -> dict[str, int]:
     """Tile sizes for products in fp32 (`wide`) or 16 bits, with so many planes of codes, `floats`
     besides or alone; SMALL_N slots for few rows. By `python -m bench.model`, with no register
-    short."""
+    short, of which tracking and several stores take `more`."""
     m, n, small, warps, stages = 64, 64, 128, 4, 4 if floats else 5
     if wide:
         m, n, small, warps, stages = 16, 16, 16, 4 if d <= 128 else 8, 3
@@ -256,6 +257,8 @@ def _blocks(few: bool, d: int, wide: bool, planes: int, floats: bool) -> dict[st
         m, n, small, warps, stages = (64, 32, 32, 8, 3) if d <= 128 else (16, 16, 16, 4, 3)
     elif d > 128:
         m, n, small, warps, stages = (32, 32, 64, 4, 4) if planes else (64, 32, 64, 8, 4)
+    if more:
+        n = min(n, 32)
     if few:
         m, n = 16, small
     elif architecture() in ("sm_80", "sm_86", "sm_87", "sm_89"):  # accumulators are in registers
