@@ -69,7 +69,9 @@ def test_every_stage_is_reached(here, tmp_path, capsys):
             assert ours and all("ms" in row and row["of_floor"] > 0 for row in ours), ours
     for rows in results(tmp_path, "smoke")["cells"].values():
         assert rows and all("seconds" in row or "skipped" in row for row in rows.values()), rows
-    assert {"as it is", "32,64,4,4"} < set(results(tmp_path, "tune")["cells"]["llama 1 x 24 int4"])
+    assert {"as it is", "32,64,128,4,4"} < set(
+        results(tmp_path, "tune")["cells"]["llama 1 x 24 int4"]
+    )
     step = results(tmp_path, "end_to_end")["cells"]["decode 2 x 20"]["kvtools balanced"]
     assert step["host ms"] > 0 and step["launches"] == 0
     rows = results(tmp_path, "attention")["cells"]["llama 2 x 16 + 8"]

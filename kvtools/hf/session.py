@@ -156,7 +156,7 @@ class Session:
         copies, lengths = np.broadcast_to(copies, len(prompts)), np.array([len(x) for x in prompts])
         apart = self._config.prompt_budget not in (None, 1.0) or self.door.stretches(lengths)
         with self.kv.transaction():
-            fill = self._prefill if apart or len(prompts) < 2 else self._grow
+            fill = self._prefill if apart or len(prompts) < 2 or prompts[0].is_meta else self._grow
             out = fill(prompts, copies)
         self.cache.timing["prefill_s"] += time.perf_counter() - begin
         return [x[-1] for x in out] if self.head else out
