@@ -411,7 +411,8 @@ def tree_attention(
         group: "all" notes a token as low if every query head of its KV head finds it low, "mean" if
             their average does.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64. "cuda" is CUDA C++; whether and where it beats Triton is not measured yet.
+            and for fp64. "cuda" is CUDA C++. What `python -m bench.model` predicts decides between
+            the two, as nothing is measured: equal where nothing is shared, Triton where it is.
 
     Returns:
         out_thd in the dtype of `q_thd`, and lse_th (natural log, fp32; fp64 for fp64). A token that
