@@ -227,7 +227,7 @@ class KVCache:
         if length != expected:
             raise ValueError(f"k_hld has {length} tokens, the prompt was announced with {expected}")
         for each in filter(None, (store, self._sinks)):
-            each.limits = limits(self.device, heads, q_hld.shape[0] // heads)
+            each.limits = limits(self.device, heads, q_hld.shape[0] // heads, self.config.impl)
             each.pages_of(layer, heads, d, k_hld.dtype)
         if self.config.k_format != "none":
             self._add_frames(layer, q_hld, k_hld, softcap, sink_h)
