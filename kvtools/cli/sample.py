@@ -123,6 +123,8 @@ def run(args: argparse.Namespace) -> None:
         if output:
             sink, held = stack.enter_context(records.opened(output, settings))
         skip, right = there(lines, held, args)
+        first, done = not held, Counter(prompt for prompt, _ in skip)
+        del held
         bar = stack.enter_context(progress())
         line = bar.add_task("samples", total=args.n * len(lines), completed=len(skip))
         begin, drawn, cut = time.monotonic(), 0, 0
@@ -143,16 +145,15 @@ def run(args: argparse.Namespace) -> None:
             if correct:
                 record["correct"] = correct(sample)
                 right[sample.prompt] += record["correct"]
-            if not held:
-                record = {"settings": settings} | record
+            if first:
+                record, first = {"settings": settings} | record, False
             sink.write(json.dumps(record, allow_nan=False) + "\n")
             sink.flush()
-            held.append(record)
+            done[sample.prompt] += 1
             bar.advance(line)
             if correct and right[sample.prompt] == args.until_correct:
                 # Those that are dropped are done, too.
-                done = sum(x["input"] == record["input"] for x in held)
-                bar.advance(line, args.n - done)
+                bar.advance(line, args.n - done[sample.prompt])
         if cut:
             print(
                 f"kvtools: the budget has cut off {cut} samples, which are left out: run again "
