@@ -455,12 +455,11 @@ class Rollouts:
             if logprobs:
                 new = [text for _, text in texts]
                 temperature = self.filters["temperature"] or 1.0
-                worth = self._session.follow(
-                    active, new, before, temperature=temperature, last=False
-                )[0]
+                found, _ = self._session.follow(active, new, before, temperature=temperature)
+                worth = [x.tolist() for x in found]
             finished, given = self.finished.copy(), list(self.given)
             for (row, text), each in zip(texts, worth, strict=True):
-                self.logprobs[row] += each if isinstance(each, list) else each.tolist()
+                self.logprobs[row] += each
                 end = len(self.tokens[row])
                 given[row] = _spans(given[row], end - len(text), end)
                 ready[row], finished[row] = None, False

@@ -93,9 +93,7 @@ class Door:
         """Rows that may share a forward, among those with a token to come."""
         rows = np.flatnonzero(counts)
         after = before[rows] + counts[rows]
-        keys = [rope(after) for rope in self.ropes]
-        if self.switch < math.inf:
-            keys.append(self.past_switch(after))
+        keys = self._rotations(after)
         if self.counted:
             keys += [before[rows], counts[rows]]
         if not keys or not len(rows):
@@ -106,21 +104,23 @@ class Door:
     def stretches(self, lengths: np.ndarray) -> bool:
         """Whether tokens of texts of such lengths depend on how long those are, or have to come all
         at once."""
-        one = np.ones_like(lengths)
-        changed = [self.past_switch(lengths), *(rope(lengths) != rope(one) for rope in self.ropes)]
+        here, short = map(self._rotations, (lengths, np.ones_like(lengths)))
+        changed = [a != b for a, b in zip(here, short, strict=True)]
         return self.counted or bool(np.any(changed))
 
     def at_once(self, before: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """How many of `counts` tokens, one at least, rows may be given so that each is rotated as
         if it were the last."""
-        if not self.ropes and self.switch == math.inf:
-            return counts
-        most = []
-        for first, count in zip(before + 1, counts, strict=True):
-            length = first + np.arange(count)
-            keys = [f(length) for f in (self.past_switch, *self.ropes)]
-            most.append(min(np.argmin(np.append(key == key[0], False)) for key in keys))
-        return np.array(most)
+        most = counts.copy()
+        for i, (first, count) in enumerate(zip(before + 1, counts, strict=True)):
+            for key in self._rotations(first + np.arange(count)):
+                most[i] = min(most[i], np.argmin(np.append(key == key[0], False)))
+        return most
+
+    def _rotations(self, length: np.ndarray) -> list[np.ndarray]:
+        """What tells texts of such lengths apart whose tokens are rotated otherwise."""
+        switch = [self.past_switch] if self.switch < math.inf else []
+        return [f(length) for f in (*self.ropes, *switch)]
 
     def past_switch(self, length: Any) -> Any:
         """Whether a text of `length` tokens is rotated as past the switch."""

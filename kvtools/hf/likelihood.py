@@ -117,9 +117,9 @@ def logprobs(
             ]
             each = session.follow(
                 len(block) + np.arange(len(some)), new, [before[row] for row, _, _ in some],
-                temperature=temperature, last=False,
+                temperature=temperature,
             )  # fmt: skip
-            for (_, i, j), logprob, entropy in zip(some, *each[:2], strict=True):
+            for (_, i, j), logprob, entropy in zip(some, *each, strict=True):
                 found.logprobs[i][j], found.entropies[i][j] = logprob, entropy
             session.kv.gather(base)
             del held[len(block) :]

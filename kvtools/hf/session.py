@@ -321,27 +321,26 @@ class Session:
         before: Sequence[Tensor],
         *,
         temperature: float = 1.0,
-        last: bool = True,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Give rows texts, and tell how likely each token was where it stands.
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Give rows texts but for the last token, which says nothing of those before, and tell how
+        likely each token was where it stands.
 
-        No more than about `LOGITS` logits are held at a time, besides those returned.
+        No more than about `LOGITS` logits are held at a time.
 
         Args:
             rows: distinct, ascending.
             texts: tokens for each, perhaps none.
             before: logits [v] after what each row has.
             temperature: logits are divided by it.
-            last: the last tokens are given, too, although they say nothing of those before.
 
         Returns:
             Of each row log-probabilities and entropies [n] of its tokens, in nats, fp32 (fp64 of
-            logits that are); and, with `last`, logits [v] after all of them.
+            logits that are).
 
         If anything fails the cache is as it was.
         """
         texts = [np.asarray(text, np.int64) for text in texts]
-        after, most = list(before), max(1, LOGITS // max(len(before[0]) if len(before) else 1, 1))
+        most = max(1, LOGITS // max(len(before[0]) if len(before) else 1, 1))
         stats: list[list[Tensor]] = [[] for _ in texts]
         for some in np.array_split(np.arange(len(texts)), -(-len(texts) // most) or 1):
             first = [i for i in some if len(texts[i])]
@@ -350,7 +349,7 @@ class Session:
                 seen = _likelihood(torch.stack([before[i] for i in first]), target, temperature)
                 for i, x in zip(first, seen.split(1), strict=True):
                     stats[i].append(x)
-        fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - (not last) for x in texts])
+        fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - 1 for x in texts])
         with self.kv.transaction():
             while (live := np.flatnonzero(fed < ends)[:most]).size:
                 width = np.minimum(max(1, most // len(live)), (ends - fed)[live])
@@ -361,19 +360,13 @@ class Session:
                 x = self.extend(
                     np.concatenate([texts[i][a:b] for i, a, b in spans]), counts, every=True
                 )
-                target = np.concatenate(
-                    [np.append(texts[i], 0)[a + 1 : b + 1] for i, a, b in spans]
-                )
+                target = np.concatenate([texts[i][a + 1 : b + 1] for i, a, b in spans])
                 seen = _likelihood(x, target, temperature).split(width.tolist())
-                for (i, a, b), each, logits in zip(
-                    spans, seen, x.split(width.tolist()), strict=True
-                ):
-                    stats[i].append(each[: len(texts[i]) - 1 - a])
-                    if last and b == len(texts[i]):
-                        after[i] = logits[-1].clone()
+                for i, each in zip(live, seen, strict=True):
+                    stats[i].append(each)
                 fed[live] += width
         out = [torch.cat(x) if x else torch.zeros(0, 2, device=self.device) for x in stats]
-        return [x[:, 0] for x in out], [x[:, 1] for x in out], after if last else []
+        return [x[:, 0] for x in out], [x[:, 1] for x in out]
 
     @torch.no_grad()
     def extend(
