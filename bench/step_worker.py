@@ -268,7 +268,7 @@ def counted(run: Callable[[], Any], steps: int) -> Counter:
 def as_a_gpu() -> None:
     """Plans are cut as for a GPU of 132 processors, and Triton's kernels take tensors on a CPU."""
 
-    def limits(device: Any, heads: int, group: int) -> dict[str, int]:
+    def limits(device: Any, heads: int, group: int, impl: str = "auto") -> dict[str, int]:
         return dict(tile=max(1, 64 // group), items=-(-264 // heads))
 
     for module in (ops.attention, kvtools.cache):

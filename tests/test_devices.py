@@ -38,7 +38,7 @@ def reads(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "tolist", noted)
     # As for a GPU of 132 processors.
     monkeypatch.setattr(
-        cache, "limits", lambda device, h, g: dict(tile=max(1, 64 // g), items=-(-264 // h))
+        cache, "limits", lambda device, h, g, impl: dict(tile=max(1, 64 // g), items=-(-264 // h))
     )
     return found
 
