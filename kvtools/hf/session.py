@@ -684,8 +684,8 @@ def _first_layers(decoder: Any, door: Door) -> Any:
     ((name, layers),) = stacks
     types = getattr(door.configs[0], "layer_types", None) or [None] * len(layers)
     kinds: dict[tuple, int] = {}
-    for i, layer in enumerate(getattr(x, "_orig_mod", x) for x in layers):
-        parts = (type(x) for x in layer.children())
+    for i, layer in enumerate(x._modules.get("_orig_mod", x) for x in layers):
+        parts = map(type, layer._modules.values())
         kinds.setdefault((door.cached[i], types[i], type(layer), *parts), i)
     part = copy.copy(decoder)
     part.__dict__ = dict(vars(decoder))
