@@ -33,7 +33,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
+.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -119,6 +119,10 @@ bench-forest: ext $(MODEL) ## measure shared beginnings, samples and completions
 cuda: $(PACKAGE) ## compile csrc/cuda with nvcc, for GPUs of four architectures, and audit the library
 	@KVTOOLS_CUDA=1 $(PY) setup.py -q build --build-base build/cuda --build-lib build/cuda/lib
 	@cd build/cuda/lib && $(abspath $(PY)) -m pytest -q -p no:cacheprovider --rootdir $(CURDIR) $(CURDIR)/tests/test_layers.py
+
+hopper: ext $(PACKAGE) ## what kernels take of an H100, by the newest Triton and nvcc: the short form of cuda and resources
+	@KVTOOLS_CUDA=1 KVTOOLS_CUDA_ARCHS=90a $(PY) setup.py -q build --build-base build/hopper --build-lib build/hopper/lib
+	@$(PY) -m bench.resources --archs 90 --cuda build/hopper/lib/kvtools/_C.abi3.so $(ARGS)
 
 resources: ext cuda $(OLDER:=.stamp) ## what kernels take of a GPU, compiled for each architecture by the newest Triton and torch 2.11's; what bounds attention
 	@$(PY) -m bench.resources --json bench/results/resources.json --cuda build/cuda/lib/kvtools/_C.abi3.so $(ARGS)

@@ -301,8 +301,11 @@ def main(argv: list[str] | None = None) -> int:
     of_cuda = {}
     if args.cuda:
         of_cuda = read_library(args.cuda)
-        console.print(table(of_cuda, CUDA_ARCHS))
-        for target in judge(of_cuda, CUDA_MULTIPLY, CUDA_ARCHS):
+        held = {x: kib for x, kib in CUDA_ARCHS.items() if any(x in y for y in of_cuda.values())}
+        if not held:
+            parser.error(f"--cuda {args.cuda} holds no kernels of csrc/cuda: make cuda")
+        console.print(table(of_cuda, held))
+        for target in judge(of_cuda, CUDA_MULTIPLY, held):
             targets.append(target | {"name": f"CUDA, {target['name']}"})
     console.print(f"Triton {version}", highlight=False)
     targets.show(console)
