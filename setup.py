@@ -33,7 +33,7 @@ REMEDY = "or set KVTOOLS_EXT=0 for a pure-Python install."
 ISAS = {"base": []}
 if platform.machine() in ("x86_64", "AMD64"):
     # The last options silence a false alarm in GCC's own headers, and clang, which lacks it.
-    quiet = ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+    quiet = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option"]
     ISAS["avx2"] = ["-mavx2", "-mfma", "-mf16c", *quiet]
     ISAS["avx512"] = [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"),
