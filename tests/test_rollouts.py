@@ -79,7 +79,7 @@ def test_greedy_is_generate(name):
 def test_tokens_do_not_depend_on_the_implementation(config):
     texts, found = prompts(9, 7), {}
     for impl in {"reference", "cpu", "triton"} & set(kvtools.ops.OPS["sample"].impls):
-        r = run(texts, 2, 5, replace(config, impl=impl, layer_budget="uniform"), seed=3, top_p=0.9)
+        r = run(texts, 1, 4, replace(config, impl=impl, layer_budget="uniform"), seed=3, top_p=0.9)
         found[impl] = r.tokens
     assert all(tokens == found["reference"] for tokens in found.values())
 
