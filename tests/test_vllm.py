@@ -67,7 +67,7 @@ def gemma2():
     """Soft caps, and a window in every other layer that prompts exceed."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
-    special = dict(sliding_window=48, attn_logit_softcapping=5.0, query_pre_attn_scalar=32,
+    special = dict(sliding_window=48, attn_logit_softcapping=5.0, query_pre_attn_scalar=16,
                    tie_word_embeddings=True)  # fmt: skip
     return scaled(Gemma2ForCausalLM(Gemma2Config(**COMMON | SIZES | special)))
 
@@ -122,7 +122,7 @@ def layer_of(monkeypatch, config=None, **given):
     from kvtools.serve import vllm as plugged
 
     monkeypatch.setattr(plugged, "get_current_vllm_config", lambda: config or configured())
-    sizes = dict(num_heads=8, head_size=32, scale=32**-0.5, num_kv_heads=2)
+    sizes = dict(num_heads=8, head_size=32, scale=0.3, num_kv_heads=2)
     return plugged.Attention(**sizes | given)
 
 
@@ -186,7 +186,7 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
             x.to(kind) for x in (query[start[row] : start[row] + t], k[row, :n], v[row, :n])
         )
         kk, vv = (x.repeat_interleave(heads // kv_heads, 1) for x in (kk, vv))
-        x = torch.einsum("thd,shd->hts", q, kk) * d**-0.5
+        x = torch.einsum("thd,shd->hts", q, kk) * layer.scale
         if cap := given.get("logits_soft_cap"):
             x = cap * torch.tanh(x / cap)
         at, key = torch.arange(n - t, n)[:, None], torch.arange(n)
