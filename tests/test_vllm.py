@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed: run make engines")
 
 from models import COMMON, scaled  # noqa: E402
 
+import kvtools  # noqa: E402
 from kvtools.testing import assert_within_budget  # noqa: E402
 
 OURS, OWN = "kvtools.serve.vllm.Attention", "vllm.v1.attention.backends.cpu_attn"
@@ -115,6 +116,68 @@ def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
     assert found["tokens"] == want["tokens"]
     for a, b in zip(found["logprobs"], want["logprobs"], strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+SAMPLER = dict(logits_processors=["kvtools.serve.vllm_sampler:Sampler"])
+
+
+def test_seeded_tokens_do_not_depend_on_the_batch(saved):
+    """Nor on the attention. They are those of `kvtools.sample` on the model's logits."""
+    from transformers import AutoModelForCausalLM
+
+    filters = dict(temperature=0.7, top_p=0.9, top_k=40, min_p=0.01)
+    seeded = [
+        x | {"n": 1 + 3 * (i == 2), "sampling": filters | {"seed": 100 * i}}
+        for i, x in enumerate(mixed(12))
+    ]
+    engine = dict(block_size=32, max_model_len=256, max_num_batched_tokens=2048) | SAMPLER
+    together = run(saved(qwen3), seeded, **engine)["tokens"]
+    others = [x | {"n": 2, "sampling": {"temperature": 0.7}} for x in mixed(12)]
+    shuffled = [x for pair in zip(others, seeded[::-1], strict=True) for x in pair]
+    rows = run(saved(qwen3), shuffled, setting="0", **engine | dict(max_num_seqs=5))["tokens"]
+    found = []
+    for request in shuffled:
+        found, rows = [*found, (request, rows[: request["n"]])], rows[request["n"] :]
+    apart = [x for request, rows in found[::-1] if request in seeded for x in rows]
+    assert apart == together
+    assert len({tuple(x) for x in together[2:6]}) == 4  # the continuations of one prompt
+    model = AutoModelForCausalLM.from_pretrained(saved(qwen3)).eval()
+    each = [(x["prompt"], 100 * i + j) for i, x in enumerate(seeded) for j in range(x["n"])]
+    for (prompt, seed), new in zip(each, together, strict=True):
+        with torch.no_grad():
+            logits_bv = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+        position_b = torch.arange(len(new)) + len(prompt)
+        seed_b = torch.full_like(position_b, seed)
+        assert kvtools.sample(logits_bv, seed_b, position_b, **filters)[0].tolist() == new
+
+
+def test_rows_of_the_sampler_follow_the_batch():
+    """Requests come, go and move; one has no seed, one no finite logits, one a seed of 64 bits."""
+    from vllm import SamplingParams
+    from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
+
+    from kvtools.serve.vllm_sampler import Sampler
+
+    sampler = Sampler(None, torch.device("cpu"), False)
+    logits_bv = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sampler.apply(logits_bv.clone()), logits_bv)
+    seeds, new = [7, None, 2**64 - 1], [[], [], [4, 4]]
+    added = [(i, SamplingParams(seed=x), [1, 2], new[i]) for i, x in enumerate(seeds)]
+    sampler.update_state(BatchUpdate(3, [], added, []))
+    found_bv = sampler.apply(logits_bv.clone())
+    want_b, *_ = kvtools.sample(logits_bv, torch.tensor([7, 0, -1]), torch.tensor([2, 0, 4]))
+    assert torch.equal(found_bv[1], logits_bv[1])
+    for row in (0, 2):
+        assert torch.isfinite(found_bv[row]).nonzero().tolist() == [[int(want_b[row])]]
+    new[0].append(9)  # vLLM's list: the next position
+    sampler.update_state(BatchUpdate(3, [], [], [(0, 2, MoveDirectionality.SWAP)]))
+    sampler.update_state(BatchUpdate(3, [0], [], []))
+    logits_bv[2, 3] = torch.nan
+    assert torch.equal(sampler.apply(logits_bv.clone())[:2], logits_bv[:2])
+    assert torch.isnan(sampler.apply(logits_bv.clone())[2, 3])
+    logits_bv[2, 3] = 0.0
+    want_b, *_ = kvtools.sample(logits_bv[2:], torch.tensor([7]), torch.tensor([3]))
+    assert sampler.apply(logits_bv.clone())[2].isfinite().nonzero().tolist() == [want_b.tolist()]
 
 
 def layer_of(monkeypatch, config=None, **given):

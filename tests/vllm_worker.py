@@ -1,7 +1,7 @@
 """One vLLM engine in a process of its own: reads a run on stdin, prints what came as JSON.
 
-A run has `model`, `engine` (arguments of `LLM`) and `requests` (a list of `prompt` ids, and `n`).
-All tokens are the likeliest.
+A run has `model`, `engine` (arguments of `LLM`) and `requests`: a list of `prompt` ids, `n`, and
+`sampling`; without that, tokens are the likeliest.
 """
 
 import json
@@ -15,12 +15,11 @@ def main() -> None:
     llm = LLM(
         run["model"], skip_tokenizer_init=True, disable_log_stats=False, seed=0, **run["engine"]
     )
+    common = dict(max_tokens=run["new"], logprobs=0, ignore_eos=True, detokenize=False)
+    likeliest = dict(top_k=1)  # vLLM takes no n > 1 for temperature 0
     params = [
-        # vLLM takes no n > 1 for temperature 0.
-        SamplingParams(n=x["n"], top_k=1, max_tokens=run["new"], logprobs=0, ignore_eos=True,
-                       detokenize=False)
-        for x in run["requests"]
-    ]  # fmt: skip
+        SamplingParams(n=x["n"], **common | x.get("sampling", likeliest)) for x in run["requests"]
+    ]
     prompts = [{"prompt_token_ids": x["prompt"]} for x in run["requests"]]
     rows = [x for out in llm.generate(prompts, params, use_tqdm=False) for x in out.outputs]
     metrics = {x.name: x.value for x in llm.get_metrics() if hasattr(x, "value")}

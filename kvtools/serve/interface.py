@@ -7,6 +7,7 @@ from importlib.metadata import packages_distributions, version
 
 WRITTEN_FOR = "0.32.0"
 BACKEND = "vllm.v1.attention.backend"
+SAMPLING = "vllm.v1.sample.logits_processor"
 # Parameters, all of them and in this order: vLLM passes them by position.
 CALLS = {
     (BACKEND, "AttentionImpl.__init__"): (
@@ -29,6 +30,10 @@ CALLS = {
     ("vllm.v1.attention.backends.registry", "register_backend"): (
         "backend", "class_path", "is_mamba",
     ),
+    (SAMPLING, "LogitsProcessor.__init__"): ("self", "vllm_config", "device", "is_pin_memory"),
+    (SAMPLING, "LogitsProcessor.apply"): ("self", "logits"),
+    (SAMPLING, "LogitsProcessor.update_state"): ("self", "batch_update"),
+    (SAMPLING, "process_dict_updates"): ("req_entries", "batch_update", "new_state"),
 }  # fmt: skip
 # Fields, among others.
 FIELDS = {
