@@ -36,7 +36,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines
+.PHONY: help demo test wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines bench-engines
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -57,6 +57,10 @@ ENGINE_PY = $(if $(ENGINES),$(ENGINES)/bin/python,$(PY))
 engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attention, against vLLM's own (installs it in .venv-engines)
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
 	@$(ENGINE_PY) -m pytest -q -p no:cacheprovider tests/test_vllm.py $(ARGS)
+
+bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
+	@$(PY) -c 'from kvtools import models; models.smollm2()'
+	@$(ENGINE_PY) -m bench.engines --json bench/results/engines.json --readme docs/engines.md $(ARGS)
 
 faults: ext $(MODEL) ## plant faults, one by one, in a copy of the tree, and see that the tests find them
 	@$(PY) tests/faults.py $(ARGS)

@@ -40,7 +40,7 @@ class Sampler(LogitsProcessor):
         from (NaN) stays as it is."""
         if not self._rows:
             return logits
-        at, rows = zip(*sorted(self._rows.items()), strict=True)
+        at, rows = zip(*self._rows.items(), strict=True)
         params = [x[0] for x in rows]
         at_b = self._to(at, torch.int64)
         some_bv = logits[at_b]
