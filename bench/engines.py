@@ -162,12 +162,13 @@ def engine(rounds: int) -> dict:
         (out,) = llm.generate(prompt, params, use_tqdm=False)
         return sum(len(x.token_ids) for x in out.outputs)
 
-    tokens, seconds = run(), []
+    run()
+    rates = []
     for _ in range(rounds):
         begin = time.process_time()
         tokens = run()
-        seconds.append(time.process_time() - begin)
-    return {"tokens/s": tokens / sorted(seconds)[len(seconds) // 2], "attention": names.pop()}
+        rates.append(tokens / (time.process_time() - begin))
+    return {"rates": rates, "attention": names.pop()}
 
 
 PARTS = {"attention": attention, "host": host, "engine": engine}
@@ -191,15 +192,16 @@ def apart(part: str, rounds: int, **env: str) -> dict:
 
 
 def engines(rounds: int) -> dict:
-    cells = {}
+    """Each twice, in turns, since a machine's pace changes in minutes."""
+    cells: dict[str, dict] = {}
     for dtype in map(name_of, DTYPES):
-        rows = {
-            name: apart("engine", rounds, BENCH_DTYPE=dtype, KVTOOLS_VLLM=setting)
-            for name, setting in (("kvtools", "1"), ("vllm", "0"))
-        }
-        if any(row["attention"] != name for name, row in rows.items()):
-            raise RuntimeError(f"the engines ran another attention: {rows}")
-        cells[dtype] = rows
+        rates: dict[str, list[float]] = {"kvtools": [], "vllm": []}
+        for name in (*rates, *reversed(rates)):
+            row = apart("engine", rounds, BENCH_DTYPE=dtype, KVTOOLS_VLLM=str(+(name == "kvtools")))
+            if row["attention"] != name:
+                raise RuntimeError(f"the engine of {name} ran the attention of {row['attention']}")
+            rates[name] += row["rates"]
+        cells[dtype] = {x: {"tokens/s": sorted(y)[len(y) // 2]} for x, y in rates.items()}
     return cells
 
 

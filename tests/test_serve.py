@@ -1,5 +1,6 @@
 """What plugins of engines need no engine for."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,15 @@ def test_the_plugin_is_where_vllm_looks_for_it():
     lines = (Path(__file__).parents[1] / "pyproject.toml").read_text().splitlines()
     entry = lines[lines.index('[project.entry-points."vllm.general_plugins"]') + 1]
     assert entry.startswith(f'kvtools = "{serve.__name__}:{serve.vllm_plugin.__name__}"')
+
+
+def test_targets_of_the_benchmark_are_those_of_its_results():
+    """And where something was not measured they say so."""
+    bench = pytest.importorskip("bench.engines", exc_type=ImportError)
+    path = Path(bench.__file__).parent / "results" / "engines.json"
+    result = json.loads(path.read_text())
+    found = bench.targets(result["cells"])
+    assert found == result["targets"] and all(x["ok"] is not None for x in found)
+    assert [x["name"] for x in bench.targets({})] == [x["name"] for x in found]
+    assert {x["ok"] for x in bench.targets({})} == {None}
+    assert set(bench.host(1)) == {"1,000 shared", "4,000 shared", "nothing shared"}

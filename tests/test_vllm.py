@@ -323,13 +323,15 @@ def test_the_interface_is_the_one_it_was_written_for(monkeypatch):
     fields = dict(interface.FIELDS)
     fields[interface.BACKEND, "CommonAttentionMetadata"] = {"seq_lens", "prefix_tree"}
     monkeypatch.setattr(interface, "FIELDS", fields)
+    monkeypatch.setitem(interface.CALLS, ("vllm.gone", "call"), ("x",))
     with pytest.raises(RuntimeError) as raised:
         interface.check_interface()
     said = str(raised.value)
-    assert said.startswith("kvtools' attention was written for vLLM 0.32.0, and vLLM 0.")
+    assert said.startswith("kvtools' attention was written for vLLM 0.31 and 0.32, and vLLM 0.")
     assert "AttentionImpl.forward takes self, layer" in said and "output, scales, not self" in said
     assert "AttentionMetadataBuilder.build takes nothing, as it is gone, not self" in said
     assert "CommonAttentionMetadata has no prefix_tree" in said
+    assert "call takes nothing, as it is gone, not x" in said
     assert said.endswith("Unset KVTOOLS_VLLM to run without it")
 
 

@@ -5,7 +5,7 @@ from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import packages_distributions, version
 
-WRITTEN_FOR = "0.32.0"
+WRITTEN_FOR = "0.31 and 0.32"
 BACKEND = "vllm.v1.attention.backend"
 SAMPLING = "vllm.v1.sample.logits_processor"
 # Parameters, all of them and in this order: vLLM passes them by position.
@@ -76,7 +76,10 @@ def installed() -> str:
 
 
 def _look_up(module: str, name: str) -> object | None:
-    found = import_module(module)
+    try:
+        found = import_module(module)
+    except ModuleNotFoundError:
+        return None
     for part in name.split("."):
         found = getattr(found, part, None)
     return found
