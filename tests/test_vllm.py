@@ -266,8 +266,8 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
 
 @pytest.mark.parametrize("given,said", [
     (dict(alibi_slopes=[0.5] * 8), "ALiBi"),
-    (dict(attn_type="encoder_decoder"), "attention of type 'encoder_decoder'"),
-    (dict(attn_type="encoder_only"), "attention of type 'encoder_only'"),
+    (dict(attn_type="encoder_decoder"), "encoder_decoder attention"),
+    (dict(attn_type="encoder_only"), "encoder_only attention"),
     (dict(kv_cache_dtype="fp8"), "kv_cache_dtype='fp8'"),
     (dict(kv_cache_dtype="int8_per_token_head"), "kv_cache_dtype='int8_per_token_head'"),
     (dict(kv_sharing_target_layer_name="model.layers.0"), "layers that share another layer's"),
@@ -301,10 +301,34 @@ def test_caches_and_batches_that_are_not_its_own(monkeypatch):
         Builder.build(None, 0, both_ways)
 
 
-def test_an_engine_that_it_cannot_serve_does_not_start(saved):
-    found = run(saved(qwen3), [], check=False, kv_cache_dtype="fp8", block_size=32)
-    assert found["failed"]
-    assert "kvtools' attention does not do kv_cache_dtype='fp8'" in found["said"]
+def mla():
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    sizes = dict(
+        num_hidden_layers=2, num_key_value_heads=4, kv_lora_rank=32, q_lora_rank=None,
+        qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, moe_intermediate_size=32,
+        n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=2, n_shared_experts=1,
+    )  # fmt: skip
+    return DeepseekV2ForCausalLM(DeepseekV2Config(**COMMON | sizes))
+
+
+def encoder():
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig(
+        vocab_size=WORDS, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize("make,given,said", [
+    (qwen3, dict(kv_cache_dtype="fp8", block_size=32), "kv_cache_dtype='fp8'"),
+    (mla, {}, "MLA (multi-head latent attention)"),
+    (encoder, {}, "encoder_only attention"),
+], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
+def test_an_engine_that_it_cannot_serve_does_not_start(make, given, said, saved):
+    found = run(saved(make), [], check=False, **given)
+    assert found["failed"] and f"kvtools' attention does not do {said}" in found["said"]
 
 
 def test_the_interface_is_the_one_it_was_written_for(monkeypatch):

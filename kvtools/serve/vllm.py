@@ -131,7 +131,7 @@ class Attention(AttentionImpl[Step]):
         _refuse(
             {
                 "MLA (multi-head latent attention)": "kv_lora_rank" in others,
-                f"attention of type {attn_type!r}": attn_type != AttentionType.DECODER,
+                f"{AttentionType(attn_type).value} attention": attn_type != AttentionType.DECODER,
                 "ALiBi": alibi_slopes is not None,
                 f"kv_cache_dtype={kv_cache_dtype!r}": (
                     kv_cache_dtype not in Backend.supported_kv_cache_dtypes
