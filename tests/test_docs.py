@@ -140,6 +140,7 @@ TABLES = {  # marker: page, module of bench, results
     "prm": ("docs/scoring.md", "prm", "prm-cpu.json"),
     "demo": ("README.md", None, "demo-cpu.json"),
     "step": ("docs/kernels.md", "step", "step.json"),
+    "engines": ("docs/engines.md", "engines", "engines.json"),
     "model": ("docs/kernels.md", "model", "model.json"),
     "model-times": ("docs/kernels.md", "model", "model.json"),
 }

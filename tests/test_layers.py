@@ -33,6 +33,7 @@ ALLOWED = {
     "rollouts": {"_host", "ops", "config", "cache", "hf", "samples", "transaction"},
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models", "records"},
     "search": {"search", "rollouts"},
+    "serve": {"serve", "ops"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),

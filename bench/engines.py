@@ -1,0 +1,300 @@
+"""kvtools' attention inside vLLM against vLLM's own, on a CPU: python -m bench.engines.
+
+Runs where vLLM is installed (`make bench-engines`), each part in a process of one thread. The
+attention of a decode step is one layer's, of both over the same tokens in turns; they must agree.
+A whole engine is timed beside it. Seconds are the processor's.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.targets import Targets
+from bench.timing import interleave, name_of, print_rows, summary
+from kvtools import results
+from kvtools.cli import demo
+from kvtools.ops.attention import tree_attention
+from kvtools.ops.quant import KVPages
+from kvtools.serve.steps import step_from_block_table
+
+HEADS, KV_HEADS, D, BLOCK = 9, 3, 64, 32  # SmolLM2-135M's
+OWN = 32  # tokens that each sample has
+CASES = {
+    "32 over 1,000": (32, 1000), "32 over 4,000": (32, 4000), "128 over 1,000": (128, 1000),
+    "128 over 4,000": (128, 4000), "nothing shared": (32, 0),
+}  # fmt: skip
+ALONE = 1000  # tokens of a row that shares nothing
+DTYPES = (torch.float32, torch.bfloat16)
+SAMPLES, PROMPT, NEW = 32, 1000, 24  # of a whole engine
+# How many times as fast as vLLM's own; and how much slower at most.
+WANTED = {"32 over 1,000": {torch.float32: 1.5, torch.bfloat16: 1.3}} | {
+    "128 over 4,000": dict.fromkeys(DTYPES, 4.0)
+}
+SLOWER, HOST_MS, REQUESTS = 1.1, 0.5, 256
+
+
+def cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
+    """Seconds of the processor, so that what else runs on the machine takes none."""
+    begin = time.process_time()
+    run()
+    seconds = time.process_time() - begin
+    return lambda: seconds
+
+
+def tables(rows: int, shared: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A block table and lengths as vLLM makes them: full blocks of a prompt are shared."""
+    length = (shared or ALONE) + OWN
+    width = -(-length // BLOCK)
+    table = torch.arange(rows * width, dtype=torch.int32).view(rows, width)
+    table[:, : shared // BLOCK] = table[0, : shared // BLOCK].clone()
+    return table, torch.full((rows,), length, dtype=torch.int32)
+
+
+def layer(rows: int, shared: int, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
+    """One layer's attention of a decode step, by either."""
+    from vllm import _custom_ops as ops
+    from vllm import envs
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    torch.manual_seed(0)
+    table, lens = tables(rows, shared)
+    start = torch.arange(rows + 1, dtype=torch.int32)
+    isa = _get_attn_isa(dtype, BLOCK, D, "auto")
+    slots = torch.arange(int(table.max() + 1) * BLOCK)
+    k, v = torch.randn(2, len(slots), KV_HEADS, D, dtype=dtype)
+    query = torch.randn(rows, HEADS, D, dtype=dtype)
+    shape = len(slots) // BLOCK, KV_HEADS, BLOCK, 2 * D
+    pages = KVPages(*torch.empty(shape, dtype=dtype).split(D, -1))
+    pages.k.copy_(k.view(-1, BLOCK, KV_HEADS, D).transpose(1, 2))
+    pages.v.copy_(v.view(-1, BLOCK, KV_HEADS, D).transpose(1, 2))
+    step = step_from_block_table(table, lens, start, BLOCK)
+    key_cache, value_cache = (
+        torch.empty(shape, dtype=dtype).view(*shape[:2], 2 * BLOCK, D).chunk(2, dim=2)
+    )
+    scales = dict(k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto")
+    ops.cpu_attn_reshape_and_cache(k, v, key_cache, value_cache, slots, isa, **scales)
+    metadata = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=rows, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=D, seq_lens=lens,
+        dtype=dtype, query_start_loc=start, causal=True, sliding_window_size=-1, isa=isa,
+        enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV, dynamic_causal=None, kv_cache_dtype="auto",
+    )  # fmt: skip
+
+    def own() -> torch.Tensor:
+        output = torch.empty_like(query)
+        ops.cpu_attention_with_kv_cache(
+            query=query, key_cache=key_cache, value_cache=value_cache, output=output,
+            query_start_loc=start, seq_lens=lens, scale=D**-0.5, causal=True, alibi_slopes=None,
+            sliding_window=-1, block_table=table, softcap=0, scheduler_metadata=metadata,
+            s_aux=None, dynamic_causal=None, **scales,
+        )  # fmt: skip
+        return output
+
+    def ours() -> torch.Tensor:
+        output = torch.empty_like(query)
+        output[:], _ = tree_attention(query, step.position_t, pages, step.plan)
+        return output
+
+    return {"kvtools": ours, "vllm": own}
+
+
+def attention(rounds: int) -> dict:
+    cells: dict[str, dict] = {}
+    rates = {}
+    for dtype in DTYPES:  # what products of large matrices reach: no attention is faster
+        a, b = torch.randn(2, 1024, 1024).to(dtype)
+        best = interleave({"product": lambda: a @ b}, 9, cpu_clock)["product"].min()  # noqa: B023
+        rates[dtype] = 2 * 1024**3 / best / 1e9
+    for name, (rows, shared) in CASES.items():
+        for dtype in DTYPES:
+            runs = layer(rows, shared, dtype)
+            a, b = (run().float() for run in runs.values())
+            least = 1e-4 if dtype == torch.float32 else 2e-2
+            if not (a - b).abs().max() < least:
+                raise RuntimeError(f"{name}, {name_of(dtype)}: the two do not agree")
+            found = summary(interleave(runs, rounds, cpu_clock))
+            flops = 4 * rows * HEADS * D * ((shared or ALONE) + OWN)
+            for row in found.values():
+                row["GFLOP/s"] = flops / row["ms"] / 1e6
+                row["of_product"] = row["GFLOP/s"] / rates[dtype]
+            cells[f"{name}, {name_of(dtype)}"] = found
+    return cells
+
+
+def host(rounds: int) -> dict:
+    """What a step costs before its first layer: the plan and positions of so many requests."""
+    cells = {}
+    start = torch.arange(REQUESTS + 1, dtype=torch.int32)
+    for name, shared in (("1,000 shared", 1000), ("4,000 shared", 4000), ("nothing shared", 0)):
+        table, lens = tables(REQUESTS, shared)
+        blocks = int(table.max() + 1)
+        runs = {"step": lambda: step_from_block_table(table, lens, start, BLOCK, blocks=blocks)}  # noqa: B023
+        cells[name] = summary(interleave(runs, 20 * rounds, cpu_clock))["step"]
+    return cells
+
+
+def engine(rounds: int) -> dict:
+    """Tokens a second of a whole engine, by the environment's attention: samples of one prompt that
+    it has seen, so that hardly anything but decoding is timed. Its process does all the work."""
+    from vllm import LLM, SamplingParams
+
+    from kvtools import models
+
+    llm = LLM(
+        str(models.smollm2()), dtype=os.environ["BENCH_DTYPE"], enforce_eager=True, seed=0,
+        skip_tokenizer_init=True, max_model_len=2048, block_size=BLOCK, max_num_seqs=SAMPLES,
+    )  # fmt: skip
+    layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    names = {type(x.impl).__module__.split(".")[0] for x in layers}
+    prompt = [{"prompt_token_ids": torch.randint(3, 40000, (PROMPT,)).tolist()}]
+
+    def run() -> int:
+        params = SamplingParams(n=SAMPLES, max_tokens=NEW, ignore_eos=True, detokenize=False)
+        (out,) = llm.generate(prompt, params, use_tqdm=False)
+        return sum(len(x.token_ids) for x in out.outputs)
+
+    run()
+    rates = []
+    for _ in range(rounds):
+        begin = time.process_time()
+        tokens = run()
+        rates.append(tokens / (time.process_time() - begin))
+    return {"rates": rates, "attention": names.pop()}
+
+
+PARTS = {"attention": attention, "host": host, "engine": engine}
+
+
+def apart(part: str, rounds: int, **env: str) -> dict:
+    """A part in a process of its own, of one thread."""
+    env = {
+        "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    } | env  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.engines", "--part", part, "--rounds", str(rounds)],
+        env={k: v for k, v in os.environ.items() if k != "KVTOOLS_VLLM"} | env,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        sys.exit(f"bench.engines: {part} failed\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def engines(rounds: int) -> dict:
+    """Each twice, in turns, since a machine's pace changes in minutes."""
+    cells: dict[str, dict] = {}
+    for dtype in map(name_of, DTYPES):
+        rates: dict[str, list[float]] = {"kvtools": [], "vllm": []}
+        for name in (*rates, *reversed(rates)):
+            row = apart("engine", rounds, BENCH_DTYPE=dtype, KVTOOLS_VLLM=str(+(name == "kvtools")))
+            if row["attention"] != name:
+                raise RuntimeError(f"the engine of {name} ran the attention of {row['attention']}")
+            rates[name] += row["rates"]
+        cells[dtype] = {x: {"tokens/s": sorted(y)[len(y) // 2]} for x, y in rates.items()}
+    return cells
+
+
+def targets(cells: dict[str, dict]) -> Targets:
+    found = Targets()
+    rows = cells.get("attention", {})
+    for name in CASES:
+        for dtype in DTYPES:
+            row = rows.get(title := f"{name}, {name_of(dtype)}")
+            ratio = None if row is None else row["vllm"]["ratio"]
+            if name in WANTED:
+                found.add(f"{title}: times as fast", ratio, WANTED[name][dtype], least=True)
+            elif name == "nothing shared":
+                found.add(f"{title}: time over vLLM's", ratio and 1 / ratio, SLOWER)
+    slowest = max((x["ms"] for x in cells.get("host", {}).values()), default=None)
+    found.add(f"host: ms a step of {REQUESTS} requests", slowest, HOST_MS)
+    return found
+
+
+def table(cells: dict[str, dict]) -> list[list[str]]:
+    """A line for each case; the heads first."""
+    lines = [["", *(f"{name_of(x)}: {y}" for x in DTYPES for y in ("kvtools", "vLLM", "times"))]]
+    for name in CASES:
+        line = [name]
+        for dtype in DTYPES:
+            row = cells["attention"][f"{name}, {name_of(dtype)}"]
+            ms = [f"{row[x]['ms']:.2f} ms" for x in ("kvtools", "vllm")]
+            line += [*ms, f"{row['vllm']['ratio']:.2f}"]
+        lines.append(line)
+    line = ["whole engine"]
+    for dtype in map(name_of, DTYPES):
+        ours, own = (cells["tokens/s"][dtype][x]["tokens/s"] for x in ("kvtools", "vllm"))
+        line += [f"{ours:.0f} tokens/s", f"{own:.0f} tokens/s", f"{ours / own:.2f}"]
+    return [*lines, line]
+
+
+def caption(result: dict[str, Any]) -> str:
+    where, cells = result["where"], result["cells"]
+    host = max(x["ms"] for x in cells["host"].values())
+    share = {
+        name_of(x): cells["attention"][f"128 over 4,000, {name_of(x)}"]["kvtools"]["of_product"]
+        for x in DTYPES
+    }
+    return (
+        f"Attention of one layer of {result['model']} in a decode step: samples over shared tokens "
+        f"and {OWN} of their own; nothing shared: 32 rows of {ALONE + OWN:,}. Blocks of {BLOCK}. A "
+        f"whole engine: {SAMPLES} samples of {NEW} tokens over {PROMPT:,}. Processor seconds of "
+        f"one thread. 128 over 4,000 runs at {share['float32']:.0%} (bfloat16: "
+        f"{share['bfloat16']:.0%}) of the rate of a matrix product. Plan and positions of "
+        f"{REQUESTS} requests: {host:.2f} ms a step. {where['device']}, vLLM {where['vllm']}, "
+        f"torch {where['torch']}, commit {where['commit']}."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench.engines", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="results")
+    parser.add_argument(
+        "--readme", type=Path, metavar="PATH", help="rewrite the table in this file"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="of each case")
+    parser.add_argument("--part", choices=PARTS, help="run one part here and print it")
+    args = parser.parse_args(argv)
+    if args.part:
+        print(json.dumps(PARTS[args.part](args.rounds)))
+        return 0
+    if not args.json:
+        parser.error("--json PATH is needed")
+    names = packages_distributions().get("vllm")
+    if not names:
+        parser.error("vLLM is not installed here: run make bench-engines")
+    console = Console()
+    results.claim(args.json, {"model": "SmolLM2-135M-Instruct"}, ["cells", "targets"])
+    where = demo.where("cpu") | {"threads": 1, "vllm": version(names[0])} | demo.commit()
+    cells: dict[str, dict] = {}
+    parts = {
+        "attention": lambda: apart("attention", args.rounds),
+        "host": lambda: apart("host", args.rounds),
+        "tokens/s": lambda: engines(max(1, args.rounds // 3)),
+    }
+    for name, measure in parts.items():
+        begin = time.perf_counter()
+        cells[name] = measure()
+        console.rule(f"{name}: {time.perf_counter() - begin:.0f} s")
+        print_rows(console, name, cells[name])
+        found: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "where": where}
+        found |= {"cells": cells, "targets": targets(cells)}
+        results.write(args.json, json.dumps(found, indent=1) + "\n")
+    targets(cells).show(console)
+    if args.readme:
+        demo.rewrite(args.readme, "engines", table(cells), caption(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

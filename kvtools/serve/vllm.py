@@ -1,0 +1,225 @@
+"""kvtools as an attention backend of vLLM: what rows share in its block tables is read once."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from vllm import envs
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+
+from ..ops.attention import limits, tree_attention
+from ..ops.quant import KVPages, append_kv
+from . import SETTING
+from .steps import Step, step_from_block_table
+
+
+class Backend(AttentionBackend):
+    """Causal self-attention of decoders over unquantised caches, on any device."""
+
+    # Keys and values are written by `Attention.do_kv_cache_update`, before `forward`.
+    forward_includes_kv_cache_update: bool = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"  # vLLM looks it up among its own
+
+    @staticmethod
+    def get_impl_cls() -> type["Attention"]:
+        return Attention
+
+    @staticmethod
+    def get_builder_cls() -> type["Builder"]:
+        return Builder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(1)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # All are views; a head's slots are best read one after another.
+        best = KVCacheLayout.LBHNC
+        return best, *(x for x in KVCacheLayout if x is not best)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        return False  # the plan is made of the host's
+
+
+class Builder(AttentionMetadataBuilder[Step]):
+    """Makes one `Step` of a batch, for all layers of a cache group."""
+
+    def __init__(
+        self,
+        kv_cache_spec: Any,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        kind = type(kv_cache_spec)
+        _refuse(
+            {
+                f"a cache of {kind.__name__}": kind not in (FullAttentionSpec, SlidingWindowSpec),
+                "values of another head size than keys": (
+                    kv_cache_spec.head_size_v != kv_cache_spec.head_size
+                ),
+            }
+        )
+        layers = vllm_config.compilation_config.static_forward_context
+        self._layer = layers[layer_names[0]]
+        group = self._layer.impl.num_heads // kv_cache_spec.num_kv_heads
+        self._limits = limits(device, kv_cache_spec.num_kv_heads, group)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Step:
+        batch = common_attn_metadata
+        if batch.causal is not True:
+            raise NotImplementedError("kvtools' attention is causal; this batch of vLLM's is not")
+        cache, rows = self._layer.kv_cache, batch.num_reqs
+        return step_from_block_table(
+            batch.block_table_tensor[:rows],
+            batch.seq_lens[:rows],
+            batch.query_start_loc_cpu[: rows + 1],
+            self.kv_cache_spec.block_size,
+            blocks=cache.shape[0] if cache.dim() == 4 else None,
+            **self._limits,
+        )
+
+
+class Attention(AttentionImpl[Step]):
+    """One layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        _refuse(
+            {
+                "MLA (multi-head latent attention)": "kv_lora_rank" in others,
+                f"{AttentionType(attn_type).value} attention": attn_type != AttentionType.DECODER,
+                "ALiBi": alibi_slopes is not None,
+                f"kv_cache_dtype={kv_cache_dtype!r}": (
+                    kv_cache_dtype not in Backend.supported_kv_cache_dtypes
+                ),
+                "layers that share another layer's keys and values": (
+                    kv_sharing_target_layer_name is not None
+                ),
+                f"the layer's arguments {', '.join(sorted(others))}": (
+                    bool(others) and "kv_lora_rank" not in others
+                ),
+            }
+            | _of_config(get_current_vllm_config())
+        )
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.sliding_window = sliding_window or 0
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
+        self._cache: Tensor | None = None
+
+    def do_kv_cache_update(
+        self, layer: Any, key: Tensor, value: Tensor, kv_cache: Tensor, slot_mapping: Tensor
+    ) -> None:
+        """Write a step's keys and values; a slot of -1 is none."""
+        t = slot_mapping.shape[0]
+        append_kv(key[:t], value[:t], slot_mapping, self._pages_of(kv_cache))
+
+    def forward(
+        self,
+        layer: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kv_cache: Tensor,
+        attn_metadata: Step | None,
+        output: Tensor,
+        output_scale: Tensor | None = None,
+        output_block_scale: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of [tokens, heads, D] into `output`; zeros where vLLM only warms up."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("kvtools' attention does not quantise its output")
+        if attn_metadata is None:
+            return output.zero_()
+        t = attn_metadata.tokens
+        output[:t], _ = tree_attention(
+            query[:t],
+            attn_metadata.position_t,
+            self._pages_of(kv_cache),
+            attn_metadata.plan,
+            scale=self.scale,
+            softcap=self.logits_soft_cap,
+            sliding=self.sliding_window,
+            sink_h=self.sinks,
+        )
+        return output
+
+    def _pages_of(self, kv_cache: Tensor) -> KVPages:
+        if self._cache is not kv_cache:  # [blocks, Hkv, block, 2 D]: keys, then values
+            self._cache = kv_cache
+            self._pages = KVPages(*kv_cache.split(self.head_size, -1))
+        return self._pages
+
+
+def _of_config(config: VllmConfig) -> dict[str, bool]:
+    """What vLLM was asked for that kvtools does not do. vLLM asks backends itself, but on a CPU."""
+    model, parallel = config.model_config, config.parallel_config
+    speculative = config.speculative_config
+    return {
+        f"dtype {model.dtype}": model.dtype not in Backend.supported_dtypes,
+        "attention to later tokens within a prompt (prefix LM)": model.is_mm_prefix_lm,
+        "reference sliding windows": model.rswa_window is not None,
+        "attention that is not causal": config.attention_config.use_non_causal,
+        "batch invariance": envs.VLLM_BATCH_INVARIANT,
+        "context parallelism": max(
+            parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size
+        ) > 1,
+        "adaptive verification of drafts": (
+            speculative is not None and speculative.enable_adaptive_verification
+        ),
+    }  # fmt: skip
+
+
+def _refuse(found: dict[str, bool]) -> None:
+    asked = [name for name, is_asked in found.items() if is_asked]
+    if asked:
+        raise NotImplementedError(
+            f"kvtools' attention does not do {'; nor '.join(asked)}. Unset {SETTING} to run with "
+            "vLLM's own"
+        )
