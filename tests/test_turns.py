@@ -201,7 +201,7 @@ def test_random_turns(wide, examples):
 @pytest.mark.parametrize("apart, most", [(None, 7), (False, 3)])
 def test_long_texts_hold_few_logits(monkeypatch, apart, most):
     monkeypatch.setattr(sessions, "LOGITS", 256 * 3)
-    monkeypatch.setattr(sessions, "TOKENS", 7)
+    monkeypatch.setattr(sessions, "AT_ONCE", 7)
     model = tiny_model()
     monkeypatch.setattr(check_model(model), "apart", apart)
     r = kvtools.Rollouts(model, temperature=0.0, eos_token_id=())
@@ -220,7 +220,7 @@ def test_long_texts_hold_few_logits(monkeypatch, apart, most):
 def test_encoded_again_in_the_middle_of_a_text(monkeypatch):
     """longrope: a text that passes the switch while it is looked at piece by piece."""
     monkeypatch.setattr(sessions, "LOGITS", 256 * 2)
-    monkeypatch.setattr(sessions, "TOKENS", 3)
+    monkeypatch.setattr(sessions, "AT_ONCE", 3)
     model = MODELS["longrope past its switch"]()
     r = kvtools.Rollouts(model, temperature=0.0, eos_token_id=())
     r.prefill([random_ids(40)], 2)

@@ -11,7 +11,7 @@ from .door import Unsupported
 from .generate import generate, patch
 from .likelihood import Likelihood, logprobs
 from .plug import CACHE, PagedCache, plugged
-from .session import Session, check_model
+from .session import Session, check_model, config_of
 
 __all__ = [
     "CACHE",
@@ -23,6 +23,7 @@ __all__ = [
     "Session",
     "Unsupported",
     "check_model",
+    "config_of",
     "generate",
     "logprobs",
     "patch",

@@ -26,7 +26,8 @@ FEW = 256  # of a window that the probe goes past
 # Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
 # padding; and a forward needs no more memory than one of a prompt of so many tokens.
 PADDING, TOKENS = 1 / 4, 8192
-LOGITS = 1 << 23  # of one forward that are looked at together
+LOGITS = 1 << 24  # that are looked at together
+AT_ONCE = 1024  # tokens of given texts in a forward; more take memory and are hardly faster
 STRETCH = 32  # tokens with which prompts begin alike that are worth a node of their own
 
 
@@ -58,6 +59,35 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
+
+
+def config_of(
+    model: Any, cache: PagedCache | None, config: CacheConfig | None, names: tuple[str, str]
+) -> CacheConfig:
+    """How the rows are kept that a caller begins with, if any: those of `cache`. `names` are what
+    they call that and `config`.
+
+    Raises:
+        TypeError: it is another kind of cache.
+        ValueError: it is of another model or `config`, or its rows are not known.
+    """
+    name, own = names
+    if cache is None:
+        return CacheConfig() if config is None else config
+    if not isinstance(cache, PagedCache):
+        raise TypeError(
+            f"{name} is a {type(cache).__name__}: pass one that kvtools.generate returned"
+        )
+    if cache.texts is None or len(cache.texts) != cache.kv.rows:
+        raise ValueError(
+            f"{name} does not know its texts: pass the one that generate returned with "
+            "return_dict_in_generate=True; its gather renumbers rows, and Rollouts take them"
+        )
+    if cache.door is not door_of(model):
+        raise ValueError(f"{name} was filled by another model, or by another attention of it")
+    if config not in (None, cache.kv.config):
+        raise ValueError(f"{own} differs from that of {name}: leave it out")
+    return cache.kv.config
 
 
 class Session:
@@ -326,9 +356,8 @@ class Session:
         """Give rows texts but for the last token, which says nothing of those before, and tell how
         likely each token was where it stands.
 
-        No more than about `LOGITS` logits are held at a time. Where the model can be run without
-        its head, and its head by itself, tokens go through it together as those of prompts do;
-        otherwise as many at a time as logits may be.
+        No more than about `LOGITS` logits are held at a time: their tokens go through the model
+        alone, or, where it can be run without its head and its head by itself, with others.
 
         Args:
             rows: distinct, ascending.
@@ -354,7 +383,7 @@ class Session:
                     stats[i].append(x)
         fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - 1 for x in texts])
         with self._split() as head, self.kv.transaction():
-            most = piece if head is None else max(TOKENS, piece)
+            most = piece if head is None else max(AT_ONCE, piece)
             while (live := np.flatnonzero(fed < ends)[:most]).size:
                 width = np.minimum(max(1, most // len(live)), (ends - fed)[live])
                 width = self.door.at_once(self.kv.lengths.numpy()[rows[live]], width)
