@@ -45,8 +45,9 @@ class Rollouts:
         processor: called with the tokens of the rows that sample, and their logits [r, v]; returns
             logits.
         pages: pages per pool, fixed; None lets the pools grow.
-        cache: rows to start from, which `kvtools.generate` has returned. They go on where they
-            ended. The cache is these rollouts' then: `generate` cannot go on from it any more.
+        cache: rows to start from, which `kvtools.generate` or `kvtools.load_cache` has returned.
+            They go on where they ended. The cache is these rollouts' then: `generate` cannot go on
+            from it any more.
         probe: see `kvtools.generate`.
         graph: "auto" lets `generate` run ahead of the host on a CUDA device: its steps are captured
             in CUDA graphs, and their tokens are read while the next one runs. With a `processor`,

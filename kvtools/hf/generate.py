@@ -62,7 +62,8 @@ def generate(
     With `return_dict_in_generate` the cache that is returned keeps all rows, and another call goes
     on from it, given as `past_key_values` (`cache` in transformers 5.24): more samples of its
     prompts, or prompts that begin with texts that it holds, prompt and answer, of which only the
-    rest is run. It then holds the new rows instead.
+    rest is run. It then holds the new rows instead. `save_cache` and `load_cache` keep one in a
+    file.
 
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact, or that of the
