@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from . import hf, models, policy, prm, quality, search, tasks
     from ._host import PoolExhausted
     from .cache import KVCache
-    from .hf import generate, logprobs, patch
+    from .hf import generate, load_cache, logprobs, patch, save_cache
     from .prm import PRM
     from .rollouts import Rollouts
 
@@ -38,6 +38,7 @@ __all__ = [
     "generate",
     "hf",
     "key_scores",
+    "load_cache",
     "logprobs",
     "merge_states",
     "models",
@@ -48,6 +49,7 @@ __all__ = [
     "quality",
     "quantize_kv",
     "sample",
+    "save_cache",
     "search",
     "select_victims",
     "step_scores",
@@ -64,12 +66,14 @@ _LAZY = {
     "Rollouts": "rollouts",
     "generate": "hf",
     "hf": "hf",
+    "load_cache": "hf",
     "logprobs": "hf",
     "models": "models",
     "patch": "hf",
     "policy": "policy",
     "prm": "prm",
     "quality": "quality",
+    "save_cache": "hf",
     "search": "search",
     "tasks": "tasks",
     "testing": "testing",

@@ -82,6 +82,19 @@ class Forest:
     def copy(self) -> Forest:
         """A forest of its own, equal to this one."""
 
+    def table(self) -> tuple[Int32, Int32, Int32]:
+        """What it is made of, for `of`: of each node, parents before children, the number of its
+        parent or -1, the offset of its first slot, its length, its base, and whether it is sealed,
+        [nodes * 5]; the pages of one node after another; the node that is each row's leaf."""
+
+    @staticmethod
+    def of(num_pages: int, page_size: int, node: Ints, page: Ints, row: Ints) -> Forest:
+        """The forest of a table.
+
+        Raises:
+            ValueError: it is that of no forest.
+        """
+
     def grow(self, num_pages: int) -> None:
         """Enlarge the pool to `num_pages`, no fewer than there are. Page ids in use stay."""
 

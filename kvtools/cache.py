@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import CacheConfig
 from .ops.attention import limits, tree_attention
 from .ops.evict import key_scores, select_victims
-from .ops.quant import KVPages, append_kv
+from .ops.quant import KVPages, append_kv, fitting
 from .ops.upload import Room, at_once, on_device
 from .policy import Candidates, policy_of
 from .recent import Recent
@@ -227,7 +227,8 @@ class KVCache:
         if length != expected:
             raise ValueError(f"k_hld has {length} tokens, the prompt was announced with {expected}")
         for each in filter(None, (store, self._sinks)):
-            each.limits = limits(self.device, heads, q_hld.shape[0] // heads, self.config.impl)
+            each.heads = heads, q_hld.shape[0] // heads
+            each.limits = limits(self.device, *each.heads, self.config.impl)
             each.pages_of(layer, heads, d, k_hld.dtype)
         if self.config.k_format != "none":
             self._add_frames(layer, q_hld, k_hld, softcap, sink_h)
@@ -560,6 +561,60 @@ class KVCache:
             metadata.append(self._filling.position)  # in one with all that it has
         parts = {"prefix": prefix, "suffix": suffix, "metadata": _nbytes(metadata)}
         return parts | {"total": sum(parts.values())}
+
+    def packed(self) -> dict[str, Tensor]:
+        """All that it holds between two steps, for `unpack`: copies on the CPU, of pools the pages
+        in use."""
+        prompts = [(x.length, x.sinks, x.in_order, x.switched) for x in self._prompts]
+        host = dict(prompt=self._prompt, seen=self._seen, prompt_lengths=self._prompt_lengths)
+        parts = {name: torch.from_numpy(x.copy()) for name, x in host.items()}
+        parts["prompts"] = torch.tensor(prompts, dtype=torch.int64).view(-1, 4)
+        parts |= {f"frame.{layer}": x.cpu() for layer, x in self._frame.items()}
+        for prefix, part in self._parts():
+            parts |= {f"{prefix}.{name}": x for name, x in part.packed().items()}
+        return parts
+
+    @_storing()
+    def unpack(self, parts: dict[str, Tensor]) -> None:
+        """Hold what another cache of this configuration and as many layers had packed; it must be
+        empty.
+
+        Raises:
+            KeyError, ValueError: it is something else; the cache is of no use then.
+        """
+        assert not self.rows
+        rows, known = len(parts["seen"]), len(parts["prompts"])
+        self._prompts = [
+            _Prompt(length, sinks, bool(in_order), bool(switched))
+            for length, sinks, in_order, switched in parts["prompts"].tolist()
+        ]
+        prompt = fitting(parts, "prompt", (rows,), torch.int64).numpy().copy()
+        if rows and not 0 <= prompt.min() <= prompt.max() < known:
+            raise ValueError("rows have prompts that are not there")
+        self._prompt = prompt
+        self._seen = fitting(parts, "seen", (rows,), torch.int32).numpy().copy()
+        self._prompt_lengths = fitting(parts, "prompt_lengths", (rows,), torch.int32).numpy().copy()
+        for name, x in parts.items():
+            if name.startswith("frame."):
+                frame = fitting(parts, name, (known, *x.shape[1:]), x.dtype)
+                self._frame[int(name.removeprefix("frame."))] = frame.to(self.device)
+        for prefix, part in self._parts():
+            begin = f"{prefix}."
+            part.unpack({
+                name.removeprefix(begin): x for name, x in parts.items() if name.startswith(begin)
+            })  # fmt: skip
+            there = part.forest.num_rows if isinstance(part, Store) else len(part.start)
+            if there != rows:
+                raise ValueError(f"{prefix} has {there} rows, not {rows}")
+            if isinstance(part, Store):
+                part.limits = limits(self.device, *part.heads, self.config.impl)
+
+    def _parts(self) -> list[tuple[str, Any]]:
+        """What holds pages, by names that do not depend on the process."""
+        stores = sorted(self.stores, key=lambda store: store.factor)
+        parts = [(f"store{i}", store) for i, store in enumerate(stores)]
+        parts += [("sinks", self._sinks)] if self._sinks else []
+        return parts + ([("recent", self._recent)] if self._recent else [])
 
     def wide_bytes(self) -> int:
         """Bytes of `memory` that are in the model's own dtype, where that is wider than 16 bits."""

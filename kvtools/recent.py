@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._host import plan_from_block_table
-from .ops.quant import EMPTY, KVPages
+from .ops.quant import EMPTY, KVPages, fitting, packed_for
 from .ops.upload import at_once
 from .transaction import CONTENT, Journal
 
@@ -48,6 +48,31 @@ class Recent:
     @staticmethod
     def _with_place(held: Tensor) -> Tensor:
         return torch.cat([held.reshape(-1), held.new_zeros(1)])
+
+    def packed(self) -> dict[str, Tensor]:
+        """All that it holds, for `unpack`, on the CPU."""
+        parts = {"held": self.held.cpu().contiguous(), "start": torch.from_numpy(self.start.copy())}
+        parts["layers"] = torch.tensor([*self.layers])
+        for layer, pages in self.layers.items():
+            parts |= replace(pages, position=None).packed(f"{layer}.")
+        return parts
+
+    def unpack(self, parts: dict[str, Tensor]) -> None:
+        """Hold what another, empty till now, had packed.
+
+        Raises:
+            KeyError, ValueError: it is not that of rows of this configuration.
+        """
+        rows, device = len(parts["start"]), self.held.device
+        self.start = fitting(parts, "start", (rows,), torch.int32).numpy().copy()
+        self._before = self.start
+        for layer in parts["layers"].tolist():
+            heads, d, dtype = packed_for(parts, f"{layer}.", **self.formats)
+            like = torch.empty(heads, 0, d, dtype=dtype, device=device)
+            self.layers[layer] = self._empty(rows, self.slots, like)
+            self.layers[layer].unpack(parts, f"{layer}.")
+        self.held = fitting(parts, "held", (rows, self.slots), torch.int32).to(device)
+        self._read = self._held, {}
 
     def add(
         self, length: np.ndarray, first: np.ndarray, copies: np.ndarray

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._host import PoolExhausted
 from .cache import Index
 from .config import CacheConfig
-from .hf import Decoder, Flight, Graph, Session, plugged, usable
+from .hf import Decoder, Flight, Graph, PagedCache, Session, config_of, plugged, usable
 from .ops.sampling import drawn, row_seeds, sample
 from .ops.upload import on_device, seed_words, seeds_of
 from .samples import Sample, Until, samples
@@ -45,6 +45,9 @@ class Rollouts:
         processor: called with the tokens of the rows that sample, and their logits [r, v]; returns
             logits.
         pages: pages per pool, fixed; None lets the pools grow.
+        cache: rows to start from, which `kvtools.generate` or `kvtools.load_cache` has returned.
+            They go on where they ended. The cache is these rollouts' then: `generate` cannot go on
+            from it any more.
         probe: see `kvtools.generate`.
         graph: "auto" lets `generate` run ahead of the host on a CUDA device: its steps are captured
             in CUDA graphs, and their tokens are read while the next one runs. With a `processor`,
@@ -57,7 +60,8 @@ class Rollouts:
         tokens: of each row, prompt included.
         prompt_lengths: [rows] tokens of each row that are its prompt.
         logprobs: log-probabilities of each row's tokens after the prompt, before filters; NaN of
-            those that `append` gave unless it was asked for them.
+            those that `append` gave unless it was asked for them, and of those that came with a
+            cache.
         given: of each row, the spans [begin, end) of its tokens that `append` gave, ascending.
         seeds: [rows] int64; set them after forking if copies of a row shall differ at equal
             positions.
@@ -84,12 +88,16 @@ class Rollouts:
         seed: int = 0,
         processor: Processor | None = None,
         pages: int | None = None,
+        cache: PagedCache | None = None,
         probe: bool = True,
         graph: Graph = "auto",
     ) -> None:
+        config = config_of(model, cache, config, ("cache", "config"))
+        if cache is not None and pages is not None:
+            raise ValueError(f"pages={pages}: the pools of cache are what they are: leave it out")
         self._session = Session(
-            model, config or CacheConfig(), pages=pages, probe=probe,
-            texts=lambda row: self.tokens[row],
+            model, config, pages=pages, probe=probe, texts=lambda row: self.tokens[row],
+            cache=cache,
         )  # fmt: skip
         usable(self._session, graph)
         self._graph, self._decoder = graph, None  # with what it was made for
@@ -108,13 +116,30 @@ class Rollouts:
         self.finished = np.zeros(0, bool)
         # Logits [n, v] and which of them, of rows whose last token has been fed.
         self._ready: list[tuple[Tensor, int] | None] = []
-        self._first: list[Tensor] = []  # logits [v] after the prompt, one tensor per prompt
+        # Logits [v] after the prompt, one tensor per prompt; None of rows that came with a cache.
+        self._first: list[Tensor | None] = []
         # While a call changes something: what there was before.
         self._before: tuple[Transaction, dict[str, Any], list[int]] | None = None
+        if cache is not None:
+            self._take(cache)
 
     @property
     def rows(self) -> int:
         return len(self.tokens)
+
+    def _take(self, cache: PagedCache) -> None:
+        """Make the rows those of `cache`, which forgets them."""
+        texts, begin = cache.texts, np.array(cache.prompt_lengths, np.int64)
+        new = [len(text) - n for text, n in zip(texts, begin.tolist(), strict=True)]
+        seeds = row_seeds(self._seed, len(texts), 0)
+        ended = [n > 0 and text[-1] in self.eos for text, n in zip(texts, new, strict=True)]
+        self._commit(
+            tokens=[list(text) for text in texts], logprobs=[[math.nan] * n for n in new],
+            prompt_lengths=begin, given=[()] * len(texts), seeds=seeds,
+            finished=np.array(ended, bool), _ready=[None] * len(texts),
+            _first=[None] * len(texts), _seeded=len(texts),
+        )  # fmt: skip
+        cache.texts = None
 
     def prefill(self, prompts: Iterable[Sequence[int] | Tensor], n: int = 1) -> None:
         """Add `n` rows for each prompt, in order. What prompts of this call have in common, a
@@ -518,7 +543,8 @@ class Rollouts:
                 f"lengths must hold one length for each of {self.rows} rows, from its prompt's to "
                 "its present one"
             )
-        cut, at_prompt = lengths < present, lengths == self.prompt_lengths
+        known = np.array([x is not None for x in self._first], bool)
+        cut, at_prompt = lengths < present, (lengths == self.prompt_lengths) & known
         # The last token is fed again, for its logits; those of a prompt are still at hand.
         fed = np.where(at_prompt, lengths, lengths - 1)
         with self._change():

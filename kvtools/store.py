@@ -12,7 +12,7 @@ from ._host import Forest, PoolExhausted
 from .config import CacheConfig, is_int
 from .ops.attention import Plan, joined, pages_needed
 from .ops.evict import compact_kv, select_victims
-from .ops.quant import EMPTY, KVPages
+from .ops.quant import EMPTY, KVPages, fitting, packed_for
 from .ops.upload import at_once
 from .policy import Candidates, policy_of, unroll
 from .transaction import CONTENT, SIGNALS, Journal
@@ -119,11 +119,58 @@ class Store:
         self.scrambled = np.zeros(0, bool)  # rows whose slots are no longer in order
         self.table: Tensor | None = None  # see `own_slots`
         self._in_table: np.ndarray | None = None  # rows that are in it as they are now
+        self.heads = 0, 0  # KV heads, query heads of each
         self.limits: dict[str, int] = {}  # how plans cut work
         self._evicted = np.zeros(0, bool)  # by row, in the last pass
         self._plan: Plan | None = None  # on the device
         self._plan_key: tuple | None = None
         self._arrays: dict = {}  # of the plan, on the host
+
+    def packed(self) -> dict[str, Tensor]:
+        """All that it holds, for `unpack`: on the CPU, of its pages those in use."""
+        node, page, row = self.forest.table()
+        used, page = np.unique(page, return_inverse=True)
+        host = dict(
+            node=node, page=page.astype(np.int32), row=row, left=self.left,
+            scrambled=self.scrambled, heads=np.array(self.heads), layers=np.array([*self.layers]),
+        )  # fmt: skip
+        parts = {name: torch.from_numpy(np.array(x)) for name, x in host.items()}
+        where = torch.from_numpy(used.astype(np.int64)).to(self.device)
+        for layer, pages in self.layers.items():
+            parts |= pages.packed(f"{layer}.", where)
+        if self.victims is not None:
+            parts["victims"] = self.victims.cpu()
+        return parts
+
+    def unpack(self, parts: dict[str, Tensor]) -> None:
+        """Hold what another, empty till now, had packed.
+
+        Raises:
+            KeyError, ValueError: it is not that of a store of this configuration.
+        """
+        node, page, row = (parts[name].numpy() for name in ("node", "page", "row"))
+        total = len(np.unique(page))
+        self.forest = Forest.of(total, self.config.page_size, node, page, row)
+        self.heads = tuple(parts["heads"].tolist())
+        self.left = fitting(parts, "left", (len(row),), torch.int32).numpy().copy()
+        self.scrambled = fitting(parts, "scrambled", (len(row),), torch.bool).numpy().copy()
+        self._evicted = np.zeros(len(row), bool)
+        for layer in parts["layers"].tolist():
+            heads, d, dtype = packed_for(
+                parts, f"{layer}.", self.config.k_format, self.config.v_format
+            )
+            self.pages_of(layer, heads, d, dtype).unpack(parts, f"{layer}.")
+        if "victims" in parts:
+            heads = max(pages.k.shape[1] for pages in self.layers.values())
+            shape = len(self.layers), len(row), heads, self.drop
+            victims = fitting(parts, "victims", shape, torch.int32)
+            if victims.numel() and not 0 <= int(victims.min()) <= int(victims.max()) < self.budget:
+                raise ValueError("victims are none of a row's own tokens")
+            self.victims = victims.to(self.device)
+        if not ((self.left >= 0) & (self.left <= (self.drop or 0))).all() or (
+            self.left.any() and self.victims is None
+        ):
+            raise ValueError("left counts more victims than there are")
 
     def kept(self, length: int) -> int:
         """How many tokens of a prompt of `length` tokens are kept."""

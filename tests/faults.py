@@ -45,12 +45,12 @@ class Fault(NamedTuple):
 
 (
     DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, DECODE, PRM, SEARCH,
-    CLI, COMPILE, RECORDER, STEP, PREFIXES, TURNS, SAMPLES, LIKELIHOOD,
+    CLI, COMPILE, RECORDER, STEP, PREFIXES, TURNS, SAMPLES, LIKELIHOOD, SAVED,
 ) = (
     f"tests/test_{name}.py -k "
     for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
                  "rollouts", "decode", "prm", "search", "cli", "compile", "recorder", "bench_step",
-                 "prefixes", "turns", "samples", "likelihood")
+                 "prefixes", "turns", "samples", "likelihood", "saved")
 )  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
@@ -349,8 +349,36 @@ FAULTS = [
           "                    pass",
           PREFIXES + "plain"),
     Fault("a text's first token is judged by its second place", "kvtools/hf/session.py",
-          "target = [texts[i][0] for i in first]", "target = [texts[i][-1] for i in first]",
+          "texts[i][0] for i in first]", "texts[i][-1] for i in first]",
           LIKELIHOOD + "itself"),
+    Fault("sums over a vocabulary are added up in order", "kvtools/hf/session.py",
+          "-p_tv.mul_(logp_tv).sum(-1)", "-torch.linalg.vecdot(p_tv, logp_tv)",
+          LIKELIHOOD + "nearer or near"),
+    Fault("a head is believed to look at hidden states alone", "kvtools/hf/session.py",
+          "            if not torch.allclose(", "            if False and not torch.allclose(",
+          LIKELIHOOD + "cannot"),
+    Fault("logits of all tokens are made at once", "kvtools/hf/session.py",
+          "zip(x.split(piece), target.split(piece), strict=True)", "[(x, target)]",
+          LIKELIHOOD + "few_tokens"),
+    Fault("rows that come with a cache feed their last token twice", "kvtools/hf/generate.py",
+          "[text(row)[: end + 1] for row", "[text(row)[:end] for row",
+          "tests/test_continuation.py"),
+    Fault("a cache can be taken twice", "kvtools/rollouts.py",
+          "        cache.texts = None\n", "", "tests/test_continuation.py -k gone_on"),
+    Fault("a file has all pages of a pool", "kvtools/store.py",
+          "used, page = np.unique(page, return_inverse=True)",
+          "used = np.arange(self.forest.num_pages)", SAVED + "goes_on_as"),
+    Fault("victims that were chosen are forgotten in a file", "kvtools/store.py",
+          'parts["victims"] = self.victims.cpu()', "pass", SAVED + "goes_on_as"),
+    Fault("a file does not know windows", "kvtools/hf/saved.py",
+          "cache.door, door.windows = door, windows | door.windows", "cache.door = door",
+          SAVED + "generate_goes_on"),
+    Fault("a file's forest is believed in", "csrc/host/forest.cpp",
+          "hold(x >= 0 && x < this->num_pages(), \"page of node\", id);", "",
+          "tests/test_host.py -k table"),
+    Fault("weights of a cache in a file may be any", "kvtools/hf/saved.py",
+          "            found.update(some.view(torch.uint8).numpy().tobytes())", "            pass",
+          SAVED + "cannot_be_loaded"),
     Fault("texts pass a switch in one piece", "kvtools/hf/session.py",
           "                width = self.door.at_once(self.kv.lengths.numpy()[rows[live]], width)\n",
           "",

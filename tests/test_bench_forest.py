@@ -30,8 +30,10 @@ def test_all_parts_and_their_targets():
     assert shots["apart"]["tokens"] >= 6 * 55 and shots["generate"]["tokens"] >= 6 * 55
     assert {shots[x]["same"] for x in ("kvtools", "apart", "generate")} == {1.0}
     found = bench.targets(cells)
-    assert len(found) == 11
-    assert all(x["ok"] for x in found if "same" in x["name"] or "error" in x["name"]), found
+    assert len(found) == 12
+    assert all(x["ok"] for x in found if "same" in x["name"] or "float64 model" in x["name"]), found
+    completions = cells["given completions"].values()
+    assert all(0 < x["rms_error"] <= x["error"] < 1e-5 for x in completions)
     found.show(Console(quiet=True))
     lines = bench.table(cells)
     assert {len(line) for line in lines} == {5} and len(lines) == 10

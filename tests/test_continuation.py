@@ -63,9 +63,8 @@ def test_rows_of_many_lengths():
         for row, new in zip(ids, first.sequences[:, 40:].tolist(), strict=True):
             n = new.index(how["eos_token_id"]) + 1 if how["eos_token_id"] in new else NEW
             ends.append(torch.cat([row[row > 0], torch.tensor(new[:n])]))
-        assert (
-            [len(x) - 1 for x in ends] == cache.kv.lengths.tolist() == list(map(len, cache.texts))
-        )
+        assert cache.texts == [x.tolist() for x in ends]
+        assert cache.kv.lengths.tolist() == [len(x) - 1 for x in ends]
         assert len(ends[1]) == 23
         longer = [torch.cat([x, random_ids(5, seed=i)]) for i, x in enumerate(ends)]
         longer.append(ids[0, :25])
@@ -124,10 +123,19 @@ def test_what_cannot_be_gone_on_from():
         generate(model, ids, cache, kv_config=CacheConfig())
     with pytest.raises(ValueError, match="filled by another model"):
         generate(tiny_model("qwen3"), ids, cache)
-    rollouts = kvtools.Rollouts(model)
-    rollouts.prefill([ids[0]])
+    taken = cache_of(generate(model, ids))
+    kvtools.Rollouts(model, cache=taken)
     with pytest.raises(ValueError, match="does not know its texts"):
-        generate(model, ids, rollouts._session.cache)
+        generate(model, ids, taken)
+    for how, error, words in (
+        (dict(cache=taken), ValueError, "cache does not know its texts"),
+        (dict(cache=cache, config=CacheConfig()), ValueError, "config differs from that of cache"),
+        (dict(cache=cache, pages=4), ValueError, "pages=4: .*leave it out"),
+        (dict(cache=DynamicCache()), TypeError, "cache is a DynamicCache: pass one that kvtools"),
+        (dict(cache=cache, model=tiny_model("qwen3")), ValueError, "filled by another model"),
+    ):
+        with pytest.raises(error, match=words):
+            kvtools.Rollouts(**dict(model=model) | how)
     assert (cache.kv.lengths.tolist(), cache.texts) == before
     lossy = cache_of(generate(model, ids, kv_config=CacheConfig(bits=8, prompt_budget=25)))
     with pytest.raises(ValueError, match="can be cropped"):
@@ -157,5 +165,37 @@ def test_gathered_rows_know_their_texts():
     said = torch.cat([torch.tensor([cache.texts[0]]), random_ids(1, 5)], 1)
     with Counter(model) as count:
         out = generate(model, said, cache).sequences
-    assert count.forwards[0] == 5
+    assert count.forwards[0] == 6
     assert torch.equal(out, model.generate(said, do_sample=False, max_new_tokens=NEW))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(bits=4), dict(bits=8, budget=24, recent=8, sinks=2, drop=4)]
+)
+def test_rollouts_go_on(options):
+    """As the call would have that goes on itself, also where rows have ended."""
+    model, config = fresh_model(), CacheConfig(**options)
+    ids, mask = padded_prompts((40, 20, 33))
+    free = generate(model, ids, mask=mask, kv_config=config, max_new_tokens=30).sequences[:, 40:]
+    eos = int(free[1, 3])
+    first = generate(model, ids, mask=mask, kv_config=config, eos_token_id=eos, max_new_tokens=12)
+    r = kvtools.Rollouts(model, temperature=0.0, eos_token_id=eos, cache=cache_of(first))
+    assert r.kv.config is config and r.prompt_lengths.tolist() == [40, 20, 33]
+    assert r.finished.tolist() == [eos in x for x in free[:, :12].tolist()] and r.finished[1]
+    r.finished[:], r.eos = False, set()
+    new = r.generate([30 - len(x) for x in r.logprobs])
+    want = free.tolist()
+    want[1] = r.tokens[1][20:]  # its own rest was never told
+    assert [x[n:] for x, n in zip(r.tokens, (40, 20, 33), strict=True)] == want and all(new)
+    assert want[1][:4] == free[1, :4].tolist()
+    row = r.fork(2, 1)[0]
+    r.append([[5, 6, 7]], [row])
+    assert len(r.generate([0, 0, 0, 4])[3]) == 4
+    if config.exact:
+        said = torch.tensor([r.tokens[2] + [5, 6, 7]])
+        alone = generate(model, said, max_new_tokens=4).sequences
+        assert r.tokens[row] == alone[0].tolist()
+        before = r.tokens[2][: 33 + 5]
+        r.crop([40, 21, 33, 34])
+        r.generate([0, 0, 5, 0])
+        assert r.tokens[2] == before

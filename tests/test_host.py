@@ -302,6 +302,56 @@ def test_plan_stays_valid_while_a_length_grows():
         assert [slot for _, slot in attended(plan, 4)[0]] == forest.row_slots(0).tolist()
 
 
+def grown():
+    """Forks, a node that was split inside a page, one without slots, and freed pages between."""
+    forest = Forest(40, 4)
+    forest.insert(9, base=4, copies=3)
+    forest.insert(30)
+    forest.insert(0)
+    forest.append([3, 2, 7, 1, 1])
+    forest.gather([0, 0, 1, 4, 2, 2])
+    forest.crop([12, 10, 8, 1, 16, 11])
+    return forest
+
+
+def test_table():
+    forest = grown()
+    node, page, row = forest.table()
+    again = Forest.of(40, 4, node, page, row)
+    again.check()
+    assert state(again)[0] == state(forest)[0] and state(again)[2:] == state(forest)[2:]
+    for x in (forest, again):
+        x.append([1, 2, 0, 5, 1, 1])
+        x.gather([5, 2, 2, 0], copy=True)
+        x.check()
+    assert again.lengths().tolist() == forest.lengths().tolist()
+    assert again.own_lengths().tolist() == forest.own_lengths().tolist()
+    empty = Forest.of(3, 4, *Forest(3, 4).table())
+    assert (empty.num_rows, empty.free_pages) == (0, 3)
+
+
+def test_table_of_no_forest():
+    """Whatever a number is made, it is refused, or makes another forest that is one."""
+    tables, refused = grown().table(), 0
+    for i, table in enumerate(tables):
+        for at in range(len(table)):
+            for x in (-1, 0, 1, 5, 39, 40, 2**31 - 1, -(2**31)):
+                bad = [t.copy() for t in tables]
+                bad[i][at] = x
+                try:
+                    Forest.of(40, 4, *bad).check()
+                except ValueError as error:
+                    assert "forest" in str(error)
+                    refused += 1
+    assert refused > 200
+    for i in range(3):
+        for wrong in (tables[i][:-1], np.append(tables[i], 1)):
+            bad = [*tables[:i], wrong, *tables[i + 1 :]]
+            if i < 2:
+                with pytest.raises(ValueError, match="no forest"):
+                    Forest.of(40, 4, *bad)
+
+
 def test_pool_exhausted():
     forest = Forest(4, 4)
     forest.insert(5, copies=2)

@@ -5,10 +5,13 @@ import pytest
 import torch
 from models import Counter, fresh_model, random_ids, tiny_model
 from test_door import MODELS
+from transformers import LlamaForCausalLM
 
 import kvtools
 from kvtools import CacheConfig
+from kvtools.hf import check_model
 from kvtools.hf import session as sessions
+from kvtools.testing import assert_within_budget
 
 
 def case(seed=0):
@@ -25,7 +28,8 @@ def plain(model, prompt, completion, temperature=1.0):
     """Of one text by itself."""
     ids = torch.cat([prompt, completion])[None]
     with torch.no_grad():
-        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logits = model(ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logprob = (logits / temperature).log_softmax(-1)
     own = logprob.gather(1, completion[:, None])[:, 0]
     return own, -(logprob.exp() * logprob).sum(-1)
@@ -40,25 +44,88 @@ def check(found, model, prompts, texts, bound, temperature=1.0):
             torch.testing.assert_close(entropy, want[1], atol=bound, rtol=bound)
 
 
-@pytest.mark.parametrize("rows", [64, 2, 1])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "gptoss"])
-def test_as_each_text_by_itself(name, rows, monkeypatch):
+@pytest.mark.parametrize(
+    "name, rows, apart",
+    [
+        ("llama", 64, True), ("llama", 1, False), ("gemma2", 2, True), ("gemma2", 64, False),
+        ("gemma3", 1, True), ("gemma3", 2, False), ("gptoss", 64, True), ("gptoss", 2, False),
+    ],
+)  # fmt: skip
+def test_as_each_text_by_itself(name, rows, apart, monkeypatch):
+    """Whether its head can be run by itself or not."""
     monkeypatch.setattr(sessions, "LOGITS", 256 * 7)
     model, (prompts, texts) = tiny_model(name), case()
-    done = []
+    door, done = check_model(model), []
+    monkeypatch.setattr(door, "apart", None if apart else False)
     found = kvtools.logprobs(
         model, prompts, texts, temperature=1.3, rows=rows, progress=done.append
     )
     check(found, model, prompts, texts, 2e-4, 1.3)
     assert done[-1] == 6 and done == sorted(done)
+    assert bool(door.apart) == apart
 
 
 def test_each_token_is_encoded_once():
     model, (prompts, texts) = tiny_model(), case()
+    kvtools.logprobs(model, [[5]], [[[5]]])  # finds out whether its head can be run by itself
     with Counter(model) as count:
         kvtools.logprobs(model, prompts, texts)
     # The third prompt has no completion; of completions, the last tokens say nothing.
     assert sum(count.forwards) == 40 + 5 + 9 + (4 + 0 + 11 + 29 + 0 + 2)
+
+
+@pytest.mark.parametrize("most", [256 * 7, 1 << 24])
+def test_logits_are_made_of_few_tokens_at_a_time(most, monkeypatch):
+    monkeypatch.setattr(sessions, "LOGITS", most)
+    model, (prompts, texts) = fresh_model(), case()
+    heads, bodies = [], []
+    model.lm_head.register_forward_hook(lambda m, args, out: heads.append(out[0].shape[0]))
+    model.model.layers[0].register_forward_hook(lambda m, args, out: bodies.append(len(args)))
+    kvtools.logprobs(model, prompts, texts)
+    assert max(heads) * 256 <= most
+    before = len(bodies)
+    kvtools.logprobs(model, prompts, texts)
+    assert len(bodies) - before == 3, "a stem, what follows it, and all completions"
+
+
+class Biased(LlamaForCausalLM):
+    """Its logits depend on more than hidden states."""
+
+    def forward(self, input_ids=None, **how):
+        out = super().forward(input_ids=input_ids, **how)
+        out.logits[..., 7] += input_ids[:, -out.logits.shape[1] :] % 5
+        return out
+
+
+def test_a_head_that_cannot_be_run_by_itself():
+    torch.manual_seed(0)
+    model, (prompts, texts) = Biased(tiny_model().config).eval(), case()
+    found = kvtools.logprobs(model, prompts, texts)
+    assert check_model(model).apart is False
+    check(found, model, prompts, texts, 2e-4)
+
+
+def test_as_near_to_the_truth_as_torch():
+    """A vocabulary is long: sums over it must not be added up one by one."""
+    torch.manual_seed(0)
+    logits, target = 3 * torch.randn(8, 60_000) + 10, torch.arange(8)
+
+    def plain(logits):
+        logp = logits.log_softmax(-1)
+        return logp[target, target], -(logp.exp() * logp).sum(-1)
+
+    found = sessions._likelihood(logits, target, 1.0).unbind(1)
+    for name, *each in zip(
+        ("logprob", "entropy"), found, plain(logits.double()), plain(logits), strict=True
+    ):
+        assert_within_budget(name, *each)
+
+
+def test_a_float64_model():
+    model, (prompts, texts) = fresh_model().double(), case()
+    found = kvtools.logprobs(model, prompts, texts)
+    assert found.logprobs[0][0].dtype == torch.float64
+    check(found, model, prompts, texts, 1e-6)
 
 
 def test_a_policy_and_its_reference():

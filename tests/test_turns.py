@@ -19,6 +19,7 @@ from test_door import MODELS
 
 import kvtools
 from kvtools import CacheConfig
+from kvtools.hf import check_model
 from kvtools.hf import session as sessions
 
 CONFIGS = {
@@ -197,16 +198,21 @@ def test_random_turns(wide, examples):
     )  # fmt: skip
 
 
-def test_long_texts_hold_few_logits(monkeypatch):
+@pytest.mark.parametrize("apart, most", [(None, 7), (False, 3)])
+def test_long_texts_hold_few_logits(monkeypatch, apart, most):
     monkeypatch.setattr(sessions, "LOGITS", 256 * 3)
+    monkeypatch.setattr(sessions, "AT_ONCE", 7)
     model = tiny_model()
+    monkeypatch.setattr(check_model(model), "apart", apart)
     r = kvtools.Rollouts(model, temperature=0.0, eos_token_id=())
     r.prefill([random_ids(20)], 5)
     r.generate(2)
     said = [random_ids(n, seed=n).tolist() for n in (9, 1, 17, 0, 4)]
+    r.append(said, logprobs=True)
+    r.crop([22] * 5)
     with Counter(model) as count:
         r.append(said, logprobs=True)
-    assert max(count.forwards[1:]) <= 3 and sum(count.forwards) == 4 + sum(map(len, said)) - 4
+    assert max(count.forwards[1:]) <= most and sum(count.forwards) == 4 + sum(map(len, said)) - 4
     check(r, model, 1e-4)
     assert r.given == [((22, 22 + len(x)),) if x else () for x in said]
 
@@ -214,6 +220,7 @@ def test_long_texts_hold_few_logits(monkeypatch):
 def test_encoded_again_in_the_middle_of_a_text(monkeypatch):
     """longrope: a text that passes the switch while it is looked at piece by piece."""
     monkeypatch.setattr(sessions, "LOGITS", 256 * 2)
+    monkeypatch.setattr(sessions, "AT_ONCE", 3)
     model = MODELS["longrope past its switch"]()
     r = kvtools.Rollouts(model, temperature=0.0, eos_token_id=())
     r.prefill([random_ids(40)], 2)

@@ -113,6 +113,21 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("num_nodes", &Forest::num_nodes)
       .def_property_readonly("version", &Forest::version)
       .def("copy", [](const Forest& forest) { return Forest(forest); })
+      .def("table",
+           [](const Forest& forest) {
+             const Table table = forest.table();
+             return py::make_tuple(to_numpy(table.node), to_numpy(table.page), to_numpy(table.row));
+           })
+      .def_static(
+          "of",
+          [](int64_t num_pages, int32_t page_size, const py::object& node, const py::object& page,
+             const py::object& row) {
+            const Array nodes = to_int32(node, "node", 1), pages = to_int32(page, "page", 1),
+                        rows = to_int32(row, "row", 1);
+            return Forest(num_pages, page_size, view(nodes), view(pages), view(rows));
+          },
+          py::arg("num_pages"), py::arg("page_size"), py::arg("node"), py::arg("page"),
+          py::arg("row"))
       .def("grow", &Forest::grow, py::arg("num_pages"))
       .def(
           "insert",

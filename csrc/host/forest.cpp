@@ -17,6 +17,59 @@ Forest::Forest(int64_t num_pages, int32_t page_size) : page_size_(page_size) {
   grow(num_pages);
 }
 
+Forest::Forest(int64_t num_pages, int32_t page_size, View node, View page, View row)
+    : Forest(num_pages, page_size) {
+  const auto hold = [](bool ok, const char* what, int64_t id) {
+    if (!ok) throw Invalid(text("this is no forest: ", what, " ", id));
+  };
+  hold(node.size % kNodeFields == 0, "numbers of nodes,", node.size);
+  const int64_t count = node.size / kNodeFields;
+  int64_t taken = 0;
+  for (int64_t id = 0; id < count; ++id) {
+    const int32_t* field = node.data + id * kNodeFields;
+    Node next;
+    next.parent = field[0];
+    next.first = field[1];
+    next.length = field[2];
+    next.base = field[3];
+    next.sealed = field[4] != 0;
+    next.live = true;
+    hold(next.parent >= -1 && next.parent < id, "parent of node", id);
+    hold(next.first >= 0 && next.first < page_size_, "first slot of node", id);
+    if (next.parent >= 0) {
+      next.start = nodes_[next.parent].end();
+      ++nodes_[next.parent].children;
+    }
+    const int32_t most = static_cast<int32_t>(kMaxInt32) - std::max(next.start, next.first);
+    hold(next.length >= 0 && next.length <= most, "length of node", id);
+    hold(next.base >= 0 && next.base <= kMaxInt32 - next.length, "base of node", id);
+    const int64_t pages = next.length > 0 ? pages_spanning(int64_t{next.first} + next.length) : 0;
+    hold(pages <= page.size - taken, "pages of node", id);
+    next.pages.assign(page.data + taken, page.data + taken + pages);
+    taken += pages;
+    for (int32_t x : next.pages) {
+      hold(x >= 0 && x < this->num_pages(), "page of node", id);
+      ++refs_[x];
+    }
+    nodes_.push_back(std::move(next));
+  }
+  hold(taken == page.size, "pages beyond node", count);
+  for (int64_t i = 0; i < row.size; ++i) {
+    hold(row[i] >= 0 && row[i] < count, "leaf of row", i);
+    ++nodes_[row[i]].rows;
+    rows_.push_back(row[i]);
+  }
+  free_.clear();
+  for (int64_t x = this->num_pages(); x-- > 0;) {
+    if (refs_[x] == 0) free_.push_back(static_cast<int32_t>(x));
+  }
+  try {
+    check();
+  } catch (const std::runtime_error& error) {
+    throw Invalid(error.what());
+  }
+}
+
 void Forest::grow(int64_t num_pages) {
   const int64_t present = this->num_pages();
   if (num_pages < present) {

@@ -63,9 +63,19 @@ struct Limits {
   int32_t tile, chunk, items;
 };
 
+// A forest to be stored: of each node, after its parent, kNodeFields numbers; the pages of one node
+// after another; the leaf of each row.
+struct Table {
+  Ints node, page, row;
+};
+constexpr int64_t kNodeFields = 5;  // parent, first, length, base, sealed
+
 class Forest {
  public:
   Forest(int64_t num_pages, int32_t page_size);
+  // Throws Invalid unless the table, which may come from anywhere, is that of a forest.
+  Forest(int64_t num_pages, int32_t page_size, View node, View page, View row);
+  Table table() const;
 
   int32_t page_size() const { return page_size_; }
   int64_t num_pages() const { return static_cast<int64_t>(refs_.size()); }

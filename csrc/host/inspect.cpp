@@ -48,6 +48,28 @@ int64_t Forest::prefix_pages() const {
   return std::count(sealed.begin(), sealed.end(), true);
 }
 
+Table Forest::table() const {
+  Ints depth(nodes_.size()), order, number(nodes_.size());
+  for (size_t id = 0; id < nodes_.size(); ++id) {
+    for (int32_t up = nodes_[id].parent; up >= 0; up = nodes_[up].parent) ++depth[id];
+    if (nodes_[id].live) order.push_back(static_cast<int32_t>(id));
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return depth[a] < depth[b]; });
+  Table table;
+  for (size_t i = 0; i < order.size(); ++i) {
+    const Node& node = nodes_[order[i]];
+    number[order[i]] = static_cast<int32_t>(i);
+    const int32_t parent = node.parent < 0 ? -1 : number[node.parent];
+    for (int32_t x : {parent, node.first, node.length, node.base, int32_t{node.sealed}}) {
+      table.node.push_back(x);
+    }
+    table.page.insert(table.page.end(), node.pages.begin(), node.pages.end());
+  }
+  for (int32_t leaf : rows_) table.row.push_back(number[leaf]);
+  return table;
+}
+
 void Forest::check() const {
   const auto hold = [](bool ok, const char* what, int64_t id) {
     if (!ok) throw std::runtime_error(text("broken forest: ", what, " ", id));

@@ -3,7 +3,8 @@
 `plug`: what a model sees of kvtools during a forward: a cache, an attention function, a mask
 function. `door`: whether a model can be right, decided by what its code does. `session`: a model
 over a cache, and the probe that compares it with itself. `prefixes`: what prompts begin with in
-common. `generate`: the loop, and `patch`. `likelihood`: how likely given texts are.
+common. `generate`: the loop, and `patch`. `likelihood`: how likely given texts are. `saved`: caches
+in files.
 """
 
 from .decode import Decoder, Flight, Graph, usable
@@ -11,7 +12,8 @@ from .door import Unsupported
 from .generate import generate, patch
 from .likelihood import Likelihood, logprobs
 from .plug import CACHE, PagedCache, plugged
-from .session import Session, check_model
+from .saved import load_cache, save_cache
+from .session import Session, check_model, config_of
 
 __all__ = [
     "CACHE",
@@ -23,9 +25,12 @@ __all__ = [
     "Session",
     "Unsupported",
     "check_model",
+    "config_of",
     "generate",
+    "load_cache",
     "logprobs",
     "patch",
     "plugged",
+    "save_cache",
     "usable",
 ]

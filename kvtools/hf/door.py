@@ -57,6 +57,8 @@ class Door:
         shared: layers take what others have cached.
         probed: the model has been compared with itself.
         uncaptured: no CUDA graph can hold a step of it.
+        apart: what its decoder returns, if logits come of that alone, so that its head can be run
+            by itself; False if not. None until that is needed.
     """
 
     kind: str
@@ -73,6 +75,7 @@ class Door:
     shared: bool = False
     probed: bool = False
     uncaptured: bool = False
+    apart: type | bool | None = None
     windows: dict[int, int] = field(default_factory=dict)
 
     @property

@@ -31,7 +31,7 @@ from ..ops.sampling import drawn, row_seeds, sample
 from .decode import Decoder, Graph, usable
 from .door import device_of, door_of
 from .plug import CACHE, PagedCache, plugged
-from .session import Session, check_model
+from .session import Session, check_model, config_of
 
 
 def generate(
@@ -62,7 +62,8 @@ def generate(
     With `return_dict_in_generate` the cache that is returned keeps all rows, and another call goes
     on from it, given as `past_key_values` (`cache` in transformers 5.24): more samples of its
     prompts, or prompts that begin with texts that it holds, prompt and answer, of which only the
-    rest is run. It then holds the new rows instead.
+    rest is run. It then holds the new rows instead. `save_cache` and `load_cache` keep one in a
+    file.
 
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact, or that of the
@@ -143,7 +144,7 @@ def _generate(
         compiled = model.get_compiled_call(config.compile_config)
     cache = model_kwargs.get(CACHE)  # else one that generate has made
     cache = cache if isinstance(cache, PagedCache) else None
-    kv_config = _going_on(model, cache, kv_config)
+    kv_config = config_of(model, cache, kv_config, (CACHE, "kv_config"))
     session = Session(model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache)
     fill = session.prefill if cache is None else session.resume
     logits_pv = torch.stack(fill(prompts, np.bincount(row_prompt)))
@@ -222,7 +223,8 @@ def _generate(
     if not keeps:
         return input_ids
     ends = session.kv.lengths.tolist()
-    session.cache.texts = [text(row)[:end] for row, end in enumerate(ends)]
+    session.cache.texts = [text(row)[: end + 1] for row, end in enumerate(ends)]
+    session.cache.prompt_lengths = length_b.tolist()
     return GenerateDecoderOnlyOutput(
         sequences=input_ids, scores=all_scores, logits=all_logits, **{CACHE: session.cache}
     )
@@ -238,22 +240,6 @@ def _ahead(
     if filters is None or not lengths or len(lengths) + len(ends) != len(criteria):
         return None
     return Decoder(session, filters, [x for each in ends for x in each]), min(lengths)
-
-
-def _going_on(model: Any, cache: PagedCache | None, config: CacheConfig | None) -> CacheConfig:
-    """How the rows are kept that a call begins with."""
-    if cache is None:
-        return CacheConfig() if config is None else config
-    if cache.texts is None or len(cache.texts) != cache.kv.rows:
-        raise ValueError(
-            f"{CACHE} does not know its texts: pass the one that generate returned with "
-            "return_dict_in_generate=True; its gather renumbers rows"
-        )
-    if cache.door is not door_of(model):
-        raise ValueError(f"{CACHE} was filled by another model, or by another attention of it")
-    if config not in (None, cache.kv.config):
-        raise ValueError(f"kv_config differs from that of {CACHE}: leave it out")
-    return cache.kv.config
 
 
 def _finish(

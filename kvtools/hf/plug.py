@@ -158,7 +158,9 @@ class PagedCache(Cache):
 
     Attributes:
         kv: the store.
-        texts: tokens of each row, of a cache that `generate` has returned: it can go on from them.
+        texts: tokens of each row, of a cache that `generate` has returned, from which it and
+            `Rollouts` can go on. The last one was not fed yet.
+        prompt_lengths: how many of them are its prompt.
         timing: seconds of prefill and decoding, decode steps, and tokens fed in them.
     """
 
@@ -167,6 +169,7 @@ class PagedCache(Cache):
         super().__init__(layers=[_Layer(i, self._flow) for i in range(kv.layers)])
         self.kv, self.door = kv, None
         self.texts: list[list[int]] | None = None
+        self.prompt_lengths: list[int] = []
         self.timing = {"prefill_s": 0.0, "decode_s": 0.0, "steps": 0, "tokens": 0}
 
     def memory(self) -> dict[str, int]:
@@ -178,6 +181,7 @@ class PagedCache(Cache):
         self.kv.gather(index)
         if self.texts is not None:
             self.texts = [list(self.texts[int(i)]) for i in index]
+            self.prompt_lengths = [self.prompt_lengths[int(i)] for i in index]
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         _not_a_cache("crop")

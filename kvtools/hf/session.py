@@ -4,6 +4,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -25,7 +26,8 @@ FEW = 256  # of a window that the probe goes past
 # Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
 # padding; and a forward needs no more memory than one of a prompt of so many tokens.
 PADDING, TOKENS = 1 / 4, 8192
-LOGITS = 1 << 24  # of one forward that are looked at together
+LOGITS = 1 << 24  # that are looked at together
+AT_ONCE = 1024  # tokens of given texts in a forward; more take memory and are hardly faster
 STRETCH = 32  # tokens with which prompts begin alike that are worth a node of their own
 
 
@@ -57,6 +59,35 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
+
+
+def config_of(
+    model: Any, cache: PagedCache | None, config: CacheConfig | None, names: tuple[str, str]
+) -> CacheConfig:
+    """How the rows are kept that a caller begins with, if any: those of `cache`. `names` are what
+    they call that and `config`.
+
+    Raises:
+        TypeError: it is another kind of cache.
+        ValueError: it is of another model or `config`, or its rows are not known.
+    """
+    name, own = names
+    if cache is None:
+        return CacheConfig() if config is None else config
+    if not isinstance(cache, PagedCache):
+        raise TypeError(
+            f"{name} is a {type(cache).__name__}: pass one that kvtools.generate returned"
+        )
+    if cache.texts is None or len(cache.texts) != cache.kv.rows:
+        raise ValueError(
+            f"{name} does not know its texts: pass the one that generate returned with "
+            "return_dict_in_generate=True; its gather renumbers rows, and Rollouts take them"
+        )
+    if cache.door is not door_of(model):
+        raise ValueError(f"{name} was filled by another model, or by another attention of it")
+    if config not in (None, cache.kv.config):
+        raise ValueError(f"{own} differs from that of {name}: leave it out")
+    return cache.kv.config
 
 
 class Session:
@@ -325,7 +356,8 @@ class Session:
         """Give rows texts but for the last token, which says nothing of those before, and tell how
         likely each token was where it stands.
 
-        No more than about `LOGITS` logits are held at a time.
+        No more than about `LOGITS` logits are held at a time: their tokens go through the model
+        alone, or, where it can be run without its head and its head by itself, with others.
 
         Args:
             rows: distinct, ascending.
@@ -340,17 +372,18 @@ class Session:
         If anything fails the cache is as it was.
         """
         texts = [np.asarray(text, np.int64) for text in texts]
-        most = max(1, LOGITS // max(len(before[0]) if len(before) else 1, 1))
+        piece = max(1, LOGITS // max(len(before[0]) if len(before) else 1, 1))
         stats: list[list[Tensor]] = [[] for _ in texts]
-        for some in np.array_split(np.arange(len(texts)), -(-len(texts) // most) or 1):
+        for some in np.array_split(np.arange(len(texts)), -(-len(texts) // piece) or 1):
             first = [i for i in some if len(texts[i])]
             if first:
-                target = [texts[i][0] for i in first]
+                target = torch.tensor([texts[i][0] for i in first], device=self.device)
                 seen = _likelihood(torch.stack([before[i] for i in first]), target, temperature)
                 for i, x in zip(first, seen.split(1), strict=True):
                     stats[i].append(x)
         fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - 1 for x in texts])
-        with self.kv.transaction():
+        with self._split() as head, self.kv.transaction():
+            most = piece if head is None else max(AT_ONCE, piece)
             while (live := np.flatnonzero(fed < ends)[:most]).size:
                 width = np.minimum(max(1, most // len(live)), (ends - fed)[live])
                 width = self.door.at_once(self.kv.lengths.numpy()[rows[live]], width)
@@ -361,12 +394,30 @@ class Session:
                     np.concatenate([texts[i][a:b] for i, a, b in spans]), counts, every=True
                 )
                 target = np.concatenate([texts[i][a + 1 : b + 1] for i, a, b in spans])
-                seen = _likelihood(x, target, temperature).split(width.tolist())
-                for i, each in zip(live, seen, strict=True):
+                target = torch.from_numpy(target).to(self.device)
+                seen = [
+                    _likelihood(part if head is None else head(part), each, temperature)
+                    for part, each in zip(x.split(piece), target.split(piece), strict=True)
+                ]
+                for i, each in zip(live, torch.cat(seen).split(width.tolist()), strict=True):
                     stats[i].append(each)
                 fed[live] += width
-        out = [torch.cat(x) if x else torch.zeros(0, 2, device=self.device) for x in stats]
+        nothing = torch.zeros(0, 2, dtype=self.float, device=self.device)
+        out = [torch.cat(x) if x else nothing for x in stats]
         return [x[:, 0] for x in out], [x[:, 1] for x in out]
+
+    @contextmanager
+    def _split(self) -> Iterator[Callable[[Tensor], Tensor] | None]:
+        """Run the model without its head meanwhile; gives what makes logits [t, v] of hidden states
+        [t, m]. None, and nothing has changed, where one cannot be run without the other."""
+        before = self._runner, self._decode, self.head
+        body, head = _parts(self._runner, self.door, self.device)
+        if head is not None:
+            self._runner, self._decode, self.head = body, body, False
+        try:
+            yield head
+        finally:
+            self._runner, self._decode, self.head = before
 
     @torch.no_grad()
     def extend(
@@ -499,6 +550,11 @@ class Session:
             raise ValueError(f"{name} holds {token}, which is no token of the model's {known}")
         return [int(token) for token in array.tolist()]
 
+    @property
+    def float(self) -> torch.dtype:
+        """Of what is told of logits: fp32, or fp64 of a model that is."""
+        return torch.promote_types(inner(self._model).dtype, torch.float32)
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
         return inner(self._model).modules()
@@ -569,19 +625,64 @@ def _warn(kind: str, reason: str) -> None:
     )
 
 
-def _likelihood(logits_tv: Tensor, target_t: Any, temperature: float) -> Tensor:
+def _likelihood(logits_tv: Tensor, target_t: Tensor, temperature: float) -> Tensor:
     """Log-probabilities of the targets, and entropies [t, 2]."""
-    dtype = torch.promote_types(logits_tv.dtype, torch.float32)
-    logits_tv = logits_tv.to(dtype)
+    logits_tv = logits_tv.to(torch.promote_types(logits_tv.dtype, torch.float32))
     if temperature != 1.0:
         logits_tv = logits_tv / temperature
-    norm_t = logits_tv.logsumexp(-1)
-    target_t = torch.as_tensor(target_t, device=logits_tv.device)
-    logprob_t = logits_tv.gather(1, target_t[:, None])[:, 0] - norm_t
-    # x log x is 0 where x is: tokens that a model rules out have logits of -inf.
-    p = logits_tv.softmax(-1)
-    mean_t = torch.linalg.vecdot(p, logits_tv.masked_fill(p == 0, 0))
-    return torch.stack([logprob_t, norm_t - mean_t], 1)
+    logp_tv = logits_tv.log_softmax(-1)
+    logprob_t = logp_tv.gather(1, target_t[:, None])[:, 0]
+    p_tv = logp_tv.exp()
+    # p log p is 0 where p is: the logarithm is -inf of tokens that a model rules out. Not a dot
+    # product: those add up in order, and lose some 1e-4 over so many terms.
+    logp_tv.clamp_(min=torch.finfo(logp_tv.dtype).min)
+    return torch.stack([logprob_t, -p_tv.mul_(logp_tv).sum(-1)], 1)
+
+
+class _Given(torch.nn.Module):
+    """Stands for a decoder that has been run."""
+
+    out: Any = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.out
+
+
+def _parts(
+    model: Any, door: Door, device: torch.device
+) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
+    """The decoder of a model, and what makes logits [t, v] of its hidden states [t, m]: all else
+    that the model does, around a decoder that says what it is told. None where these do not say
+    what the model says of some tokens, the first time."""
+    core = inner(model)
+    body = core._modules.get(core.base_model_prefix)
+    if body is None or device.type == "meta" or door.apart is False:
+        return None, None
+    given, rest = _Given(), object.__new__(type(core))
+    rest.__dict__ = dict(vars(core), _modules=core._modules | {core.base_model_prefix: given})
+
+    def head(hidden_tm: Tensor) -> Tensor:
+        given.out = door.apart(last_hidden_state=hidden_tm[None])
+        ids = torch.zeros(1, len(hidden_tm), dtype=torch.int64, device=device)
+        return rest(input_ids=ids, use_cache=False).logits[0]
+
+    if door.apart is None:
+        door.apart = False
+        ids = torch.arange(1, PROBE + 1, device=device)[None]
+        try:
+            whole = model(input_ids=ids, use_cache=False).logits[0]
+            out = body(input_ids=ids, use_cache=False)
+            door.apart, hidden = type(out), out.last_hidden_state[0]
+            ours = torch.cat([head(hidden[:1]), head(hidden[1:])])
+            near, scale = 64 * torch.finfo(whole.dtype).eps, whole[whole.isfinite()].abs().max()
+            if not torch.allclose(ours, whole, rtol=near, atol=near * float(scale)):
+                door.apart = False
+        except torch.OutOfMemoryError:
+            door.apart = None
+            raise
+        except Exception:  # it looks at more of its decoder than what that says
+            door.apart = False
+    return (body, head) if door.apart else (None, None)
 
 
 def _output(out: Any) -> Tensor:

@@ -124,6 +124,46 @@ class KVPages:
             grown[name][: x.shape[0]] = x
         vars(self).update(grown, _checked=None)
 
+    def packed(self, prefix: str = "", page: Tensor | None = None) -> dict[str, Tensor]:
+        """Copies of the tensors of `page`s, or all, on the CPU, by `prefix` and name."""
+        parts = {}
+        for name, x in zip(TENSORS, self.tensors(), strict=True):
+            if x is not None:
+                narrow = x.view(torch.uint8) if x.itemsize == 1 else x  # float8 has no index
+                some = narrow.clone() if page is None else narrow[page]
+                parts[prefix + name] = some.view(x.dtype).cpu().contiguous()
+        return parts
+
+    def unpack(self, parts: dict[str, Tensor], prefix: str = "") -> None:
+        """Take the content that others of the same sizes had `packed`.
+
+        Raises:
+            KeyError, ValueError: a tensor is not there, or does not fit.
+        """
+        for name, x in zip(TENSORS, self.tensors(), strict=True):
+            if x is not None:
+                x.copy_(fitting(parts, prefix + name, x.shape, x.dtype))
+
+
+def fitting(
+    parts: dict[str, Tensor], name: str, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """One of packed tensors, which must be of this shape and dtype."""
+    x = parts[name]
+    if tuple(x.shape) != tuple(shape) or x.dtype != dtype:
+        raise ValueError(f"{name} is {x.dtype} {list(x.shape)}, not {dtype} {list(shape)}")
+    return x
+
+
+def packed_for(
+    parts: dict[str, Tensor], prefix: str, k_format: str, v_format: str
+) -> tuple[int, int, torch.dtype]:
+    """KV heads, head size and dtype of the model whose packed pages these are."""
+    k, v = parts[prefix + "k"], parts[prefix + "v"]
+    bits = int(k_format[3:]) if k_format.startswith("int") else 8
+    d = k.shape[-1] * 8 // bits
+    return k.shape[1], d, (k if k_format == "none" else v).dtype
+
 
 def _paired(both: Tensor) -> tuple[Tensor, Tensor]:
     """Scales of keys and of values side by side, in one 32-bit word that a kernel reads at once."""
