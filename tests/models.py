@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -35,6 +36,11 @@ CONFIGS = {
         attn_implementation="eager",  # sdpa knows no soft cap; transformers 5.17 takes it anyway
     ),
     "gemma3": lambda: Gemma3TextConfig(**COMMON, **SLIDING, query_pre_attn_scalar=D),
+    "gemma4": lambda: Gemma4TextConfig(  # whose last layers may run for a prompt's last token alone
+        **COMMON, **SLIDING, num_kv_shared_layers=2, global_head_dim=D,
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCAB,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
     "phi3": lambda: Phi3Config(**COMMON),
     "gptoss": lambda: GptOssConfig(
         **COMMON, **SLIDING, num_local_experts=4, num_experts_per_tok=2

@@ -83,6 +83,16 @@ def test_a_tree_of_turns_is_as_the_model_row_by_row(wide, logprobs):
     assert missing == (0 if logprobs else 21)
 
 
+def test_turns_of_layers_that_run_for_last_tokens_alone():
+    model = tiny_model("gemma4")
+    r = rollouts(model, temperature=0.0)
+    r.prefill([random_ids(20), random_ids(9, seed=2)])
+    turns(r, logprobs=False)
+    r.append([[5] * (row % 3) for row in range(r.rows)])
+    r.generate(2)
+    check(r, model, 1e-3)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_tree_of_turns_is_as_each_row_alone(name):
     """Log-probabilities of rows that nobody else shares a cache with, given token by token."""
