@@ -82,12 +82,22 @@ def test_code_runs(page, hub, capsys):
 def test_names_are_there_after_import_kvtools():
     """In a fresh interpreter, where nothing else has imported a part of the package."""
     text = "".join(x.read_text(encoding="utf-8") for x in [*PAGES, *EXAMPLES])
-    names = sorted(set(re.findall(r"\bkvtools((?:\.[A-Za-z_]\w*)+)", text)))
+    names = sorted(set(re.findall(r"\bkvtools((?:\.[A-Za-z_]\w*)+)(?!\.?\w|:\w)", text)))
     assert {".models.smollm2", ".prm.from_pretrained", ".quality.compare"} <= {*names}
     code = "import sys, operator, kvtools\n"
     code += "for x in sys.argv[1:]: operator.attrgetter(x[1:])(kvtools)"
     said = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr[-300:]
+
+
+def test_names_for_other_programs_are_there():
+    """module:name, which they import; it may need packages that are not here."""
+    text = "".join(x.read_text(encoding="utf-8") for x in PAGES)
+    found = re.findall(r"\b(kvtools(?:\.\w+)+):(\w+)", text)
+    assert ("kvtools.serve.vllm_sampler", "Sampler") in found
+    for module, name in found:
+        file = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        assert re.search(rf"^(class|def) {name}\b", file.read_text(), re.MULTILINE), (module, name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
