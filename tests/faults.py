@@ -45,12 +45,12 @@ class Fault(NamedTuple):
 
 (
     DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, DECODE, PRM, SEARCH,
-    CLI, COMPILE, RECORDER, STEP, PREFIXES, TURNS, SAMPLES, LIKELIHOOD, SAVED,
+    CLI, COMPILE, RECORDER, STEP, PREFIXES, TURNS, SAMPLES, LIKELIHOOD, SAVED, CONTINUATION,
 ) = (
     f"tests/test_{name}.py -k "
     for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
                  "rollouts", "decode", "prm", "search", "cli", "compile", "recorder", "bench_step",
-                 "prefixes", "turns", "samples", "likelihood", "saved")
+                 "prefixes", "turns", "samples", "likelihood", "saved", "continuation")
 )  # fmt: skip
 FAULTS = [
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
@@ -354,9 +354,9 @@ FAULTS = [
     Fault("a text's first token is judged by its second place", "kvtools/hf/session.py",
           "texts[i][0] for i in first]", "texts[i][-1] for i in first]",
           LIKELIHOOD + "itself"),
-    Fault("sums over a vocabulary are added up in order", "kvtools/hf/session.py",
-          "-p_tv.mul_(logp_tv).sum(-1)", "-torch.linalg.vecdot(p_tv, logp_tv)",
-          LIKELIHOOD + "nearer or near"),
+    Fault("an entropy is the difference of large numbers", "kvtools/hf/session.py",
+          "-p_tv.mul_(logp_tv).sum(-1)", "logits_tv.logsumexp(-1) - p_tv.mul_(logits_tv).sum(-1)",
+          LIKELIHOOD + "near_to_the_truth"),
     Fault("a head is believed to look at hidden states alone", "kvtools/hf/session.py",
           "            if not torch.allclose(", "            if False and not torch.allclose(",
           LIKELIHOOD + "cannot"),
@@ -364,10 +364,9 @@ FAULTS = [
           "zip(x.split(piece), target.split(piece), strict=True)", "[(x, target)]",
           LIKELIHOOD + "few_tokens"),
     Fault("rows that come with a cache feed their last token twice", "kvtools/hf/generate.py",
-          "[text(row)[: end + 1] for row", "[text(row)[:end] for row",
-          "tests/test_continuation.py"),
+          "[text(row)[: end + 1] for row", "[text(row)[:end] for row", CONTINUATION + "lengths"),
     Fault("a cache can be taken twice", "kvtools/rollouts.py",
-          "        cache.texts = None\n", "", "tests/test_continuation.py -k gone_on"),
+          "        cache.texts = None\n", "", CONTINUATION + "gone_on"),
     Fault("a file has all pages of a pool", "kvtools/store.py",
           "used, page = np.unique(page, return_inverse=True)",
           "used = np.arange(self.forest.num_pages)", SAVED + "goes_on_as"),
@@ -382,6 +381,15 @@ FAULTS = [
     Fault("weights of a cache in a file may be any", "kvtools/hf/saved.py",
           "            found.update(some.view(torch.uint8).numpy().tobytes())", "            pass",
           SAVED + "cannot_be_loaded"),
+    Fault("rows that wait are in the cache", "kvtools/hf/generate.py",
+          "first = 0 if keeps or most == rows else len(prompts)", "first = 0", SAMPLES + "bound"),
+    Fault("rows of a wave go on from the first ones' prompts", "kvtools/hf/generate.py",
+          "session.kv.gather([*range(first), *row_prompt[wave]])",
+          "session.kv.gather([*range(first), *row_prompt[: len(wave)]])", SAMPLES + "waves"),
+    Fault("scores of a wave hide those before", "kvtools/hf/generate.py",
+          "    kept[step][active] = x_av\n    return kept",
+          "    return (*kept[:step], _spread(x_av, active, rows, pad), *kept[step + 1 :])",
+          SAMPLES + "asked_for"),
     Fault("texts pass a switch in one piece", "kvtools/hf/session.py",
           "                width = self.door.at_once(self.kv.lengths.numpy()[rows[live]], width)\n",
           "",

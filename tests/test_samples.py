@@ -4,10 +4,13 @@ import itertools
 
 import pytest
 import torch
-from models import random_ids, tiny_model
+from models import padded_prompts, random_ids, tiny_model
+from test_decode import graphs  # noqa: F401
+from transformers import StoppingCriteriaList
 
 import kvtools
 from kvtools import CacheConfig
+from kvtools.hf import CACHE, Session
 from kvtools.samples import CHUNK
 
 EOS, NEW = (7, 90, 130, 200), 30
@@ -207,3 +210,124 @@ def test_a_forward_that_fails_leaves_no_rows():
     with pytest.raises(kvtools.PoolExhausted):
         torch.tensor([len(x.tokens) for x in drawn])
     assert r.rows == 0
+
+
+class Kept:
+    """A streamer that keeps what it gets."""
+
+    def __init__(self):
+        self.columns, self.ended = [], 0
+
+    def put(self, x):
+        self.columns.append(x.clone())
+
+    def end(self):
+        self.ended += 1
+
+
+def by_number(number, ids):
+    """What a row of the batch may say depends on which it is."""
+    return list(range(3, 250)) if number % 2 else list(range(3, 250, 2))
+
+
+def waves(rows, config=None, **how):
+    """Nine rows of three prompts, at most `rows` of which grow at a time."""
+    model, (ids, mask) = tiny_model(), padded_prompts((33, 20, 40))
+    torch.manual_seed(3)
+    how = dict(do_sample=True, num_return_sequences=3, max_new_tokens=12, eos_token_id=EOS) | how
+    how |= dict(kv_config=CacheConfig(**config or {}), pad_token_id=0, rows=rows)
+    return model.generate(ids, attention_mask=mask, custom_generate=kvtools.generate, **how)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(temperature=1.3, top_k=40),
+        dict(do_sample=False, num_return_sequences=1),
+        dict(config=TIGHT),
+        dict(repetition_penalty=1.4, prefix_allowed_tokens_fn=by_number),
+        dict(eos_token_id=None),
+        dict(stopping_criteria=[lambda ids, scores: ids[:, -1] % 9 == 0]),
+    ],
+    ids=["sampled", "greedy", "tight", "processed", "no end", "criteria"],
+)
+def test_generate_in_waves(how):
+    how = dict(how)
+    if "stopping_criteria" in how:
+        how["stopping_criteria"] = StoppingCriteriaList(how["stopping_criteria"])
+    want = waves(None, **how)
+    assert len(set(map(tuple, want.tolist()))) > 2
+    for rows in (2, 4, 50):
+        assert torch.equal(waves(rows, **how), want)
+
+
+def test_waves_bound_what_is_held(monkeypatch):
+    seen, extend = [], Session.extend
+
+    def watched(self, tokens, counts=None, *more, **how):
+        seen.append((int((counts > 0).sum()), self.kv.rows))
+        return extend(self, tokens, counts, *more, **how)
+
+    monkeypatch.setattr(Session, "extend", watched)
+    waves(2, num_return_sequences=6, eos_token_id=None, max_new_tokens=5)
+    assert {x for x, _ in seen} == {2} and {x for _, x in seen} == {3 + 2}
+    assert len(seen) == 9 * 4
+
+
+def test_waves_with_all_that_can_be_asked_for():
+    how = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    want, got = waves(None, **how), waves(2, **how)
+    assert torch.equal(got.sequences, want.sequences)
+    for name in ("scores", "logits"):
+        assert len(getattr(got, name)) == len(getattr(want, name))
+        for a, b in zip(getattr(got, name), getattr(want, name), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    caches = [getattr(x, CACHE) for x in (got, want)]
+    assert caches[0].texts == caches[1].texts and caches[0].kv.rows == 9
+    runs = [kvtools.Rollouts(tiny_model(), seed=1, cache=x) for x in caches]
+    assert runs[0].generate(5) == runs[1].generate(5)
+    model, (ids, mask) = tiny_model(), padded_prompts((33, 20, 40))
+    kept = Kept(), Kept()
+    for streamer, rows in zip(kept, (None, 2), strict=True):
+        torch.manual_seed(3)
+        with kvtools.patch(model, rows=rows):
+            out = model.generate(
+                ids, attention_mask=mask, do_sample=True, num_return_sequences=3, pad_token_id=0,
+                max_new_tokens=12, eos_token_id=EOS, streamer=streamer,
+            )  # fmt: skip
+        assert torch.equal(out, want.sequences) and streamer.ended == 1
+        assert torch.equal(torch.stack(streamer.columns[1:], 1), out[:, 40:])
+
+
+def test_waves_go_on_from_a_cache():
+    model, ids = tiny_model(), random_ids(1, 40)
+    how = dict(do_sample=True, num_return_sequences=6, max_new_tokens=6, eos_token_id=EOS,
+               pad_token_id=0, custom_generate=kvtools.generate)  # fmt: skip
+    mask = torch.ones_like(ids)
+    first = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **how)
+    torch.manual_seed(5)
+    want = model.generate(ids, attention_mask=mask, **how)
+    torch.manual_seed(5)
+    given = {CACHE: getattr(first, CACHE)}
+    assert torch.equal(model.generate(ids, attention_mask=mask, rows=4, **given, **how), want)
+
+
+def test_waves_run_ahead(graphs):  # noqa: F811
+    for how in (dict(temperature=1.3), dict(return_dict_in_generate=True)):
+        want, got = (waves(x, max_new_tokens=6, **how) for x in (None, 5))
+        if "return_dict_in_generate" in how:
+            want, got = want.sequences, got.sequences
+        assert torch.equal(got, want)
+    assert graphs.replays > 2
+
+
+@pytest.mark.parametrize("rows", [0, -1, 2.5, True, "4"])
+def test_waves_of_no_rows(rows):
+    with pytest.raises(ValueError, match=f"rows={rows!r} must be a whole number"):
+        waves(rows)
+
+
+def test_waves_that_would_run_on():
+    how = dict(stopping_criteria=StoppingCriteriaList([lambda ids, scores: ids[:, -1] % 9 == 0]))
+    with pytest.raises(ValueError, match="rows=2 needs an EOS token"):
+        waves(2, eos_token_id=None, **how)

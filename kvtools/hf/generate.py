@@ -26,7 +26,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from ..config import CacheConfig
+from ..config import CacheConfig, is_int
 from ..ops.sampling import drawn, row_seeds, sample
 from .decode import Decoder, Graph, usable
 from .door import device_of, door_of
@@ -44,6 +44,7 @@ def generate(
     streamer: Any = None,
     probe: bool = True,
     graph: Graph = "auto",
+    rows: int | None = None,
     **model_kwargs: Any,
 ) -> GenerateDecoderOnlyOutput | Tensor:
     """The decoding loop of `model.generate(custom_generate=kvtools.generate, kv_config=...)`.
@@ -78,6 +79,11 @@ def generate(
             lengths and EOS tokens all that ends rows, and nothing but tokens is asked for: the
             host's own processors, criteria and streamers are waited for. A model that cannot be
             captured is named by a warning. False: never. Tokens are the same.
+        rows: at most so many rows grow at a time, and then the next as many, so that thousands of
+            `num_return_sequences` need the memory of a few; None for all. Tokens are the same.
+            Processors and criteria see the whole batch, of which rows that wait look as those that
+            have ended do; a streamer gets tokens when all are there; a cache that is to be returned
+            holds all rows, however few grow.
         The rest is given by `generate`.
 
     Returns:
@@ -96,10 +102,12 @@ def generate(
         )
     door_of(model)
     _refuse(model, generation_config, model_kwargs, asked)
+    if rows is not None and (not is_int(rows) or rows < 1):
+        raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for all")
     with plugged(check_model(model, probe=probe)):
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kv_config,
-            streamer, graph, model_kwargs,
+            streamer, graph, rows, model_kwargs,
         )  # fmt: skip
 
 
@@ -127,16 +135,30 @@ def _generate(
     kv_config: CacheConfig | None,
     streamer: Any,
     graph: Graph,
+    most: int | None,
     model_kwargs: dict[str, Any],
 ) -> GenerateDecoderOnlyOutput | Tensor:
     device, rows = device_of(model), input_ids.shape[0]
+    most = rows if most is None else min(most, rows)
+    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    if (
+        most < rows
+        and not pads
+        and any(type(x) is not MaxLengthCriteria for x in stopping_criteria)
+    ):
+        raise ValueError(
+            f"rows={most} needs an EOS token, or lengths alone to end rows: without one generate "
+            "lets all run on until the last has ended"
+        )
     input_ids = input_ids.to(device)
     prompts, row_prompt = _distinct(input_ids, model_kwargs)
     if streamer is not None:
         streamer.put(input_ids.cpu())
 
     def text(row: int) -> list[int]:
-        row = row if keeps else int(active[row])
+        if row < first:
+            return prompts[row].tolist()
+        row = row if keeps else int(active[row - first])
         return input_ids[row, prompt_length - int(length_b[row]) :].tolist()
 
     compiled = None
@@ -146,10 +168,14 @@ def _generate(
     cache = cache if isinstance(cache, PagedCache) else None
     kv_config = config_of(model, cache, kv_config, (CACHE, "kv_config"))
     session = Session(model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache)
+    keeps = config.return_dict_in_generate  # rows that have ended
+    # Where rows wait that need not be kept, one for each prompt stands before those that grow.
+    first = 0 if keeps or most == rows else len(prompts)
     fill = session.prefill if cache is None else session.resume
-    logits_pv = torch.stack(fill(prompts, np.bincount(row_prompt)))
-    session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
-    logits = logits_pv[torch.from_numpy(row_prompt).to(device)]
+    copies = np.ones(first, np.int64) if first else np.bincount(row_prompt)
+    logits_pv = torch.stack(fill(prompts, copies))
+    if not first:
+        session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
 
     impl = session.kv.config.impl
     seeds = np.zeros(rows, np.int64)
@@ -165,59 +191,72 @@ def _generate(
     if not (want_scores or want_logits or streamer) and usable(session, graph):
         greedy = None if logits_processor else {"temperature": 0.0}
         ahead = _ahead(session, filters if config.do_sample else greedy, stopping_criteria)
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     pad = int(config._pad_token_tensor) if config._pad_token_tensor is not None else 0
-    active = torch.arange(rows, device=device)
-    keeps = config.return_dict_in_generate  # rows that have ended
-    over = torch.zeros(rows, dtype=torch.bool, device=device)  # once stopped, always stopped
-    prompt_length = input_ids.shape[1]
-    while True:
-        position = length_b[active] + (input_ids.shape[1] - prompt_length)
-        next_tokens = torch.full((rows,), pad, dtype=input_ids.dtype, device=device)
-        if want_logits:
-            all_logits += (_spread(logits.to(torch.float32), active, rows, pad),)
-        if filters is not None and not want_scores:
-            chosen = sample(logits, seed_b[active], position, **filters, impl=impl)[0]
-        else:
-            raw = logits.to(torch.float32)
-            scores = logits_processor(input_ids, _spread(raw, active, rows, pad, copy=True))
-            if want_scores:
-                all_scores += (_spread(scores[active], active, rows, pad),)
-            if config.do_sample:
-                chosen = sample(scores[active], seed_b[active], position, impl=impl)[0]
+    prompt_length, begun, parts = input_ids.shape[1], input_ids, []
+    for wave in np.split(np.arange(rows), range(most, rows, most)):
+        active, input_ids = torch.from_numpy(wave).to(device), begun
+        over = torch.ones(rows, dtype=torch.bool, device=device)  # once stopped, always stopped
+        over[active] = False
+        if first:
+            session.kv.gather([*range(first), *row_prompt[wave]])
+        logits = logits_pv[torch.from_numpy(row_prompt[wave]).to(device)]
+        while True:
+            step = input_ids.shape[1] - prompt_length
+            next_tokens = torch.full((rows,), pad, dtype=input_ids.dtype, device=device)
+            if want_logits:
+                all_logits = _noted(all_logits, step, logits.to(torch.float32), active, rows, pad)
+            if filters is not None and not want_scores:
+                position = length_b[active] + step
+                chosen = sample(logits, seed_b[active], position, **filters, impl=impl)[0]
             else:
-                best, chosen = scores[active].max(-1)
-                chosen = torch.where(best.isfinite(), chosen, -1)
-        drawn(chosen.cpu(), input_ids.shape[1] - prompt_length, active.cpu())
-        next_tokens[active] = chosen.to(input_ids.dtype)
-        input_ids = torch.cat([input_ids, next_tokens[:, None]], 1)
-        if streamer is not None:
-            streamer.put(next_tokens.cpu())
-        over |= stopping_criteria(input_ids, all_scores)
-        done = over[active]
-        if done.all():
-            break
-        if (
-            pads and done.any()
-        ):  # without an EOS token, generate lets rows run on until all are done
-            stay = (~done).nonzero()[:, 0]
-            if not keeps:
-                session.kv.gather(stay)
-            active = active[stay]
-        if ahead is not None:
-            decoder, longest = ahead
-            new = np.full((rows, longest - input_ids.shape[1]), pad)
+                raw = logits.to(torch.float32)
+                scores = logits_processor(input_ids, _spread(raw, active, rows, pad, copy=True))
+                if want_scores:
+                    all_scores = _noted(all_scores, step, scores[active], active, rows, pad)
+                if config.do_sample:
+                    position = length_b[active] + step
+                    chosen = sample(scores[active], seed_b[active], position, impl=impl)[0]
+                else:
+                    best, chosen = scores[active].max(-1)
+                    chosen = torch.where(best.isfinite(), chosen, -1)
+            drawn(chosen.cpu(), step, active.cpu())
+            next_tokens[active] = chosen.to(input_ids.dtype)
+            input_ids = torch.cat([input_ids, next_tokens[:, None]], 1)
+            if streamer is not None and most == rows:
+                streamer.put(next_tokens.cpu())
+            over |= stopping_criteria(input_ids, all_scores and all_scores[: step + 1])
+            done = over[active]
+            if done.all():
+                break
+            if (
+                pads and done.any()
+            ):  # without an EOS token, generate lets rows run on until all are done
+                stay = (~done).nonzero()[:, 0]
+                if not keeps:
+                    session.kv.gather([*range(first), *(first + stay).tolist()])
+                active = active[stay]
             live = active.cpu().numpy()
-            batch = np.arange(rows) if keeps else live
-            live = live if keeps else np.arange(len(live))
-            tokens = input_ids[torch.from_numpy(batch).to(device), -1].cpu().numpy()
-            width = _finish(decoder, tokens, live, batch, seeds, new)
-            new = torch.from_numpy(new[:, :width]).to(input_ids)
-            input_ids = torch.cat([input_ids, new], 1)
-            break
-        counts = np.zeros(session.kv.rows, np.int32)
-        counts[active.cpu().numpy() if keeps else slice(None)] = 1
-        logits = session.extend(input_ids[active, -1], counts)
+            if ahead is not None:
+                decoder, longest = ahead
+                new = np.full((rows, longest - input_ids.shape[1]), pad)
+                batch = np.arange(rows) if keeps else np.append(np.zeros(first, np.int64), live)
+                live = live if keeps else first + np.arange(len(live))
+                tokens = input_ids[torch.from_numpy(batch).to(device), -1].cpu().numpy()
+                width = _finish(decoder, tokens, live, batch, seeds, new)
+                new = torch.from_numpy(new[:, :width]).to(input_ids)
+                input_ids = torch.cat([input_ids, new], 1)
+                break
+            counts = np.zeros(session.kv.rows, np.int32)
+            counts[live if keeps else slice(first, None)] = 1
+            logits = session.extend(input_ids[active, -1], counts)
+        parts.append((wave, input_ids))
+    if most < rows:
+        width = max(ids.shape[1] for _, ids in parts)
+        input_ids = torch.nn.functional.pad(begun, (0, width - prompt_length), value=pad)
+        for wave, ids in parts:
+            input_ids[wave, : ids.shape[1]] = ids[wave]
+        for column in input_ids.T[prompt_length:] if streamer is not None else ():
+            streamer.put(column.cpu())
     if streamer is not None:
         streamer.end()
     if not keeps:
@@ -387,6 +426,16 @@ def _spread(x_av: Tensor, active: Tensor, rows: int, pad: int, copy: bool = Fals
     return full
 
 
+def _noted(
+    kept: tuple[Tensor, ...], step: int, x_av: Tensor, active: Tensor, rows: int, pad: int
+) -> tuple[Tensor, ...]:
+    """With what the active rows have in a step, which others may have been in before."""
+    if step == len(kept):
+        return (*kept, _spread(x_av, active, rows, pad))
+    kept[step][active] = x_av
+    return kept
+
+
 _patching = threading.Lock()
 
 
@@ -397,6 +446,7 @@ def patch(
     *,
     probe: bool = True,
     graph: Graph = "auto",
+    rows: int | None = None,
 ) -> Iterator[PreTrainedModel]:
     """Make `model.generate` run through `kvtools.generate`, for code that calls it itself.
 
@@ -404,14 +454,14 @@ def patch(
         model: a decoder-only transformers model; what torch.compile returned decodes compiled.
             Other models are not affected, and neither are copies of this one.
         config: how keys and values are kept; default `CacheConfig()`, exact.
-        probe, graph: see `generate`.
+        probe, graph, rows: see `generate`.
 
     Counts in all threads, as the model does. Undone on exit, also after an error. Patches may be
     nested and overlap; the newest one counts.
     """
     check_model(model, probe=probe)
     core = getattr(model, "_orig_mod", model)
-    entry = (model, config, dict(probe=probe, graph=graph))
+    entry = (model, config, dict(probe=probe, graph=graph, rows=rows))
     with _patching:
         if not hasattr(type(core), "_kvtools_patches"):
             core.__class__ = _patched(type(core))

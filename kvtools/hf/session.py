@@ -637,8 +637,8 @@ def _likelihood(logits_tv: Tensor, target_t: Tensor, temperature: float) -> Tens
     logp_tv = logits_tv.log_softmax(-1)
     logprob_t = logp_tv.gather(1, target_t[:, None])[:, 0]
     p_tv = logp_tv.exp()
-    # p log p is 0 where p is: the logarithm is -inf of tokens that a model rules out. Not a dot
-    # product: those add up in order, and lose some 1e-4 over so many terms.
+    # Not as the mean logit taken off their logsumexp: these are large, and the p that stand between
+    # them do not add up to one exactly. And p log p is 0 where p is, of tokens ruled out by -inf.
     logp_tv.clamp_(min=torch.finfo(logp_tv.dtype).min)
     return torch.stack([logprob_t, -p_tv.mul_(logp_tv).sum(-1)], 1)
 
