@@ -3,6 +3,16 @@
 Each strategy is a function (rollouts, questions, scorer, steps, ...) -> `Result`.
 """
 
+from .doubt import (
+    Consensus,
+    Rate,
+    best_n,
+    by_tests,
+    confidence,
+    error_rates,
+    threshold,
+    vote_by_tests,
+)
 from .particles import effective_size, particle_filter, particle_gibbs, resample
 from .result import Candidate, Event, Result, choose
 from .run import Steps
@@ -11,7 +21,9 @@ from .trees import SelfEvaluation, beam, best_of_n, dvts, prune, rebase
 
 __all__ = [
     "Candidate",
+    "Consensus",
     "Event",
+    "Rate",
     "Result",
     "SelfEvaluation",
     "Session",
@@ -19,14 +31,20 @@ __all__ = [
     "Verifier",
     "arithmetic",
     "beam",
+    "best_n",
     "best_of_n",
+    "by_tests",
     "choose",
+    "confidence",
     "dvts",
     "effective_size",
+    "error_rates",
     "final_number",
     "particle_filter",
     "particle_gibbs",
     "prune",
     "rebase",
     "resample",
+    "threshold",
+    "vote_by_tests",
 ]
