@@ -58,7 +58,8 @@ class Script:
 
     def generate(self, limit, until, progress):
         kind = "say" if self.filters["temperature"] else "greedy"
-        live, start = np.flatnonzero(~self.finished), [len(tokens) for tokens in self.tokens]
+        live = np.flatnonzero(~self.finished & (np.broadcast_to(limit, self.rows) > 0))
+        start = [len(tokens) for tokens in self.tokens]
         for row, i in enumerate(live):
             text = "".join(map(chr, self.tokens[i][self.prompt_lengths[i] :]))
             step, last = getattr(self, kind)(self.calls[kind], row, text, int(self.seeds[i]))
@@ -380,6 +381,9 @@ def test_particle_gibbs_forks_off_its_reference(temperature):
 
 STRATEGIES = {
     "best_of_n": lambda *args, **how: search.best_of_n(*args, n=8, **how),
+    "best_of_n, stop": lambda *args, **how: search.best_of_n(
+        *args, n=8, stop=search.Stopping(margin=-1.0, enough=3, verified=0.4, wave=5), **how
+    ),
     "beam": lambda *args, **how: search.beam(*args, n=8, beam=4, **how),
     "beam, lookahead": lambda *args, **how: search.beam(*args, n=4, beam=2, lookahead=2, **how),
     "dvts": lambda *args, **how: search.dvts(*args, n=8, beam=4, **how),

@@ -17,7 +17,8 @@ from .particles import effective_size, particle_filter, particle_gibbs, resample
 from .result import Candidate, Event, Result, choose
 from .run import Steps
 from .scorers import Session, Verifier, arithmetic, final_number
-from .trees import SelfEvaluation, beam, best_of_n, dvts, prune, rebase
+from .stopping import SelfEvaluation, Stopping
+from .trees import beam, best_of_n, dvts, prune, rebase
 
 __all__ = [
     "Candidate",
@@ -28,6 +29,7 @@ __all__ = [
     "SelfEvaluation",
     "Session",
     "Steps",
+    "Stopping",
     "Verifier",
     "arithmetic",
     "beam",

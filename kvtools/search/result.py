@@ -46,6 +46,7 @@ class Candidate:
     log_weight: float = 0.0
     ends: list[int] = field(default_factory=list, repr=False)  # tokens at the end of each step
     row: int | None = field(default=None, repr=False)  # among its question's rows in the caches
+    waits: bool = field(default=False, repr=False)  # does not grow for the time being
 
     def score(self, reduce: str = "last") -> float:
         """One number for all steps; `reduce` as for `kvtools.step_scores`."""
@@ -97,6 +98,7 @@ class Result:
         seconds: by part: "policy", "scorer", "caches" (forks and rewinds), and "all".
         log_evidence: of particle methods, by question: log of the estimated mean over solutions of
             the product of step weights.
+        stopped: of each question, rows that `Stopping` ended before they finished.
     """
 
     questions: list[str]
@@ -106,6 +108,21 @@ class Result:
     encoded: int
     seconds: dict[str, float]
     log_evidence: list[float] = field(default_factory=list)
+    stopped: Rows = field(default_factory=list)
+
+    @property
+    def saved(self) -> float:
+        """Tokens that stopping saved, estimated: each row would have become as long as those that
+        finished and are longer are on average, of its question, or else of all; where there is none
+        it counts for nothing."""
+        every = [len(c.tokens) for some in self.candidates for c in some if c.finished]
+        total = 0.0
+        for some, rows in zip(self.candidates, self.stopped, strict=bool(self.stopped)):
+            own = [len(c.tokens) for c in some if c.finished]
+            for length in (len(c.tokens) for c in rows):
+                longer = [x for x in own if x > length] or [x for x in every if x > length]
+                total += float(np.mean(longer)) - length if longer else 0.0
+        return total
 
     def best(self, how: str = "max", **options: Any) -> list[Candidate | None]:
         """Of each question the candidate that `choose` takes."""

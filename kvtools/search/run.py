@@ -144,14 +144,15 @@ class Run:
         return rows
 
     def grow(self, rows: Rows, whole: bool = False) -> None:
-        """Give every unfinished row a step, and its score; or, `whole`, all steps to its end."""
+        """Give every row that neither ended nor waits a step, and its score; or, `whole`, all steps
+        to its end."""
         self._grown = [
             count + growing([some]) for count, some in zip(self._grown, rows, strict=True)
         ]
         with self._timed("policy"):
             limit = np.full(sum(self._counts), self.steps.tokens)
             for _, row, c in self._cached(rows):
-                limit[row] -= len(c.tokens)
+                limit[row] = 0 if c.waits else limit[row] - len(c.tokens)
             if not whole:
                 limit = np.minimum(limit, self.steps.step_tokens)
             until = self._complete if whole else self.steps.ended
@@ -159,7 +160,7 @@ class Run:
         self.generated += sum(map(len, new))
         added: list[list[list[str]]] = [[[] for _ in range(n)] for n in self._counts]
         for question, row, c in self._cached(rows):
-            if c.finished:
+            if c.finished or c.waits:
                 continue
             added[question][c.row] = self._take(c, new[row], whole)
             if self.rollouts.finished[row]:
@@ -187,9 +188,9 @@ class Run:
         return [[c.score(reduce) for c in some] for some in copies]
 
     def probe(self, rows: Rows, ask: Sequence[int], good: int, bad: int) -> list[list[float]]:
-        """The policy's probability of the token `good` against `bad` after `ask`; of finished rows
-        NaN. The rows stay as they are."""
-        live = [(row, c) for _, row, c in self._cached(rows) if not c.finished]
+        """The policy's probability of the token `good` against `bad` after `ask`; of finished
+        and waiting rows NaN. The rows stay as they are."""
+        live = [(row, c) for _, row, c in self._cached(rows) if not (c.finished or c.waits)]
         found: dict[int, float] = {}
         if live:
             with self._timed("policy"):
