@@ -3,6 +3,7 @@
 Each strategy is a function (rollouts, questions, scorer, steps, ...) -> `Result`.
 """
 
+from .allocate import Entry, Table, allocate, spend
 from .doubt import (
     Consensus,
     Rate,
@@ -23,6 +24,7 @@ from .trees import beam, best_of_n, dvts, prune, rebase
 __all__ = [
     "Candidate",
     "Consensus",
+    "Entry",
     "Event",
     "Rate",
     "Result",
@@ -30,7 +32,9 @@ __all__ = [
     "Session",
     "Steps",
     "Stopping",
+    "Table",
     "Verifier",
+    "allocate",
     "arithmetic",
     "beam",
     "best_n",
@@ -47,6 +51,7 @@ __all__ = [
     "prune",
     "rebase",
     "resample",
+    "spend",
     "threshold",
     "vote_by_tests",
 ]

@@ -75,6 +75,7 @@ class Event:
             was pruned, unless it finished.
         finished: rows that ended, and stay candidates where the strategy keeps them.
         why: the rule, in words.
+        run: which search of those that a strategy makes in turn.
     """
 
     step: int
@@ -83,6 +84,7 @@ class Event:
     kept: tuple[int, ...]
     finished: tuple[int, ...]
     why: str
+    run: int = 0
 
 
 @dataclass
@@ -98,6 +100,7 @@ class Result:
         seconds: by part: "policy", "scorer", "caches" (forks and rewinds), and "all".
         log_evidence: of particle methods, by question: log of the estimated mean over solutions of
             the product of step weights.
+        spent: tokens that the policy generated for each question.
         stopped: of each question, rows that `Stopping` ended before they finished.
     """
 
@@ -108,6 +111,7 @@ class Result:
     encoded: int
     seconds: dict[str, float]
     log_evidence: list[float] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)
     stopped: Rows = field(default_factory=list)
 
     @property

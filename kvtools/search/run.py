@@ -125,7 +125,7 @@ class Run:
         self.sessions: list[Session] = []
         self._counts = [0] * len(self.questions)  # rows in the caches
         self.trace: list[Event] = []
-        self.generated = 0
+        self.spent = [0] * len(self.questions)  # tokens generated
         self._grown = [0] * len(self.questions)  # steps
         self.seconds = dict.fromkeys(("policy", "scorer", "caches"), 0.0)
         self._begin = time.perf_counter()
@@ -157,7 +157,9 @@ class Run:
                 limit = np.minimum(limit, self.steps.step_tokens)
             until = self._complete if whole else self.steps.ended
             new = self.rollouts.generate(limit, until, self.steps.progress)
-        self.generated += sum(map(len, new))
+        ends = np.cumsum([0, *self._counts])
+        for question, (begin, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+            self.spent[question] += sum(map(len, new[begin:end]))
         added: list[list[list[str]]] = [[[] for _ in range(n)] for n in self._counts]
         for question, row, c in self._cached(rows):
             if c.finished or c.waits:
@@ -247,8 +249,9 @@ class Run:
         encoded = sum(held.tokens for held in self.sessions)
         seconds = self.seconds | {"all": time.perf_counter() - self._begin}
         return Result(
-            self.questions, candidates, self.trace, self.generated, encoded, seconds, **more
-        )
+            self.questions, candidates, self.trace, sum(self.spent), encoded, seconds,
+            spent=self.spent, **more,
+        )  # fmt: skip
 
     def __enter__(self) -> "Run":
         return self
