@@ -74,6 +74,11 @@ class Script:
         self.prompt_lengths, self.finished = self.prompt_lengths[index], self.finished[index]
         self.seeds = self.seeds[index]
 
+    def append(self, tokens, rows):
+        for i, new in zip(rows, tokens, strict=True):
+            self.tokens[i] += new
+            self.finished[i] = False
+
     def crop(self, lengths):
         for i, length in enumerate(lengths):
             self.finished[i] &= len(self.tokens[i]) == length
@@ -393,6 +398,12 @@ STRATEGIES = {
     "filter, ess": lambda *args, **how: search.particle_filter(
         *args, n=6, resampling="systematic", ess=0.6, **how
     ),
+    "deepen": lambda *args, **how: search.deepen(
+        *args, n=3, trigger="!: ", depths=[1, 2], enough=0.8, **how
+    ),
+    "revise": lambda *args, **how: search.revise(
+        *args, n=3, critique="?", revision="!", rounds=2, critique_tokens=3, enough=0.8, **how
+    ),
     "gibbs": lambda *args, **how: search.particle_gibbs(*args, n=4, iterations=3, **how),
 }
 strategies = pytest.mark.parametrize("strategy", STRATEGIES.values(), ids=STRATEGIES)
@@ -511,14 +522,15 @@ def test_candidates_are_whole(strategy):
         for c in some:
             reasons.add(c.finished)
             ends = set(range(100, 112))
-            assert c.text == "".join(chr(t) for t in c.tokens if t not in ends)
+            own = c.tokens[c.start :]
+            assert c.text == "".join(chr(t) for t in own if t not in ends)
             assert "".join(c.steps).strip() == c.text.strip()
             assert len(c.steps) == len(c.scores) == len(c.margins)
-            assert not ends & set(c.tokens[:-1])
-            assert (c.finished == "eos") == (c.tokens[-1] in ends)
-            assert len(c.tokens) <= 14
+            assert not ends & set(own[:-1])
+            assert (c.finished == "eos") == (own[-1] in ends)
+            assert len(own) <= 14
             if c.finished == "length":
-                assert len(c.tokens) == 14
+                assert len(own) == 14
     assert reasons >= {"eos", "length"}
 
 

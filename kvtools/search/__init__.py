@@ -14,8 +14,10 @@ from .doubt import (
     threshold,
     vote_by_tests,
 )
+from .drawing import draw, tree
 from .particles import effective_size, particle_filter, particle_gibbs, resample
 from .result import Candidate, Event, Result, choose
+from .retries import deepen, revise
 from .run import Steps
 from .scorers import Session, Verifier, arithmetic, final_number
 from .stopping import SelfEvaluation, Stopping
@@ -42,6 +44,8 @@ __all__ = [
     "by_tests",
     "choose",
     "confidence",
+    "deepen",
+    "draw",
     "dvts",
     "effective_size",
     "error_rates",
@@ -51,7 +55,9 @@ __all__ = [
     "prune",
     "rebase",
     "resample",
+    "revise",
     "spend",
     "threshold",
+    "tree",
     "vote_by_tests",
 ]

@@ -13,13 +13,17 @@ from ..rollouts import Rollouts
 from .doubt import confidence
 from .particles import particle_filter, particle_gibbs
 from .result import REDUCE, Candidate, Event, Result
+from .retries import deepen, revise
 from .run import Steps, whole, within
 from .trees import beam, best_of_n, dvts, prune, rebase
 
 NONE = "none"  # the probes are all that a problem gets
 STRATEGIES: dict[str, Callable[..., Result]] = {
-    f.__name__: f for f in (best_of_n, beam, dvts, rebase, particle_filter, particle_gibbs, prune)
-}
+    strategy.__name__: strategy
+    for strategy in (
+        best_of_n, beam, dvts, rebase, particle_filter, particle_gibbs, prune, deepen, revise
+    )
+}  # fmt: skip
 TRIED = (
     ("best_of_n", {"n": 4}),
     ("best_of_n", {"n": 12}),

@@ -30,10 +30,11 @@ class Candidate:
         text: all of its text.
         margins: log-odds of each step, as the scorer gave them when it came.
         scores: probability of each step, likewise.
-        tokens: its tokens without the prompt.
+        tokens: its tokens without the prompt, those of turns before it included.
         finished: why it ended: "eos", "done" or "length"; "" if it may go on.
         origin: which of the first rows it descends from.
         log_weight: of a particle, at the end.
+        start: where in `tokens` it begins, behind earlier turns.
     """
 
     steps: list[str] = field(default_factory=list)
@@ -44,6 +45,7 @@ class Candidate:
     finished: str = ""
     origin: int = 0
     log_weight: float = 0.0
+    start: int = 0
     ends: list[int] = field(default_factory=list, repr=False)  # tokens at the end of each step
     row: int | None = field(default=None, repr=False)  # among its question's rows in the caches
     waits: bool = field(default=False, repr=False)  # does not grow for the time being
