@@ -175,6 +175,17 @@ ERRORS = [
     ("search", [*PROMPT, "--strategy", "rebase", "--weight-temperature", 1e-9], "--weight-temp"),
     ("search", [*PROMPT, "--strategy", "particle_gibbs", "-n", 1], "-n 1: particle_gibbs"),
     ("search", [*PROMPT, "-n", 5], "-n 5 is not a multiple of --beam 4"),
+    ("search", [*PROMPT, "--strategy", "allocate"], "--strategy allocate needs --tokens"),
+    ("search", [*PROMPT, "--tokens", 9], "--tokens is not an option of --strategy beam"),
+    ("search", [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "/no/such"],
+     "--table /no/such: no such file"),
+    ("search", [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "EMPTY"],
+     "is no table of"),
+    ("search", [*PROMPT, "--strategy", "deepen", "--depths", "2,1"], "--depths: '2,1' is not like"),
+    ("search", [*PROMPT, "--stop-enough", 1], "--stop-enough is not an option of --strategy beam"),
+    ("search", [*PROMPT, "--stop-votes"], "--stop-votes is not an option of --strategy beam"),
+    ("search", [*PROMPT, "--plot", "tree.txt"], "--plot: 'tree.txt': end its name in .svg"),
+    ("search", [*PROMPT, "--plot", "/no/such/tree.svg"], "there is no folder /no/such"),
     ("search", [*PROMPT, "--temperature", 0], "--temperature 0 makes all 16 rows"),
     ("search", [*PROMPT, "--reduce", "median"], "--reduce: 'median'"),
     ("search", [*PROMPT, "--delimiter", ""], "--delimiter: it is empty"),
@@ -279,7 +290,9 @@ def test_options_of_search_are_those_of_the_library():
                  for x in search.STRATEGIES}  # fmt: skip
         taken = {x: parameter.default for x, parameter in taken.items() if parameter is not None}
         assert meaning.startswith(f"{', '.join(taken)}: "), flag
-        for default in {*taken.values()} - {None}:
+        for default in {*taken.values()} - {None, inspect.Parameter.empty}:
+            if isinstance(default, str) and "\n" in default:
+                continue
             said = f"{default:g}" if isinstance(default, float) else str(default)
             assert re.search(rf"{said} \(default\)|\(default .*\b{said}\b", meaning), flag
 
@@ -440,6 +453,8 @@ def test_search(tiny, capsys, tmp_path, strategy):
     path.write_text('{"question": "w2 w3", "answer": 4}\n\n{"question": "w5 w6 w7"}\n')
     given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 12]
     given += ["--delimiter", "w9", "--delimiter", "w1", "--seed", 3, "--bits", 8]
+    if strategy == "allocate":
+        given += ["--tokens", 120, "--probes", 2, "--difficulty", "votes"]
     code, out, err = run(capsys, "search", tiny, *given, "--json")
     assert (code, err) == (0, [])
     result = json.loads(out)
@@ -449,12 +464,32 @@ def test_search(tiny, capsys, tmp_path, strategy):
         assert row["best"] in [c["text"] for c in row["candidates"]]
         assert all(c["scores"] for c in row["candidates"] if c["text"])
         assert all(c["finished"] for c in row["candidates"]) or strategy == "dvts"
-        assert bool(row["trace"]) == (strategy != "best_of_n")
+        assert row["trace"] or strategy in ("best_of_n", "deepen", "revise")
     assert result["generated"] > 0 and result["policy_s"] <= result["all_s"]
     again = json.loads(run(capsys, "search", tiny, *given, "--json")[1])
     assert again["questions"] == result["questions"]
     code, out, _ = run(capsys, "search", tiny, *given, "--batch", 1)
     assert code == 0 and out.startswith("--- w2 w3\n") and "generated" in out
+
+
+@pytest.mark.parametrize("strategy,more", [
+    ("best_of_n", ["--stop-votes", "--wave", 2, "--stop-enough", 1]), ("dvts", []),
+    ("allocate", ["--tokens", 90]),
+])  # fmt: skip
+def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "w2 $w3"}\n{"question": "w5 w6 w7"}\n{"question": "w1"}\n')
+    given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 8]
+    given += ["--delimiter", "w9", "--batch", 2, "--plot", tmp_path / "a.svg", *more, "--json"]
+    code, out, err = run(capsys, "search", tiny, *given)
+    assert (code, err) == (0, [])
+    assert ("saved" in json.loads(out)) == (strategy == "best_of_n")
+    text = (tmp_path / "a.svg").read_text()
+    assert text.count("<!-- score -->") == 3
+    given[given.index(tmp_path / "a.svg")] = tmp_path / "b.svg"
+    run(capsys, "search", tiny, *given)
+    assert (tmp_path / "b.svg").read_text() == text, "the same result gives the same picture"
 
 
 def test_readme_table(tmp_path):

@@ -58,7 +58,8 @@ class Script:
 
     def generate(self, limit, until, progress):
         kind = "say" if self.filters["temperature"] else "greedy"
-        live, start = np.flatnonzero(~self.finished), [len(tokens) for tokens in self.tokens]
+        live = np.flatnonzero(~self.finished & (np.broadcast_to(limit, self.rows) > 0))
+        start = [len(tokens) for tokens in self.tokens]
         for row, i in enumerate(live):
             text = "".join(map(chr, self.tokens[i][self.prompt_lengths[i] :]))
             step, last = getattr(self, kind)(self.calls[kind], row, text, int(self.seeds[i]))
@@ -72,6 +73,11 @@ class Script:
         index = np.array(index, np.int64)
         self.prompt_lengths, self.finished = self.prompt_lengths[index], self.finished[index]
         self.seeds = self.seeds[index]
+
+    def append(self, tokens, rows):
+        for i, new in zip(rows, tokens, strict=True):
+            self.tokens[i] += new
+            self.finished[i] = False
 
     def crop(self, lengths):
         for i, length in enumerate(lengths):
@@ -380,6 +386,9 @@ def test_particle_gibbs_forks_off_its_reference(temperature):
 
 STRATEGIES = {
     "best_of_n": lambda *args, **how: search.best_of_n(*args, n=8, **how),
+    "best_of_n, stop": lambda *args, **how: search.best_of_n(
+        *args, n=8, stop=search.Stopping(margin=-1.0, enough=3, verified=0.4, wave=5), **how
+    ),
     "beam": lambda *args, **how: search.beam(*args, n=8, beam=4, **how),
     "beam, lookahead": lambda *args, **how: search.beam(*args, n=4, beam=2, lookahead=2, **how),
     "dvts": lambda *args, **how: search.dvts(*args, n=8, beam=4, **how),
@@ -388,6 +397,12 @@ STRATEGIES = {
     "filter": lambda *args, **how: search.particle_filter(*args, n=6, **how),
     "filter, ess": lambda *args, **how: search.particle_filter(
         *args, n=6, resampling="systematic", ess=0.6, **how
+    ),
+    "deepen": lambda *args, **how: search.deepen(
+        *args, n=3, trigger="!: ", depths=[1, 2], enough=0.8, **how
+    ),
+    "revise": lambda *args, **how: search.revise(
+        *args, n=3, critique="?", revision="!", rounds=2, critique_tokens=3, enough=0.8, **how
     ),
     "gibbs": lambda *args, **how: search.particle_gibbs(*args, n=4, iterations=3, **how),
 }
@@ -507,14 +522,15 @@ def test_candidates_are_whole(strategy):
         for c in some:
             reasons.add(c.finished)
             ends = set(range(100, 112))
-            assert c.text == "".join(chr(t) for t in c.tokens if t not in ends)
+            own = c.tokens[c.start :]
+            assert c.text == "".join(chr(t) for t in own if t not in ends)
             assert "".join(c.steps).strip() == c.text.strip()
             assert len(c.steps) == len(c.scores) == len(c.margins)
-            assert not ends & set(c.tokens[:-1])
-            assert (c.finished == "eos") == (c.tokens[-1] in ends)
-            assert len(c.tokens) <= 14
+            assert not ends & set(own[:-1])
+            assert (c.finished == "eos") == (own[-1] in ends)
+            assert len(own) <= 14
             if c.finished == "length":
-                assert len(c.tokens) == 14
+                assert len(own) == 14
     assert reasons >= {"eos", "length"}
 
 

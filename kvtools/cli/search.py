@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
 import math
@@ -42,41 +43,110 @@ EXAMPLE = (
     "--max-new-tokens 128"
 )
 
+
+def numbers_of(given: str) -> list[int]:
+    """An argparse type: ascending numbers from 1 on, between commas."""
+    try:
+        found = [int(x) for x in given.split(",")]
+    except ValueError:
+        found = []
+    if not found or found[0] < 1 or found != sorted({*found}):
+        raise argparse.ArgumentTypeError(f"{given!r} is not like 1,2,4: ascending, from 1 on")
+    return found
+
+
 # As `kvtools.search` has them, which needs transformers: a test compares.
 REDUCE = ("last", "min", "max", "mean", "sum", "prod", "gmean", "sum_logit", "softmin")
 TEMPERATURES = (1e-6, 1e6)
-STRATEGIES = ("best_of_n", "beam", "dvts", "rebase", "particle_filter", "particle_gibbs", "prune")
+STRATEGIES = ("best_of_n", "beam", "dvts", "rebase", "particle_filter", "particle_gibbs", "prune",
+              "allocate", "deepen", "revise")  # fmt: skip
 # What some strategies take, and the flags of it; which do is asked of the library.
 OPTIONS = {
     "--beam": ("beam", count, "beam, dvts: continuations of each row that is kept (default 4)"),
     "--lookahead": (
-        "lookahead", number(int, 0, MOST),
+        "lookahead",
+        number(int, 0, MOST),
         "beam, dvts: greedy steps ahead that a row is judged with (default 0)",
     ),
     "--reduce": (
-        "reduce", choice(*REDUCE),
-        "beam, dvts, rebase, prune: a row's score from its steps' by "
+        "reduce",
+        choice(*REDUCE),
+        "beam, dvts, rebase, prune, allocate, deepen, revise: a row's score from its steps' by "
         f"{', '.join(REDUCE)} (default last)",
     ),
     "--resampling": (
-        "resampling", choice("multinomial", "systematic"),
+        "resampling",
+        choice("multinomial", "systematic"),
         "particle_filter, particle_gibbs: multinomial (default) or systematic",
     ),
     "--weight-temperature": (
-        "temperature", number(float, *TEMPERATURES),
+        "temperature",
+        number(float, *TEMPERATURES),
         "rebase, particle_filter, particle_gibbs: what scores are divided by (default 0.2 for "
         "rebase, else 1)",
     ),
     "--ess": (
-        "ess", number(float, 0, 1),
+        "ess",
+        number(float, 0, 1),
         "particle_filter, particle_gibbs: resample only where the effective sample size is under "
         "this share of n (default: after every step)",
     ),
     "--iterations": ("iterations", count, "particle_gibbs: particle filters in turn (default 4)"),
     "--least": (
-        "least", number(float, 0, 1),
+        "least",
+        number(float, 0, 1),
         "prune: rows that the policy thinks right with less than this are dropped (default 0.5)",
     ),
+    "--tokens": (
+        "budget",
+        number(float, 1, 1e12),
+        "allocate: tokens per question on average, probes included; needed",
+    ),
+    "--table": ("table", Path, "allocate: a file of Table.save (default: independent samples)"),
+    "--probes": ("probes", count, "allocate: samples of each question at first (default 4)"),
+    "--difficulty": (
+        "difficulty",
+        choice("score", "votes"),
+        "allocate: by the probes' mean score (default score) or the vote of their answers: votes",
+    ),
+    "--trigger": (
+        "trigger",
+        str,
+        "deepen: what a row is told once it went back; Wait, that may be wrong. Again: (default)",
+    ),
+    "--depths": (
+        "depths",
+        numbers_of,
+        "deepen: steps to go back, one after the other (default 1, 2, 4; as 1,2,4)",
+    ),
+    "--enough": (
+        "enough",
+        number(float, 0, 1),
+        "deepen, revise: rows that score at least this are left alone (default 1)",
+    ),
+    "--critique": ("critique", str, "revise: what the policy is told after a draft"),
+    "--revision": ("revision", str, "revise: what it is told after its critique"),
+    "--rounds": ("rounds", count, "revise: revisions of each row (default 1)"),
+    "--critique-tokens": (
+        "critique_tokens",
+        count,
+        "revise: most tokens of a critique (default 128)",
+    ),
+}
+# Rules of `kvtools.search.Stopping`, for best_of_n.
+STOPPING = {
+    "--stop-margin": (
+        "margin", number(float, -1e6, 1e6),
+        "a row stops where the trend of its log-odds is under this",
+    ),
+    "--stop-longer": (
+        "longer", number(float, 0, 1e6), "a row stops at so many times the length of finished ones",
+    ),
+    "--stop-enough": ("enough", count, "a question stops with so many finished rows verified"),
+    "--stop-verified": (
+        "verified", number(float, 0, 1), "score of a verified row, for --stop-enough (default 0.9)",
+    ),
+    "--wave": ("wave", count, "rows of a question that grow at a time (default all)"),
 }  # fmt: skip
 
 
@@ -110,6 +180,11 @@ def add(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=seed, default=0, help="default 0")
     command.add_argument("--json", action="store_true", help="print candidates and trace as JSON")
 
+    command.add_argument(
+        "--plot", type=picture, metavar="PATH",
+        help="draw the steps as a tree coloured by score: .svg, .png or .pdf; needs matplotlib",
+    )  # fmt: skip
+
     steps = command.add_argument_group("steps")
     steps.add_argument(
         "--delimiter",
@@ -137,6 +212,15 @@ def add(command: argparse.ArgumentParser) -> None:
             flag, dest=f"rule_{name}", type=kind, default=argparse.SUPPRESS, metavar="X",
             help=meaning,
         )  # fmt: skip
+    early = command.add_argument_group("best_of_n: when to stop early")
+    for flag, (name, kind, meaning) in STOPPING.items():
+        early.add_argument(
+            flag, dest=f"stop_{name}", type=kind, default=argparse.SUPPRESS, metavar="X",
+            help=meaning,
+        )  # fmt: skip
+    early.add_argument(
+        "--stop-votes", action="store_true", help="a question stops when its vote is settled"
+    )
     add_cache(command)
 
 
@@ -146,8 +230,10 @@ def run(args: argparse.Namespace) -> None:
     config, given = cache_of(args)
     strategy, options = strategy_of(args)
     scorer = scorer_of(args, answers)
+    said = {name[5:]: x if isinstance(x, (int, float, list)) else str(x)
+            for name, x in vars(args).items() if name.startswith(("rule_", "stop_"))}  # fmt: skip
     model, tokenizer = load(args)
-    fits(config, given, model, args.n * min(args.batch, len(questions)))
+    fits(config, given, model, widest(args, options) * min(args.batch, len(questions)))
     rollouts = kvtools.Rollouts(model, config, temperature=args.temperature, top_p=args.top_p)
 
     def prompt(text: str) -> list[int]:
@@ -164,19 +250,27 @@ def run(args: argparse.Namespace) -> None:
         prompt=prompt,
     )
     found: list[dict] = []
+    results = []
     costs: Counter[str] = Counter()
     with progress() as bar:
         line = bar.add_task(args.strategy, total=len(questions))
         for start in range(0, len(questions), args.batch):
             some = questions[start : start + args.batch]
-            result = strategy(rollouts, some, scorer, steps, n=args.n, seed=args.seed, **options)
+            if "budget" in options:
+                options["budget"] = args.rule_budget * len(some)
+            result = strategy(rollouts, some, scorer, steps, seed=args.seed, **options)
             found += rows_of(result, args.pick)
+            results.append(result)
             costs.update(generated=result.generated, encoded=result.encoded)
+            if "stop" in options:
+                costs.update(saved=round(result.saved))
             costs.update({f"{part}_s": round(x, 4) for part, x in result.seconds.items()})
             bar.advance(line, len(some))
+    if args.plot is not None:
+        kvtools.search.draw(joined(results), args.plot)
     if args.json:
         header = {"model": args.model, "strategy": args.strategy, "n": args.n, "seed": args.seed}
-        header |= {"options": options, "config": given}
+        header |= {"options": said, "config": given}
         print(json.dumps(header | {"questions": found} | costs, indent=2))
         return
     for row in found:
@@ -239,6 +333,23 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
     for flag, (name, *_) in OPTIONS.items():
         if name in given and name not in known:
             raise Usage(f"{flag} is not an option of --strategy {args.strategy}")
+    if args.strategy == "allocate":
+        if "budget" not in given:
+            raise Usage("--strategy allocate needs --tokens: how many per question")
+        if "table" in given:
+            given["table"] = table_of(given["table"])
+        given["answer"] = kvtools.search.final_number
+    if "n" in known:
+        given["n"] = args.n
+    rules = {name[5:]: x for name, x in vars(args).items() if name.startswith("stop_")}
+    if rules.pop("votes"):
+        rules["answer"] = kvtools.search.final_number
+    if rules and "stop" not in known:
+        flag = next(iter(rules))
+        flag = {"answer": "--stop-votes", "wave": "--wave"}.get(flag, f"--stop-{flag}")
+        raise Usage(f"{flag} is not an option of --strategy {args.strategy}")
+    if rules:
+        given["stop"] = kvtools.search.Stopping(**rules)
     if "beam" in known:
         beam = given.get("beam", known["beam"].default)
         if args.n % beam:
@@ -248,6 +359,49 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
     if args.temperature == 0 and args.n > 1:
         raise Usage(f"--temperature 0 makes all {args.n} rows of -n equal")
     return strategy, given
+
+
+def table_of(path: Path) -> Any:
+    if not path.is_file():
+        raise Usage(f"--table {path}: no such file; name one that Table.save wrote")
+    try:
+        return kvtools.search.Table.load(path)
+    except ValueError as error:
+        raise Usage(f"--table {error}") from error
+
+
+def widest(args: argparse.Namespace, options: dict) -> int:
+    """Most rows of a question at a time."""
+    if args.strategy == "allocate":
+        probes = options.get("probes", 4)
+        table = options.get("table") or kvtools.search.Table.samples(probes=probes)
+        return max(probes, *(int(x.options.get("n", 16)) for x in table.entries))
+    return args.n * (2 if args.strategy in ("deepen", "revise") else 1)
+
+
+def picture(name: str) -> Path:
+    """An argparse type: a file to draw into."""
+    path = Path(name)
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{name!r}: end its name in .svg, .png or .pdf")
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{name!r}: there is no folder {path.parent}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("matplotlib is needed: pip install matplotlib")
+    return path
+
+
+def joined(results: list) -> Any:
+    """The results of batches as one, for the picture."""
+    first = 0
+    total = dataclasses.replace(results[0], questions=[], candidates=[], trace=[], stopped=[])
+    for result in results:
+        total.questions += result.questions
+        total.candidates += result.candidates
+        total.stopped += result.stopped
+        total.trace += [dataclasses.replace(e, question=e.question + first) for e in result.trace]
+        first += len(result.questions)
+    return total
 
 
 def scorer(name: str) -> str:

@@ -30,10 +30,11 @@ class Candidate:
         text: all of its text.
         margins: log-odds of each step, as the scorer gave them when it came.
         scores: probability of each step, likewise.
-        tokens: its tokens without the prompt.
+        tokens: its tokens without the prompt, those of turns before it included.
         finished: why it ended: "eos", "done" or "length"; "" if it may go on.
         origin: which of the first rows it descends from.
         log_weight: of a particle, at the end.
+        start: where in `tokens` it begins, behind earlier turns.
     """
 
     steps: list[str] = field(default_factory=list)
@@ -44,8 +45,10 @@ class Candidate:
     finished: str = ""
     origin: int = 0
     log_weight: float = 0.0
+    start: int = 0
     ends: list[int] = field(default_factory=list, repr=False)  # tokens at the end of each step
     row: int | None = field(default=None, repr=False)  # among its question's rows in the caches
+    waits: bool = field(default=False, repr=False)  # does not grow for the time being
 
     def score(self, reduce: str = "last") -> float:
         """One number for all steps; `reduce` as for `kvtools.step_scores`."""
@@ -74,6 +77,7 @@ class Event:
             was pruned, unless it finished.
         finished: rows that ended, and stay candidates where the strategy keeps them.
         why: the rule, in words.
+        run: which search of those that a strategy makes in turn.
     """
 
     step: int
@@ -82,6 +86,7 @@ class Event:
     kept: tuple[int, ...]
     finished: tuple[int, ...]
     why: str
+    run: int = 0
 
 
 @dataclass
@@ -97,6 +102,8 @@ class Result:
         seconds: by part: "policy", "scorer", "caches" (forks and rewinds), and "all".
         log_evidence: of particle methods, by question: log of the estimated mean over solutions of
             the product of step weights.
+        spent: tokens that the policy generated for each question.
+        stopped: of each question, rows that `Stopping` ended before they finished.
     """
 
     questions: list[str]
@@ -106,6 +113,22 @@ class Result:
     encoded: int
     seconds: dict[str, float]
     log_evidence: list[float] = field(default_factory=list)
+    spent: list[int] = field(default_factory=list)
+    stopped: Rows = field(default_factory=list)
+
+    @property
+    def saved(self) -> float:
+        """Tokens that stopping saved, estimated: each row would have become as long as those that
+        finished and are longer are on average, of its question, or else of all; where there is none
+        it counts for nothing."""
+        every = [len(c.tokens) for some in self.candidates for c in some if c.finished]
+        total = 0.0
+        for some, rows in zip(self.candidates, self.stopped, strict=bool(self.stopped)):
+            own = [len(c.tokens) for c in some if c.finished]
+            for length in (len(c.tokens) for c in rows):
+                longer = [x for x in own if x > length] or [x for x in every if x > length]
+                total += float(np.mean(longer)) - length if longer else 0.0
+        return total
 
     def best(self, how: str = "max", **options: Any) -> list[Candidate | None]:
         """Of each question the candidate that `choose` takes."""

@@ -14,6 +14,9 @@ from ..rollouts import Rollouts
 from .result import Candidate, Event, Result, Rows, growing
 from .scorers import Session, TextSession, append, scores, session, sigmoid
 
+# A text, or a function (question, text so far) -> text or token ids.
+Prompt = str | Callable[[str, str], str | Sequence[int]]
+
 
 class Tokenizer(Protocol):
     def encode(self, text: str) -> Sequence[int]: ...
@@ -125,7 +128,7 @@ class Run:
         self.sessions: list[Session] = []
         self._counts = [0] * len(self.questions)  # rows in the caches
         self.trace: list[Event] = []
-        self.generated = 0
+        self.spent = [0] * len(self.questions)  # tokens generated
         self._grown = [0] * len(self.questions)  # steps
         self.seconds = dict.fromkeys(("policy", "scorer", "caches"), 0.0)
         self._begin = time.perf_counter()
@@ -144,29 +147,30 @@ class Run:
         return rows
 
     def grow(self, rows: Rows, whole: bool = False) -> None:
-        """Give every unfinished row a step, and its score; or, `whole`, all steps to its end."""
+        """Give every row that neither ended nor waits a step, and its score; or, `whole`, all steps
+        to its end."""
         self._grown = [
             count + growing([some]) for count, some in zip(self._grown, rows, strict=True)
         ]
         with self._timed("policy"):
             limit = np.full(sum(self._counts), self.steps.tokens)
             for _, row, c in self._cached(rows):
-                limit[row] -= len(c.tokens)
+                limit[row] = 0 if c.waits else limit[row] - (len(c.tokens) - c.start)
             if not whole:
                 limit = np.minimum(limit, self.steps.step_tokens)
             until = self._complete if whole else self.steps.ended
             new = self.rollouts.generate(limit, until, self.steps.progress)
-        self.generated += sum(map(len, new))
+        self._count(new)
         added: list[list[list[str]]] = [[[] for _ in range(n)] for n in self._counts]
         for question, row, c in self._cached(rows):
-            if c.finished:
+            if c.finished or c.waits:
                 continue
             added[question][c.row] = self._take(c, new[row], whole)
             if self.rollouts.finished[row]:
                 c.finished = "eos"
             elif self.steps.done(c.text):
                 c.finished = "done"
-            elif len(c.tokens) >= self.steps.tokens:
+            elif len(c.tokens) - c.start >= self.steps.tokens:
                 c.finished = "length"
             self.rollouts.finished[row] = bool(c.finished)
         self._score(rows, added)
@@ -187,9 +191,9 @@ class Run:
         return [[c.score(reduce) for c in some] for some in copies]
 
     def probe(self, rows: Rows, ask: Sequence[int], good: int, bad: int) -> list[list[float]]:
-        """The policy's probability of the token `good` against `bad` after `ask`; of finished rows
-        NaN. The rows stay as they are."""
-        live = [(row, c) for _, row, c in self._cached(rows) if not c.finished]
+        """The policy's probability of the token `good` against `bad` after `ask`; of finished
+        and waiting rows NaN. The rows stay as they are."""
+        live = [(row, c) for _, row, c in self._cached(rows) if not (c.finished or c.waits)]
         found: dict[int, float] = {}
         if live:
             with self._timed("policy"):
@@ -234,8 +238,47 @@ class Run:
         """Take a candidate back to its first `steps` steps; its row waits for `rewind`."""
         for name in ("steps", "margins", "scores", "ends"):
             del getattr(c, name)[steps:]
-        del c.tokens[c.ends[-1] if steps else 0 :]
-        c.text, c.finished = self._text(c.tokens), ""
+        del c.tokens[c.ends[-1] if steps else c.start :]
+        c.text, c.finished = self._text(c.tokens[c.start :]), ""
+
+    def give(self, rows: Rows, prompt: Prompt, texts: dict[int, str] | None = None) -> None:
+        """Append what a prompt says to each of some rows, which then go on. It becomes the
+        beginning of their next step, unless a new solution begins there.
+
+        Args:
+            texts: by id of a candidate, what a prompt that is a function is called with; default
+                its text.
+        """
+        with self._timed("policy"):
+            for question, row, c in self._cached(rows):
+                text = c.text if texts is None else texts[id(c)]
+                found = prompt(self.questions[question], text) if callable(prompt) else prompt
+                encode = self.steps.tokenizer.encode
+                tokens = list(encode(found) if isinstance(found, str) else found)
+                self.rollouts.append([tokens], [row])
+                self.rollouts.finished[row], c.finished = False, ""
+                c.tokens += tokens
+
+    def say(self, rows: Rows, most: int) -> dict[int, str]:
+        """Let some rows, of which alone any may grow, say up to `most` tokens that are no steps;
+        returns the texts by id of a candidate."""
+        with self._timed("policy"):
+            limit = np.zeros(sum(self._counts), np.int64)
+            cached = list(self._cached(rows))
+            limit[[row for _, row, _ in cached]] = most
+            new = self.rollouts.generate(limit, None, self.steps.progress)
+        self._count(new)
+        said = {}
+        for _, row, c in cached:
+            c.tokens += new[row]
+            said[id(c)] = self._text(new[row])
+        return said
+
+    def begin(self, c: Candidate) -> None:
+        """Begin another solution behind what a row has; the scorer's row waits for `rewind`."""
+        for name in ("steps", "margins", "scores", "ends"):
+            getattr(c, name).clear()
+        c.start, c.text = len(c.tokens), ""
 
     def reseed(self, rows: Rows) -> None:
         """Give rows other draws than before, also at positions where they have been."""
@@ -246,14 +289,22 @@ class Run:
         encoded = sum(held.tokens for held in self.sessions)
         seconds = self.seconds | {"all": time.perf_counter() - self._begin}
         return Result(
-            self.questions, candidates, self.trace, self.generated, encoded, seconds, **more
-        )
+            self.questions, candidates, self.trace, sum(self.spent), encoded, seconds,
+            spent=self.spent, **more,
+        )  # fmt: skip
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.rollouts.gather([])
+
+    def _count(self, new: Sequence[Sequence[int]]) -> None:
+        """Add the new tokens of all rows to what their questions were given."""
+        first = 0
+        for question, count in enumerate(self._counts):
+            self.spent[question] += sum(map(len, new[first : first + count]))
+            first += count
 
     def _cached(self, rows: Rows) -> Iterator[tuple[int, int, Candidate]]:
         """Question, row in the policy's cache and candidate, of those that have a row."""
@@ -303,7 +354,7 @@ class Run:
         steps, start = [], 0
         for end in [*cuts, len(tokens)]:
             c.tokens += tokens[start:end]
-            text = self._text(c.tokens)
+            text = self._text(c.tokens[c.start :])
             step, c.text, start = text[len(c.text) :], text, end
             if step.strip():
                 c.steps.append(step)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..rollouts import Rollouts
 from .result import REDUCE, Candidate, Result, Rows, growing
 from .run import TEMPERATURES, Run, Steps, whole, within
+from .stopping import SelfEvaluation, Stopping, grow_until
 
 # (question, rows, what they are judged by) -> rows that go on, rows that become candidates, why.
 Rule = Callable[[int, list[Candidate], Sequence[float]], tuple[list[int], list[int], str]]
@@ -23,6 +23,7 @@ def best_of_n(
     steps: Steps,
     *,
     n: int = 16,
+    stop: Stopping | None = None,
     seed: int = 0,
 ) -> Result:
     """`n` independent solutions of each question, scored at the end.
@@ -30,13 +31,21 @@ def best_of_n(
     Args:
         rollouts: the policy, without rows; it samples.
         scorer: a PRM, a callable on texts, or a `Verifier`; with None every step scores 0.5.
+        stop: rules by which rows and problems stop early; scores then come step by step. Rows that
+            go on have the tokens that they have without.
         seed: of all draws.
 
     Returns:
-        All candidates; `Result.best` takes the best, or a weighted or plain vote.
+        All candidates; `Result.best` takes the best, or a weighted or plain vote. Those that `stop`
+        ended are in `Result.stopped`, with an estimate of what that saved in `Result.saved`.
     """
     scorer = _indifferent if scorer is None else scorer
+    if stop is not None and not isinstance(stop, Stopping):
+        raise TypeError(f"stop={stop!r}: a Stopping is needed")
     with Run(rollouts, questions, scorer, steps, n, seed) as run:
+        if stop is not None:
+            found, stopped = grow_until(run, stop)
+            return run.result(found, stopped=stopped)
         rows = run.start()
         run.grow(rows, whole=True)
         return run.result(rows)
@@ -186,20 +195,6 @@ def rebase(
         return run.result(_descend(run, rows, rule, lambda rows: run.ahead(rows, 0, reduce)))
 
 
-@dataclass(frozen=True)
-class SelfEvaluation:
-    """A question to the policy about its own solution so far, answered by one token.
-
-    Args:
-        ask: text that is appended, read and forgotten.
-        good, bad: answers; the first token of each counts.
-    """
-
-    ask: str = "\nIs this solution right so far? Answer yes or no:"
-    good: str = " yes"
-    bad: str = " no"
-
-
 def prune(
     rollouts: Rollouts,
     questions: Sequence[str],
@@ -230,21 +225,11 @@ def prune(
     asked = evaluation or SelfEvaluation()
     within("least", least, 0, 1)
     _judged(0, reduce)
-    encode = steps.tokenizer.encode
-    tokens = {name: list(encode(getattr(asked, name))) for name in ("ask", "good", "bad")}
-    for name, found in tokens.items():
-        if not found:
-            raise ValueError(f"evaluation.{name}={getattr(asked, name)!r} gives no token")
-    good, bad = tokens["good"][0], tokens["bad"][0]
-    if good == bad:
-        raise ValueError(
-            f"evaluation: {asked.good!r} and {asked.bad!r} begin with the same token, which alone "
-            "is read: choose other answers"
-        )
+    ask, good, bad = asked.tokens(steps)
     finished = [False] * len(questions)
 
     def judge(rows: Rows) -> list[list[float]]:
-        return run.probe(rows, tokens["ask"], good, bad)
+        return run.probe(rows, ask, good, bad)
 
     def rule(
         question: int, rows: list[Candidate], values: Sequence[float]

@@ -1,0 +1,130 @@
+"""Stopping: what goes on is what it would have been; rules by hand; what is saved is told."""
+
+import math
+
+import pytest
+from test_search import QUESTIONS, TOKENS, by_text, chance, policy, told
+
+from kvtools import search
+from kvtools.search import Candidate, Stopping
+
+FULL = dict(n=8, seed=4)
+
+
+def answer(text):
+    return len(text) % 3 or None
+
+
+@pytest.fixture(scope="module")
+def full():
+    return search.best_of_n(policy(), QUESTIONS, by_text, TOKENS, **FULL)
+
+
+RULES = {
+    "none": Stopping(),
+    "margin": Stopping(margin=-0.5),
+    "evaluation": Stopping(evaluation=search.SelfEvaluation("ok?", "y", "n"), least=0.5),
+    "longer": Stopping(longer=1.0),
+    "votes": Stopping(answer=answer),
+    "enough": Stopping(enough=2, verified=0.5),
+    "wave": Stopping(wave=3),
+    "wave, votes": Stopping(wave=2, answer=answer, margin=-2.0),
+    "wave, enough": Stopping(wave=1, enough=1, verified=0.3),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rows_are_those_of_best_of_n(full, name):
+    """Finished or stopped, each is a beginning of the row that it is without rules; and all that
+    the policy generated is in one of them."""
+    found = search.best_of_n(policy(), QUESTIONS, by_text, TOKENS, **FULL, stop=RULES[name])
+    generated = 0
+    for want, some, stopped in zip(full.candidates, found.candidates, found.stopped, strict=True):
+        assert some, "a problem always has a candidate"
+        assert sorted(c.origin for c in [*some, *stopped]) == list(range(8))
+        assert [c.origin for c in some] == sorted(c.origin for c in some)
+        for c in some:
+            assert c.finished and (c.tokens, c.scores) == (
+                want[c.origin].tokens, want[c.origin].scores)  # fmt: skip
+        for c in stopped:
+            assert not c.finished
+            assert c.tokens == want[c.origin].tokens[: len(c.tokens)]
+        generated += sum(len(c.tokens) for c in [*some, *stopped])
+    assert found.generated == generated <= full.generated
+    if name in ("none", "wave"):
+        assert found.generated == full.generated and not any(found.stopped) and not found.saved
+    else:
+        assert found.generated < full.generated
+        assert found.saved > 0 or name == "longer"
+    again = search.best_of_n(policy(), QUESTIONS, by_text, TOKENS, **FULL, stop=RULES[name])
+    assert told(again) == told(found)
+
+
+def test_votes_that_are_settled_stay(full):
+    """The majority is that of all rows, whatever those not grown would have said."""
+    stop = Stopping(answer=answer, wave=1)
+    found = search.best_of_n(policy(), QUESTIONS, by_text, TOKENS, **FULL, stop=stop)
+    how = dict(how="majority", answer=answer)
+    ours, want = found.best(**how), full.best(**how)
+    assert [answer(c.text) for c in ours] == [answer(c.text) for c in want]
+    assert any(found.stopped)
+
+
+def test_saved_is_near_the_truth():
+    """Where whether a row is stopped tells nothing of its length."""
+    questions = [f"question {i}" for i in range(12)]
+
+    def doomed(question, solutions):
+        return [[0.01 if chance(question, x[:1]) < 0.4 else 0.9] * len(x) for x in solutions]
+
+    full = search.best_of_n(policy(), questions, doomed, TOKENS, n=8)
+    stop = Stopping(margin=0.0, window=1)
+    found = search.best_of_n(policy(), questions, doomed, TOKENS, n=8, stop=stop)
+    truth = full.generated - found.generated
+    assert 0.6 < found.saved / truth < 1.4
+
+
+@pytest.mark.parametrize("margins,ahead,stops", [
+    ([5.0, 3.0, 1.0], 1, True), ([5.0, 3.0, 1.0], 0, False), ([1.0, 3.0, 5.0], 1, False),
+    ([0.1], 3, False), ([-0.1], 3, True), ([-9.0, 1.0, 1.0, 1.0], 2, False), ([], 1, False),
+])  # fmt: skip
+def test_trend(margins, ahead, stops):
+    stop = Stopping(margin=0.0, window=3, ahead=ahead)
+    assert stop.hopeless(Candidate(margins=margins), 1.0, None) == stops
+
+
+@pytest.mark.parametrize("texts,open_rows,settled", [
+    ("aab", 1, False), ("aab", 0, True), ("aaab", 1, True), ("aaaabb", 2, False), ("", 0, False),
+    ("--aa", 1, True), ("--", 0, False),
+])  # fmt: skip
+def test_votes_settle(texts, open_rows, settled):
+    stop = Stopping(answer=lambda text: None if text == "-" else text)
+    assert bool(stop.settled([Candidate(text=x) for x in texts], open_rows)) == settled
+
+
+def test_depth_ends_the_judging():
+    steps = search.Steps(TOKENS.tokenizer, TOKENS.delimiters, 5, 14, depth=1)
+    stop = Stopping(margin=0.0, window=1)
+
+    def late(question, solutions):
+        return [[0.9, 0.9, *[0.1] * len(x)][: len(x)] for x in solutions]
+
+    found = search.best_of_n(policy(), QUESTIONS, late, steps, n=4, stop=stop)
+    assert not any(found.stopped)
+    assert any(search.best_of_n(policy(), QUESTIONS, late, TOKENS, n=4, stop=stop).stopped)
+
+
+@pytest.mark.parametrize("name,value,error", [
+    ("margin", math.nan, ValueError), ("margin", "low", ValueError), ("window", 0, ValueError),
+    ("ahead", -1, ValueError), ("evaluation", "ok?", TypeError), ("least", 2, ValueError),
+    ("longer", -1, ValueError), ("answer", "x", TypeError), ("enough", 0, ValueError),
+    ("verified", 1.5, ValueError), ("reduce", "median", ValueError), ("wave", 0, ValueError),
+])  # fmt: skip
+def test_stopping_refuses(name, value, error):
+    with pytest.raises(error, match=f"{name}="):
+        Stopping(**{name: value})
+
+
+def test_best_of_n_refuses_other_rules():
+    with pytest.raises(TypeError, match="stop=3"):
+        search.best_of_n(policy(), QUESTIONS, by_text, TOKENS, stop=3)
