@@ -55,7 +55,8 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
         )
     if probe and not door.probed:
         try:
-            _probe(inner(model), door)
+            with _gathered(inner(model)):
+                _probe(inner(model), door)
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
@@ -694,6 +695,22 @@ def _parts(
 def _output(out: Any) -> Tensor:
     hidden = getattr(out, "last_hidden_state", None)  # a decoder may be the whole model
     return out.logits if hidden is None else hidden
+
+
+@contextmanager
+def _gathered(model: Any) -> Iterator[None]:
+    """FSDP2 (`fully_shard`) has parameters whole in forwards of the model, the first of which finds
+    out what belongs together; the probe runs parts."""
+    sharded = hasattr(model, "unshard")
+    if sharded:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
+        model.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            model.reshard()
 
 
 @torch.no_grad()
