@@ -55,7 +55,7 @@ def model():
 @pytest.fixture
 def larger():
     """One large enough for its arithmetic to be what takes time."""
-    return llama(256, 3)
+    return llama(384, 4)
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +82,8 @@ def pytest_configure(config):
 @pytest.fixture
 def record(request):
     """record(package, what was run, what came of it): a row of the matrix in docs/ecosystem.md.
-    `value` and `target`, what it should be at least, are kept too."""
+    What goes on after a colon shares a row. `value` and `target`, what it should be at least, are
+    kept too."""
 
     def add(package, what, result, value=None, target=None):
         config = request.config
@@ -98,12 +99,22 @@ def pytest_sessionfinish(session, exitstatus):
     config = session.config
     if not config.getoption("--record") or exitstatus:
         return
-    found = dict(where=demo.where("cpu"), rows=sorted(config.rows), targets=config.targets)
+    merged = {}
+    for package, version, what, result in sorted(config.rows):
+        kind, _, detail = what.partition(": ")
+        merged.setdefault((package, version, kind, result), []).append(detail)
+    rows = [
+        [package, version, ": ".join(filter(None, [kind, "; ".join(details)])), result]
+        for (package, version, kind, result), details in merged.items()
+    ]
+    found = dict(where=demo.where("cpu"), rows=rows, targets=config.targets)
     results.write(Path(config.getoption("--record")), json.dumps(found, indent=1) + "\n")
     if config.getoption("--page"):
-        rows = [["package", "version", "what was run", "result"], *found["rows"]]
         page = Path(config.getoption("--page"))
-        demo.rewrite(page, "ecosystem", rows, caption(found["where"]))
+        head, tail = demo.parts(page, "ecosystem")
+        lines = [["package", "version", "what was run", "result"], ["---"] * 4, *rows]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        results.write(page, f"{head}\n{table}\n\n{caption(found['where'])}\n{tail}")
 
 
 def caption(where):

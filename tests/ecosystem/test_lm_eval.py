@@ -108,7 +108,7 @@ def test_scores_are_those_of_hf(task, metric, recall, configs, record):
     assert plain >= 3 * tokens, (plain, tokens)
     kind = configs[task]["output_type"]
     record(
-        "lm_eval", f"`{kind}`, 4 shots, batches of 10: tokens encoded by `hf` over ours",
+        "lm_eval", f"`{kind}`, 4 shots, batches of 10, tokens encoded by `hf` over ours",
         f"scores of `hf`; {plain / tokens:.1f}", plain / tokens, 3,
     )  # fmt: skip
 

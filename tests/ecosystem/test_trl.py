@@ -125,9 +125,9 @@ def test_training_is_that_without(kind, lora, options, trainer, model, monkeypat
     for name in wanted:
         torch.testing.assert_close(weights[name], wanted[name], rtol=1e-3, atol=1e-5)
     said = ", ".join([kind, *(["LoRA"] if lora else []), *(f"{k}={v}" for k, v in options.items())])
-    record("trl", f"{said}: {made.args.max_steps} steps, 8 samples of a prompt", "same tokens")
-    if lora:
-        record("peft", f"{said}: adapters count", "same tokens")
+    for package in ["trl", *(["peft"] if lora else [])]:
+        what = f"8 samples of a prompt, greedily: {said}, {made.args.max_steps} steps"
+        record(package, what, "tokens and weights as without")
 
 
 def test_adapters_count(trainer, model, monkeypatch):
@@ -184,7 +184,9 @@ def test_what_does_not_go_through_is_refused(options, message, trainer, record):
     with pytest.raises(ValueError, match=message), patch(made):
         pass
     assert type(made.model) is before
-    record("trl", f"`{next(iter(options))}`", "refused, with the remedy")
+    record(
+        "trl", f"in the trainer's arguments: `{next(iter(options))}`", "refused, with the remedy"
+    )
 
 
 def test_no_trainer():

@@ -124,4 +124,4 @@ def test_wrapper_by_door(name, model, group, record):
             assert found.tolist() == generate(wrapped).tolist(), door
     result = "refused: pass its `.module`" if name in REFUSED else "tokens of plain `generate`"
     package = "peft" if "Peft" in name else "accelerate" if "ccelerat" in name else "torch"
-    record(package, f"{name}, by {', '.join(DOORS)}", result)
+    record(package, f"by {', '.join(DOORS)}: {name}", result)
