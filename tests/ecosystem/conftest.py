@@ -55,7 +55,7 @@ def model():
 @pytest.fixture
 def larger():
     """One large enough for its arithmetic to be what takes time."""
-    return llama(384)
+    return llama(384, 4)
 
 
 @pytest.fixture(scope="session")
