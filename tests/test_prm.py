@@ -876,6 +876,23 @@ def test_equal_rows_are_encoded_once():
     assert session.margins[0] == session.margins[1] != session.margins[2]
 
 
+@pytest.mark.parametrize("family", CASES)
+def test_solutions_that_begin_alike_are_encoded_as_a_forest(family, monkeypatch):
+    first, second, *_ = STEPS
+    solutions = [
+        [first, second], [first, second, "So 12"], [first, second, "So 13", "or 3"],
+        [first, f"{second} now"], [first], [second, first], [first, second, "So 12"],
+    ]  # fmt: skip
+    model, encoded = reward_model(family), []
+    for least in (10**6, 3):
+        monkeypatch.setattr("kvtools.prm.session.STRETCH", least)
+        with Counter(model.backbones[0]) as seen:
+            found = model.score(QUESTION, solutions)
+        encoded.append(sum(seen.forwards))
+        assert_scores(scores_of(family, found), published(family, solutions))
+    assert encoded[1] < 0.75 * encoded[0], encoded
+
+
 def test_equal_tokens_of_other_steps():
     """ReasonEval's separators leave no trace: rows may have the same tokens and other steps."""
     tokenizer, model = metaspace("always"), parts("reasoneval")[1]
