@@ -483,7 +483,8 @@ def test_search(tiny, capsys, tmp_path, strategy):
     ("allocate", ["--tokens", 90]),
 ])  # fmt: skip
 def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib.font_manager")  # says so if it has to look for fonts first
+    capsys.readouterr()
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "w2 $w3"}\n{"question": "w5 w6 w7"}\n{"question": "w1"}\n')
     given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 8]
