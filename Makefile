@@ -14,6 +14,7 @@ RIVALS  :=
 PACKAGE :=
 OLDER   :=
 ENGINES :=
+OTHERS  :=
 CLANG_FORMAT := clang-format
 else
 PY      := $(VENV)/bin/python
@@ -22,6 +23,7 @@ RIVALS  := $(VENV)/rivals.stamp
 PACKAGE := $(VENV)/package.stamp
 OLDER   := $(VENV)/triton-3.6.0
 ENGINES := .venv-engines
+OTHERS  := $(VENV)/ecosystem
 CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
@@ -36,7 +38,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines bench-engines
+.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines bench-engines ecosystem
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -61,6 +63,10 @@ engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attentio
 bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
 	@$(ENGINE_PY) -m bench.engines --json bench/results/engines.json --readme docs/engines.md $(ARGS)
+
+ecosystem: ext $(OTHERS:=.stamp) ## run the tests with trl, peft, lm-eval and others, rewrite docs/ecosystem.md's table
+	@OMP_NUM_THREADS=1 $(if $(OTHERS),$(OTHERS)/bin/python,$(PY)) -m pytest -q tests/ecosystem \
+		--record bench/results/ecosystem.json --page docs/ecosystem.md $(ARGS)
 
 faults: ext $(MODEL) ## plant faults, one by one, in a copy of the tree, and see that the tests find them
 	@$(PY) tests/faults.py $(ARGS)
@@ -212,6 +218,16 @@ $(OLDER).stamp: $(VENV)/package.stamp
 	@$(OLDER)/bin/python -m pip install -qq --disable-pip-version-check --no-input triton==3.6.0 'numpy<2.4'
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	@touch $@
+
+# What the main environment has, torch above all, is seen from here and not installed again.
+$(OTHERS).stamp: $(VENV)/package.stamp
+	@echo "setup: trl, peft, accelerate, lm-eval, torchao beside it (0.5 GB)"
+	@$(BASE) -m venv $(OTHERS)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(OTHERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	@$(OTHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(KEEP) \
+		trl==1.16.0 peft==0.21.2 accelerate==1.15.0 lm_eval==0.4.13 datasets==5.2.0 torchao==0.18.0
 	@touch $@
 
 # Without their dependencies, which would replace torch.

@@ -63,7 +63,8 @@ class Bench:
         self.cells = journal.cells.setdefault(task.name, {})
         self.tested = task.questions(scale.problems, SEED)
 
-    def run(self, console: Console) -> None:
+    def todo(self) -> dict[str, Any]:
+        """How each cell is measured, from its title."""
         todo = {"probe": self.train, "greedy": self.greedy, "samples": self.samples}
         for width in self.scale.widths:
             for name in STRATEGIES:
@@ -71,14 +72,17 @@ class Bench:
                     if scorer == "exact" or width == self.scale.widths[-1]:
                         cell = f"{name}, {scorer}, {width}"
                         todo[cell] = partial(self.search, name, scorer, width)
-        for name, measure in todo.items():
+        return todo
+
+    def run(self, console: Console) -> None:
+        for name, measure in self.todo().items():
             if name not in self.cells:
                 self.open()
                 begin = time.perf_counter()
                 self.cells[name] = measure(f"{self.task.name}: {name}")
                 self.cells[name]["wall_s"] = round(time.perf_counter() - begin, 2)
                 self.journal.save()
-            line = f"{self.task.name}: {name}: {told(self.cells[name])}"
+            line = f"{self.task.name}: {name}: {self.told(self.cells[name])}"
             console.print(line, highlight=False, soft_wrap=True)
 
     def open(self) -> None:
@@ -212,6 +216,19 @@ class Bench:
             for question, c in zip(questions, chosen, strict=True)
         ]
 
+    def told(self, cell: dict) -> str:
+        """A cell in a few words."""
+        if "head" in cell:
+            found = f"{cell['steps']} steps of {cell['problems']} problems, {cell['ok']:.2f} right"
+        elif "auc" in cell:
+            first, *_, last = map(share, cell["right"]["any"])
+            found = f"pass@1 {first:.3f}, in any of {len(cell['tokens'])} {last:.3f}, AUC of the "
+            found += f"trained scorer {cell['auc']:.3f}"
+        else:
+            right = cell["right"] if isinstance(cell["right"], str) else cell["right"]["max"]
+            found = f"right {share(right):.3f}, {cell['tokens']:.0f} tokens"
+        return f"{found}, {cell['wall_s']:.0f} s"
+
 
 def until_wrong(scores: list[float]) -> list[float]:
     """Steps up to the first mistake: what a step is worth is asked of those."""
@@ -225,20 +242,6 @@ def flags(right: Sequence[bool]) -> str:
 
 def share(right: str) -> float:
     return right.count("1") / len(right)
-
-
-def told(cell: dict) -> str:
-    """A cell in a few words."""
-    if "head" in cell:
-        found = f"{cell['steps']} steps of {cell['problems']} problems, {cell['ok']:.2f} right"
-    elif "auc" in cell:
-        first, *_, last = map(share, cell["right"]["any"])
-        found = f"pass@1 {first:.3f}, in any of {len(cell['tokens'])} {last:.3f}, AUC of the "
-        found += f"trained scorer {cell['auc']:.3f}"
-    else:
-        right = cell["right"] if isinstance(cell["right"], str) else cell["right"]["max"]
-        found = f"right {share(right):.3f}, {cell['tokens']:.0f} tokens"
-    return f"{found}, {cell['wall_s']:.0f} s"
 
 
 def beside(samples: dict, tokens: float) -> int:
@@ -330,7 +333,16 @@ def targets(cells: dict[str, dict], width: int) -> Targets:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if "--adaptive" in argv:
+        from bench import adaptive
+
+        return adaptive.main([x for x in argv if x != "--adaptive"])
     parser = argparse.ArgumentParser(prog="bench.search", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--adaptive", action="store_true",
+        help="allocation, stopping, abstention and deepening instead; has its own --help",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a few problems, to see it work")
     parser.add_argument("--json", type=Path, metavar="PATH", help="results; what it has is kept")
     parser.add_argument(

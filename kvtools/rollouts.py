@@ -480,7 +480,7 @@ class Rollouts:
             if logprobs:
                 new = [text for _, text in texts]
                 temperature = self.filters["temperature"] or 1.0
-                found, _ = self._session.follow(active, new, before, temperature=temperature)
+                found, *_ = self._session.follow(active, new, before, temperature=temperature)
                 worth = [x.tolist() for x in found]
             finished, given = self.finished.copy(), list(self.given)
             for (row, text), each in zip(texts, worth, strict=True):

@@ -14,6 +14,7 @@ from kvtools.cli import demo
 from kvtools.quality import Journal
 
 bench = pytest.importorskip("bench.search")
+from bench import adaptive  # noqa: E402
 from bench.probe import Probe, area  # noqa: E402
 from bench.problems import TASKS, Bytes, chance, two_steps, worked  # noqa: E402
 
@@ -77,6 +78,82 @@ def test_table_and_figure(result, tmp_path):
     plots = pytest.importorskip("bench.plots", exc_type=ImportError)
     plots.draw_search(result, tmp_path / "search.svg")
     assert "trained scorer" in (tmp_path / "search.svg").read_text()
+
+
+@pytest.fixture(scope="module")
+def measured(policy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "adaptive.json"
+    journal = Journal(path, {"commit": "1234567"})
+    task = replace(SUMS, load=lambda: policy)
+    scale = bench.Scale(problems=2, pool=8, trained_on=3, batch=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "TRIED", [("best_of_n", {"n": 2})])
+        adaptive.Adaptive(task, scale, journal, 2).run(Console(quiet=True))
+    return json.loads(path.read_text())["cells"]
+
+
+@pytest.mark.long
+def test_adaptive_cells(measured, tmp_path):
+    cells = measured[SUMS.name]
+    assert len(cells) == 2 + len(adaptive.STOPS) + 2 * 6
+    for name, cell in cells.items():
+        if "spent" in cell:
+            assert len(cell["right"]) == len(cell["spent"]) == 2
+            assert cell["tokens"] == pytest.approx(np.mean(cell["spent"])), name
+        if "budget" in cell:
+            assert len(cell["chosen"]) == 2
+    assert cells["stop, one verified"]["tokens"] < sum(map(sum, cells["samples"]["tokens"])) / 2
+    found = adaptive.targets(measured)
+    names = [x["name"] for x in found]
+    assert len(names) == len(set(names)) == 10 * 2 + 3 * 2 + 2
+    heads, *rows = adaptive.table(measured)
+    assert {len(row) for row in rows} == {len(heads)} and len(rows) == 10 + 3 + 1
+    readme = tmp_path / "page.md"
+    readme.write_text("<!-- adaptive:begin -->\n<!-- adaptive:end -->\n")
+    result = {"cells": measured, "where": demo.where("cpu"), "commit": "1234567"}
+    demo.rewrite(readme, "adaptive", [heads, *rows], adaptive.caption(result))
+    assert "worked sums: deepen, exact" in readme.read_text()
+
+
+def made_up():
+    """Two problems of four samples, with ties and answers that cannot be read."""
+    return {
+        "tokens": [[10, 20, 10, 10], [10, 20, 10, 10]], "answers": [[0, 1, 1, -1], [-1, -1, 0, 1]],
+        "right": ["0111", "1010"], "exact": [[0, 1, 1, 1], [1, 0, 1, 0]],
+        "trained": [[0.2, 0.9, 0.8, 0.99], [0.9, 0.1, 0.3, 0.3]],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["majority", "max, trained", "max, exact"])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_what_is_taken_of_samples_is_what_choose_takes(how, n):
+    samples = made_up()
+    found = adaptive.taken(samples, how, n)
+    for i, right in enumerate(samples["right"]):
+        scores = samples["exact" if "exact" in how else "trained"][i]
+        rows = [search.Candidate(text=str(j), scores=[x], margins=[0.0])
+                for j, x in enumerate(scores)]  # fmt: skip
+        names = {str(j): x for j, x in enumerate(samples["answers"][i]) if x >= 0}
+        best = search.choose(rows[:n], how.split(",")[0], answer=names.get)
+        assert found[i] == (right[int(best.text)] == "1")
+
+
+def test_samples_at_equal_tokens_are_mixed():
+    samples = made_up()
+    one, two = (adaptive.taken(samples, "max, trained", n) for n in (1, 2))
+    np.testing.assert_allclose(
+        adaptive.at_tokens(samples, "max, trained", 15), 0.75 * one + two / 4
+    )
+    for tokens, n in ((5, 1), (10, 1), (30, 2), (99, 4)):
+        want = adaptive.taken(samples, "max, trained", n)
+        np.testing.assert_allclose(adaptive.at_tokens(samples, "max, trained", tokens), want)
+
+
+@pytest.mark.parametrize("differences", [[0, 0, 0], [1, 0, 0, 1], [0.5, -1, 0, 1]])
+def test_intervals_of_differences_mirror(differences):
+    low, high = adaptive.paired(np.array(differences, float))
+    assert adaptive.paired(-np.array(differences, float)) == (-high, -low)
+    assert low <= np.mean(differences) <= high and low < high
 
 
 @pytest.mark.parametrize("likelihood", [False, True])

@@ -177,10 +177,16 @@ ERRORS = [
     ("search", [*PROMPT, "-n", 5], "-n 5 is not a multiple of --beam 4"),
     ("search", [*PROMPT, "--strategy", "allocate"], "--strategy allocate needs --tokens"),
     ("search", [*PROMPT, "--tokens", 9], "--tokens is not an option of --strategy beam"),
-    ("search", [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "/no/such"],
-     "--table /no/such: no such file"),
-    ("search", [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "EMPTY"],
-     "is no table of"),
+    (
+        "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "/no/such"],
+        "--table /no/such: no such file",
+    ),
+    (
+        "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "EMPTY"],
+        "is no table of",
+    ),
     ("search", [*PROMPT, "--strategy", "deepen", "--depths", "2,1"], "--depths: '2,1' is not like"),
     ("search", [*PROMPT, "--stop-enough", 1], "--stop-enough is not an option of --strategy beam"),
     ("search", [*PROMPT, "--stop-votes"], "--stop-votes is not an option of --strategy beam"),
@@ -477,7 +483,8 @@ def test_search(tiny, capsys, tmp_path, strategy):
     ("allocate", ["--tokens", 90]),
 ])  # fmt: skip
 def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib.font_manager")  # says so if it has to look for fonts first
+    capsys.readouterr()
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "w2 $w3"}\n{"question": "w5 w6 w7"}\n{"question": "w1"}\n')
     given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 8]

@@ -34,6 +34,7 @@ ALLOWED = {
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models", "records"},
     "search": {"search", "rollouts", "results"},
     "serve": {"serve", "ops"},
+    "integrations": {"config", "hf"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),

@@ -32,16 +32,18 @@ def plain(model, prompt, completion, temperature=1.0):
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logprob = (logits / temperature).log_softmax(-1)
     own = logprob.gather(1, completion[:, None])[:, 0]
-    return own, -(logprob.exp() * logprob).sum(-1)
+    return own, -(logprob.exp() * logprob).sum(-1), logprob.argmax(-1) == completion
 
 
 def check(found, model, prompts, texts, bound, temperature=1.0):
     for i, prompt in enumerate(prompts):
         assert len(found.logprobs[i]) == len(found.entropies[i]) == len(texts[i])
-        for got, entropy, text in zip(found.logprobs[i], found.entropies[i], texts[i], strict=True):
+        each = zip(found.logprobs[i], found.entropies[i], found.greedy[i], texts[i], strict=True)
+        for got, entropy, greedy, text in each:
             want = plain(model, prompt, text, temperature)
             torch.testing.assert_close(got, want[0], atol=bound, rtol=bound)
             torch.testing.assert_close(entropy, want[1], atol=bound, rtol=bound)
+            assert torch.equal(greedy, want[2])
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_as_near_to_the_truth_as_torch():
         logp = logits.log_softmax(-1)
         return logp[target, target], -(logp.exp() * logp).sum(-1)
 
-    found = sessions._likelihood(logits, target, 1.0).unbind(1)
+    found = sessions._likelihood(logits, target, 1.0).unbind(1)[:2]
     for name, *each in zip(
         ("logprob", "entropy"), found, plain(logits.double()), plain(logits), strict=True
     ):

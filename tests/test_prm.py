@@ -876,7 +876,33 @@ def test_equal_rows_are_encoded_once():
     assert session.margins[0] == session.margins[1] != session.margins[2]
 
 
-def test_equal_tokens_of_other_steps():
+@pytest.mark.parametrize("family", CASES)
+def test_solutions_that_begin_alike_are_encoded_as_a_forest(family, monkeypatch):
+    first, second, *_ = STEPS
+    solutions = [
+        [first, second], [first, second, "So 12"], [first, second, "So 13", "or 3"],
+        [first, f"{second} now"], [first], [second, first], [first, second, "So 12"],
+    ]  # fmt: skip
+    model, encoded = reward_model(family), []
+    for least in (10**6, 3):
+        monkeypatch.setattr("kvtools.prm.session.STRETCH", least)
+        with Counter(model.backbones[0]) as seen:
+            found = model.score(QUESTION, solutions)
+        encoded.append(sum(seen.forwards))
+        assert_scores(scores_of(family, found), published(family, solutions))
+    assert encoded[1] < 0.75 * encoded[0], encoded
+
+
+def test_rows_are_alike_only_by_all_that_they_hold(monkeypatch):
+    monkeypatch.setattr("kvtools.prm.session.STRETCH", 2)
+    session = reward_model("trl").session(QUESTION, 3)
+    session.append(["So 12", "So 13", "So 13"])
+    session.append([f"{STEPS[0]} Right"] + [STEPS[0]] * 2)
+    solutions = [["So 12", f"{STEPS[0]} Right"], *[["So 13", STEPS[0]]] * 2]
+    assert_scores(session.probs, published("trl", solutions))
+
+
+def test_equal_tokens_of_other_steps(monkeypatch):
     """ReasonEval's separators leave no trace: rows may have the same tokens and other steps."""
     tokenizer, model = metaspace("always"), parts("reasoneval")[1]
     session = prm.load(model, tokenizer, "reasoneval").session(QUESTION, 2)
@@ -885,6 +911,11 @@ def test_equal_tokens_of_other_steps():
     session.append(["coins", "coins"])
     assert [len(x) for x in session.margins] == [2, 3]
     assert session.margins[1][1:] == pytest.approx(session.margins[0], abs=1e-5)
+    monkeypatch.setattr("kvtools.prm.session.STRETCH", 2)
+    solutions = [["he has 12", "coins"], ["he", "has 12", "coins now"]]
+    both = prm.load(model, tokenizer, "reasoneval").score(QUESTION, solutions).margins
+    assert both[1][:2].tolist() == pytest.approx(session.margins[1][:2], abs=1e-5)
+    assert both[0].tolist() == pytest.approx(session.margins[0], abs=1e-5)
 
 
 def test_many_tokens_go_in_parts(monkeypatch):

@@ -1,5 +1,6 @@
 """Stopping: what goes on is what it would have been; rules by hand; what is saved is told."""
 
+import dataclasses
 import math
 
 import pytest
@@ -69,6 +70,14 @@ def test_rows_are_those_of_best_of_n(full, name):
         assert found.saved > 0 or name == "longer"
     again = search.best_of_n(policy(), QUESTIONS, by_text, TOKENS, **FULL, stop=RULES[name])
     assert told(again) == told(found)
+
+
+@pytest.mark.parametrize("wave", [1, 3])
+def test_a_wave_grows_at_a_time(wave):
+    seen = []
+    steps = dataclasses.replace(TOKENS, progress=seen.append)
+    search.best_of_n(policy(), QUESTIONS, by_text, steps, **FULL, stop=Stopping(wave=wave))
+    assert wave < max(seen) <= wave * len(QUESTIONS)
 
 
 def test_votes_that_are_settled_stay(full):

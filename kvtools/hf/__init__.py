@@ -12,6 +12,7 @@ from .door import Unsupported
 from .generate import generate, patch
 from .likelihood import Likelihood, logprobs
 from .plug import CACHE, PagedCache, plugged
+from .prefixes import branches
 from .saved import load_cache, save_cache
 from .session import Session, check_model, config_of
 
@@ -24,6 +25,7 @@ __all__ = [
     "PagedCache",
     "Session",
     "Unsupported",
+    "branches",
     "check_model",
     "config_of",
     "generate",

@@ -3,6 +3,7 @@
 import copyreg
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -456,6 +457,8 @@ def patch(
         config: how keys and values are kept; default `CacheConfig()`, exact.
         probe, graph, rows: see `generate`.
 
+    `generate_batch` is not what runs through kvtools; it warns.
+
     Counts in all threads, as the model does. Undone on exit, also after an error. Patches may be
     nested and overlap; the newest one counts.
     """
@@ -491,6 +494,14 @@ def _patched(base: type) -> type:
 
         return run
 
+    def generate_batch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "generate_batch (continuous batching) does not go through kvtools.patch: use generate",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return base.generate_batch.__get__(self)(*args, **kwargs)
+
     def __reduce_ex__(self: Any, protocol: int) -> Any:
         reduced = base.__reduce_ex__(self, protocol)
         if reduced[0] is copyreg.__newobj__:
@@ -498,6 +509,8 @@ def _patched(base: type) -> type:
         return reduced
 
     body = {"generate": generate_, "__reduce_ex__": __reduce_ex__, "_kvtools_patches": []}
+    if hasattr(base, "generate_batch"):
+        body["generate_batch"] = generate_batch
     names = ("__module__", "__qualname__", "__doc__")
     return type(base.__name__, (base,), body | {name: getattr(base, name) for name in names})
 

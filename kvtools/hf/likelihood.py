@@ -21,12 +21,14 @@ class Likelihood:
     Attributes:
         logprobs: log-probability of each token after the prompt and those before it, in nats.
         entropies: entropy of the distribution that the token is one draw of, in nats.
+        greedy: whether the token is the most likely one, bool.
 
-    fp32, or fp64 of a model that is; on the device of the model.
+    The others are fp32, or fp64 of a model that is; on the device of the model.
     """
 
     logprobs: list[list[Tensor]]
     entropies: list[list[Tensor]]
+    greedy: list[list[Tensor]]
 
 
 def logprobs(
@@ -97,7 +99,7 @@ def logprobs(
         for i, each in enumerate(completions)
     ]
     empty = torch.zeros(0, dtype=session.float, device=session.device)
-    found = Likelihood([[empty] * len(x) for x in tails], [[empty] * len(x) for x in tails])
+    found = Likelihood(*([[x] * len(each) for each in tails] for x in (empty, empty, empty.bool())))
     distinct = list(dict.fromkeys(head for head, each in zip(heads, tails, strict=True) if each))
     done = 0
     for begin in range(0, len(distinct), rows):
@@ -122,8 +124,9 @@ def logprobs(
                 len(block) + np.arange(len(some)), new, [before[row] for row, _, _ in some],
                 temperature=temperature,
             )  # fmt: skip
-            for (_, i, j), logprob, entropy in zip(some, *each, strict=True):
+            for (_, i, j), logprob, entropy, greedy in zip(some, *each, strict=True):
                 found.logprobs[i][j], found.entropies[i][j] = logprob, entropy
+                found.greedy[i][j] = greedy
             session.kv.gather(base)
             del held[len(block) :]
             done += len(some)

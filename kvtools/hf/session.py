@@ -55,7 +55,8 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
         )
     if probe and not door.probed:
         try:
-            _probe(inner(model), door)
+            with _gathered(inner(model)):
+                _probe(inner(model), door)
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
@@ -352,7 +353,7 @@ class Session:
         before: Sequence[Tensor],
         *,
         temperature: float = 1.0,
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Give rows texts but for the last token, which says nothing of those before, and tell how
         likely each token was where it stands.
 
@@ -367,7 +368,7 @@ class Session:
 
         Returns:
             Of each row log-probabilities and entropies [n] of its tokens, in nats, fp32 (fp64 of
-            logits that are).
+            logits that are), and whether each is the most likely one, bool.
 
         If anything fails the cache is as it was.
         """
@@ -402,9 +403,10 @@ class Session:
                 for i, each in zip(live, torch.cat(seen).split(width.tolist()), strict=True):
                     stats[i].append(each)
                 fed[live] += width
-        nothing = torch.zeros(0, 2, dtype=self.float, device=self.device)
+        nothing = torch.zeros(0, 3, dtype=self.float, device=self.device)
         out = [torch.cat(x) if x else nothing for x in stats]
-        return [x[:, 0] for x in out], [x[:, 1] for x in out]
+        logprobs, entropies, best = ([x[:, i] for x in out] for i in range(3))
+        return logprobs, entropies, [x > 0 for x in best]
 
     @contextmanager
     def _split(self) -> Iterator[Callable[[Tensor], Tensor] | None]:
@@ -630,17 +632,18 @@ def _warn(kind: str, reason: str) -> None:
 
 
 def _likelihood(logits_tv: Tensor, target_t: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of the targets, and entropies [t, 2]."""
+    """Log-probabilities of the targets, entropies, and 1 for the most likely tokens [t, 3]."""
     logits_tv = logits_tv.to(torch.promote_types(logits_tv.dtype, torch.float32))
     if temperature != 1.0:
         logits_tv = logits_tv / temperature
+    best_t = (logits_tv.argmax(-1) == target_t).to(logits_tv.dtype)
     logp_tv = logits_tv.log_softmax(-1)
     logprob_t = logp_tv.gather(1, target_t[:, None])[:, 0]
     p_tv = logp_tv.exp()
     # Not as the mean logit taken off their logsumexp: these are large, and the p that stand between
     # them do not add up to one exactly. And p log p is 0 where p is, of tokens ruled out by -inf.
     logp_tv.clamp_(min=torch.finfo(logp_tv.dtype).min)
-    return torch.stack([logprob_t, -p_tv.mul_(logp_tv).sum(-1)], 1)
+    return torch.stack([logprob_t, -p_tv.mul_(logp_tv).sum(-1), best_t], 1)
 
 
 class _Given(torch.nn.Module):
@@ -700,6 +703,22 @@ def _parts(
 def _output(out: Any) -> Tensor:
     hidden = getattr(out, "last_hidden_state", None)  # a decoder may be the whole model
     return out.logits if hidden is None else hidden
+
+
+@contextmanager
+def _gathered(model: Any) -> Iterator[None]:
+    """FSDP2 (`fully_shard`) has parameters whole in forwards of the model, the first of which finds
+    out what belongs together; the probe runs parts."""
+    sharded = hasattr(model, "unshard")
+    if sharded:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
+        model.unshard()
+    try:
+        yield
+    finally:
+        if sharded:
+            model.reshard()
 
 
 @torch.no_grad()

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..cache import Index
 from ..config import CacheConfig
-from ..hf import Session
+from ..hf import Session, branches
 from .layouts import Encoded
 
 if TYPE_CHECKING:
     from . import PRM
 
 TOKENS = 4096  # of one forward, or those of one row
+STRETCH = 32  # tokens to come that rows must have in common to be encoded once
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class PRMSession:
 
     New steps alone are encoded: a row's tokens are compared with what the cache holds, which is
     rewound to where they differ (a tag that moves, a token that merged), and nothing behind the
-    newest step's read position is ever encoded. Rows with equal tokens are encoded once.
+    newest step's read position is ever encoded. Of rows that hold the same, equal tokens to come
+    are encoded once, those that they begin with alike from 32 on.
 
     Attributes:
         tokens: tokens encoded so far, the question's included.
@@ -160,15 +162,17 @@ class PRMSession:
             if source[row] == row:
                 jobs.append(job)
         self._rewind({job.row: job.keep for job in jobs})
-        jobs = sorted((job for job in jobs if job.keep < job.need), key=lambda job: job.row)
-        for batch in _batches(jobs):
-            self._run(batch)
-        if (source != np.arange(self.rows)).any():
-            for run in self._runs:
-                run.kv.gather(source)
+        for level in self._levels([job for job in jobs if job.keep < job.need]):
+            for batch in _batches(sorted((job for job, _ in level), key=lambda job: job.row)):
+                self._run(batch)
+            alike = np.arange(self.rows)
+            for job, rows in level:
+                alike[rows] = job.row
+            self._hold_as(alike)
+        self._hold_as(source)
         rows = list(self._rows)
         for (i, steps), new in zip(wanted.items(), encoded, strict=True):
-            rows[i] = _scored(self._rows[i], self._rows[source[i]], tuple(steps), new)
+            rows[i] = _scored(self._rows[i], tuple(steps), new)
         self._rows = rows
 
     def _job(self, row: int, new: Encoded) -> _Job:
@@ -178,6 +182,40 @@ class PRMSession:
         positions = [p for read in new.reads if read for p in range(*read)]
         reads = [p for p in positions if p >= keep or p not in old.values]
         return _Job(row, min([keep, *reads]), need, new.ids[: need + self._lag], reads)
+
+    def _levels(self, jobs: list[_Job]) -> list[list[tuple[_Job, list[int]]]]:
+        """What is to be run, one after the other: jobs of one row, and the rows that hold the same
+        afterwards."""
+        same: dict[tuple, list[_Job]] = {}
+        for job in jobs:
+            same.setdefault((job.keep, *job.ids[: job.keep]), []).append(job)
+        levels: list[list[tuple[_Job, list[int]]]] = []
+        for group in same.values():
+            start = group[0].keep
+            forest = branches([np.array(job.ids[start:]) for job in group], STRETCH + self._lag)
+            levels += [[] for _ in range(len(forest) - len(levels))]
+            for level, parts in zip(levels, forest, strict=False):
+                for part in parts:
+                    some = [group[i] for i in part.prompts]
+                    # The last tokens are not encoded, but those before are read by them.
+                    keep = start + max(part.begin - self._lag, 0)
+                    need = start + part.end - self._lag
+                    reads = sorted({p for job in some for p in job.reads if keep <= p < need})
+                    rows = [job.row for job in some]
+                    ids = some[0].ids[: need + self._lag]
+                    level.append((_Job(rows[0], keep, need, ids, reads), rows))
+        return levels
+
+    def _hold_as(self, source: np.ndarray) -> None:
+        """Let each row hold what row source[row] does; its steps and scores stay its own."""
+        if (source == np.arange(self.rows)).all():
+            return
+        for run in self._runs:
+            run.kv.gather(source)
+        self._rows = [
+            replace(row, ids=held.ids, held=held.held, values=held.values)
+            for row, held in zip(self._rows, [self._rows[i] for i in source], strict=True)
+        ]
 
     def _rewind(self, held: dict[int, int]) -> None:
         """Let rows hold so many tokens."""
@@ -204,8 +242,10 @@ class PRMSession:
             reads += [len(new) + p - job.keep for p in job.reads]
             targets += [job.ids[p + 1] if self._lag else 0 for p in job.reads]
             new += job.ids[job.keep : job.need]
-        device = self._prm.device
-        tokens, read_s, target_s = (torch.tensor(x, device=device) for x in (new, reads, targets))
+        tokens, read_s, target_s = (
+            torch.tensor(x, dtype=torch.int64, device=self._prm.device)
+            for x in (new, reads, targets)
+        )
         try:
             hidden = [run.extend(tokens, counts) for run in self._runs]
             values = iter(self._prm.head(hidden, read_s, target_s).tolist())
@@ -220,20 +260,20 @@ class PRMSession:
             self._rows[job.row] = replace(row, ids=job.ids, held=job.need, values=row.values | read)
 
 
-def _scored(old: _Row, held: _Row, steps: tuple[str, ...], new: Encoded) -> _Row:
-    """Row `old` with more steps, whose margins come from what was read for row `held`."""
+def _scored(old: _Row, steps: tuple[str, ...], new: Encoded) -> _Row:
+    """A row with more steps, whose margins come from what was read."""
     margins = [
-        sum(held.values[p] for p in range(*read)) if read
+        sum(old.values[p] for p in range(*read)) if read
         else old.margins[i] if i < len(old.margins) else np.nan
         for i, read in enumerate(new.reads)
     ]  # fmt: skip
     ends, history = list(old.ends), list(old.history)
     for k in range(len(old.steps), len(new.reads)):
         read = new.reads[k]
-        ends.append(read[1] if read else held.held)
+        ends.append(read[1] if read else old.held)
         history.append(tuple(margins[: k + 1]))
     history[-1] = tuple(margins)
-    return replace(held, steps=steps, ends=tuple(ends), history=tuple(history))
+    return replace(old, steps=steps, ends=tuple(ends), history=tuple(history))
 
 
 def _agree(a: Sequence[int], b: Sequence[int]) -> int:

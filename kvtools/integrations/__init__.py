@@ -1,0 +1,1 @@
+"""Packages that call `generate` for their users: a module for each, imported by name."""
