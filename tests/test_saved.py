@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from copy import deepcopy
 
 import pytest
 import torch
@@ -213,3 +214,23 @@ def test_who_may_read_a_file(saved, tmp_path):
     save_cache(tiny_model(), cache, new)
     assert new.stat().st_mode & 0o777 == 0o640
     assert load_cache(tiny_model(), new).kv.rows == 1
+
+
+def test_weights_that_are_no_parameters(tmp_path):
+    """Of quantised layers, say: what a checkpoint holds counts, wherever it is kept."""
+    model, path = fresh_model(), tmp_path / "cache"
+    layer = model.model.layers[1].mlp
+    layer.register_buffer("scale", torch.tensor(2.0))
+    layer.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+    layer.register_buffer("none", torch.empty(0, 4))
+    layer.register_buffer("length", torch.tensor(5), persistent=False)
+    save_cache(model, cache_of(generate(model, random_ids(1, 20))), path)
+    layer.length += 1
+    assert load_cache(model, path).kv.rows == 1
+    for change in (layer.scale.mul_, layer.mask.fill_):
+        before = deepcopy(layer.state_dict())
+        change(0)
+        with pytest.raises(ValueError, match="another model: weights="):
+            load_cache(model, path)
+        layer.load_state_dict(before)
+    assert load_cache(model, path).kv.rows == 1

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,10 @@ def _model(model: Any) -> dict[str, Any]:
     core = inner(model)
     config = core.config.get_text_config(decoder=True).to_dict()
     found = hashlib.sha256()
-    for name, x in core.named_parameters():
+    for name, x in _weights(core):
         found.update(f"{name} {tuple(x.shape)}".encode())
-        if x.device.type != "meta" and x.dim():
-            some = x.detach()[(0,) * (x.dim() - 1)][:SEEN].cpu().contiguous()
+        if x.device.type != "meta" and x.numel():
+            some = x.detach()[None][(0,) * x.dim()][:SEEN].cpu().contiguous()
             found.update(some.view(torch.uint8).numpy().tobytes())
             # And all of it, where it lies: the sum of its bits, whatever the order.
             bits = x.detach().view(BITS[x.element_size()]).sum(dtype=torch.int64)
@@ -179,3 +180,12 @@ def _model(model: Any) -> dict[str, Any]:
         **{f"config.{name}": x for name, x in json.loads(json.dumps(about, default=str)).items()},
         "weights": found.hexdigest()[:16],
     }
+
+
+def _weights(core: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that a checkpoint holds, as quantised layers have them."""
+    yield from core.named_parameters()
+    for prefix, part in core.named_modules():
+        for name, x in part.named_buffers(recurse=False):
+            if name not in part._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", x
