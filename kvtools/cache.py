@@ -577,7 +577,7 @@ class KVCache:
     @_storing()
     def unpack(self, parts: dict[str, Tensor]) -> None:
         """Hold what another cache of this configuration and as many layers had packed; it must be
-        empty.
+        empty. Everything is copied: a file may be mapped, and be written over later.
 
         Raises:
             KeyError, ValueError: it is something else; the cache is of no use then.
@@ -597,7 +597,7 @@ class KVCache:
         for name, x in parts.items():
             if name.startswith("frame."):
                 frame = fitting(parts, name, (known, *x.shape[1:]), x.dtype)
-                self._frame[int(name.removeprefix("frame."))] = frame.to(self.device)
+                self._frame[int(name.removeprefix("frame."))] = frame.to(self.device, copy=True)
         for prefix, part in self._parts():
             begin = f"{prefix}."
             part.unpack({

@@ -71,7 +71,8 @@ class Recent:
             like = torch.empty(heads, 0, d, dtype=dtype, device=device)
             self.layers[layer] = self._empty(rows, self.slots, like)
             self.layers[layer].unpack(parts, f"{layer}.")
-        self.held = fitting(parts, "held", (rows, self.slots), torch.int32).to(device)
+        held = fitting(parts, "held", (rows, self.slots), torch.int32)
+        self.held = held.to(device, copy=True)
         self._read = self._held, {}
 
     def add(

@@ -166,7 +166,7 @@ class Store:
             victims = fitting(parts, "victims", shape, torch.int32)
             if victims.numel() and not 0 <= int(victims.min()) <= int(victims.max()) < self.budget:
                 raise ValueError("victims are none of a row's own tokens")
-            self.victims = victims.to(self.device)
+            self.victims = victims.to(self.device, copy=True)
         if not ((self.left >= 0) & (self.left <= (self.drop or 0))).all() or (
             self.left.any() and self.victims is None
         ):

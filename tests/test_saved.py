@@ -81,6 +81,26 @@ def test_generate_goes_on(tmp_path):
         assert torch.equal(generate(model, said, load_cache(model, path)).sequences, want)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(bits=4), dict(bits=8, **EVICTS), dict(bits="fp8", prompt_budget=24, recent=8)],
+    ids=str,
+)
+def test_a_cache_is_its_own_once_loaded(options, tmp_path):
+    """Whatever becomes of the file, which safetensors maps, also where it is written over in
+    place, as cp does."""
+    model, path = tiny_model(), tmp_path / "cache"
+    how = dict(kv_config=CacheConfig(**options), max_new_tokens=30)
+    save_cache(model, cache_of(generate(model, random_ids(2, 40), **how)), path)
+    cache = load_cache(model, path)
+    before = {name: x.clone() for name, x in cache.kv.packed().items()}
+    with path.open("r+b") as file:
+        file.write(b"\1" * path.stat().st_size)
+    for name, x in cache.kv.packed().items():
+        held, now = (bytes(y.contiguous().view(-1).view(torch.uint8)) for y in (before[name], x))
+        assert held == now, name
+
+
 def test_rows_that_passed_a_switch(tmp_path):
     model, path = MODELS["longrope past its switch"](), tmp_path / "cache"
     cache = cache_of(generate(model, random_ids(1, 38)))
