@@ -51,16 +51,17 @@ def differing(name: str, old: Any, new: Any, most: int = 80) -> str:
     return f"{name}={said[0]}, not {said[1]}"
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, content: str | bytes) -> None:
     """Write a file in one go: it is as before, or whole, whatever happens in between."""
     path = Path(os.path.realpath(path))  # what a link leads to, not the link
+    content = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():  # a pipe, a terminal
-        path.write_text(text, encoding="utf-8")
+        path.write_bytes(content)
         return
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with scratch.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with scratch.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

@@ -188,6 +188,26 @@ ERRORS = [
         "is no table of",
     ),
     ("search", [*PROMPT, "--strategy", "deepen", "--depths", "2,1"], "--depths: '2,1' is not like"),
+    (
+        "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "TABLE"],
+        "--table TABLE: entries[0].options has n='x', no number of rows",
+    ),
+    (
+        "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "-n", 4],
+        "-n is not an option of --strategy allocate",
+    ),
+    (
+        "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--temperature", 0],
+        "--temperature 0 makes all 4 rows of --probes equal",
+    ),
+    (
+        "search",
+        [*PROMPT, "--strategy", "best_of_n", "--stop-verified", 0.5],
+        "--stop-verified needs --stop-enough",
+    ),
     ("search", [*PROMPT, "--stop-enough", 1], "--stop-enough is not an option of --strategy beam"),
     ("search", [*PROMPT, "--stop-votes"], "--stop-votes is not an option of --strategy beam"),
     ("search", [*PROMPT, "--plot", "tree.txt"], "--plot: 'tree.txt': end its name in .svg"),
@@ -242,6 +262,8 @@ FILES = {
     "DEEP": '{"question": "w2"}\n\n' + "[" * 100_000,
     "NUMBERS": '{"question": "w2"}\n\n{"question": 5}',
     "TWICE": '{"question": "w2", "answer": 1}\n{"question": "w2", "answer": 2}',
+    "TABLE": '{"edges": [], "entries": [{"strategy": "beam", "options": {"n": "x"}, '
+    '"tokens": [1], "success": [1]}]}',
     "INFINITE": '{"question": "w2", "answer": Infinity}',
     "WORDS": '{"question": "w2", "answer": "ten"}',
 }
@@ -457,7 +479,8 @@ def test_quality_probe(tiny, capsys, tmp_path):
 def test_search(tiny, capsys, tmp_path, strategy):
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "w2 w3", "answer": 4}\n\n{"question": "w5 w6 w7"}\n')
-    given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 12]
+    given = ["--questions", path, "--strategy", strategy, "--max-new-tokens", 12]
+    given += ["-n", 4] if strategy != "allocate" else []
     given += ["--delimiter", "w9", "--delimiter", "w1", "--seed", 3, "--bits", 8]
     if strategy == "allocate":
         given += ["--tokens", 120, "--probes", 2, "--difficulty", "votes"]
@@ -487,7 +510,8 @@ def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):
     capsys.readouterr()
     path = tmp_path / "questions.jsonl"
     path.write_text('{"question": "w2 $w3"}\n{"question": "w5 w6 w7"}\n{"question": "w1"}\n')
-    given = ["--questions", path, "--strategy", strategy, "-n", 4, "--max-new-tokens", 8]
+    given = ["--questions", path, "--strategy", strategy, "--max-new-tokens", 8]
+    given += ["-n", 4] if strategy != "allocate" else []
     given += ["--delimiter", "w9", "--batch", 2, "--plot", tmp_path / "a.svg", *more, "--json"]
     code, out, err = run(capsys, "search", tiny, *given)
     assert (code, err) == (0, [])
@@ -497,6 +521,17 @@ def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):
     given[given.index(tmp_path / "a.svg")] = tmp_path / "b.svg"
     run(capsys, "search", tiny, *given)
     assert (tmp_path / "b.svg").read_text() == text, "the same result gives the same picture"
+
+
+def test_what_was_found_is_told_before_it_is_drawn(tiny, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib.font_manager")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **how: 1 / 0)
+    path = tmp_path / "a.svg"
+    path.write_text("before")
+    given = ["--prompt", "w2 w3", "--strategy", "best_of_n", "-n", 2, "--max-new-tokens", 4]
+    code, out, err = run(capsys, "search", tiny, *given, "--plot", path, "--json")
+    assert code == 1 and "ZeroDivisionError" in err[-1]
+    assert json.loads(out)["generated"] > 0 and path.read_text() == "before"
 
 
 def test_readme_table(tmp_path):

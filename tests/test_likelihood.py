@@ -107,6 +107,39 @@ def test_a_head_that_cannot_be_run_by_itself():
     check(found, model, prompts, texts, 2e-4)
 
 
+def own_forward(model):
+    model.forward = lambda *args, stock=model.forward, **how: stock(*args, **how)
+
+
+def hook(model):
+    def more(module, args, kwargs, out):
+        ids = args[0] if args else kwargs["input_ids"]
+        out.logits[..., 7] += ids[:, -out.logits.shape[1] :] % 5
+
+    model.register_forward_hook(more, with_kwargs=True)
+
+
+def pre_hook(model):
+    def other(module, args, kwargs):
+        ids = args[0] if args else kwargs["input_ids"]
+        return (), kwargs | {"input_ids": ids ^ 1}
+
+    model.register_forward_pre_hook(other, with_kwargs=True)
+
+
+@pytest.mark.parametrize("change", [
+    own_forward, hook, pre_hook, lambda model: setattr(model, "__class__", Biased),
+], ids=["forward", "hook", "pre_hook", "class"])  # fmt: skip
+def test_a_model_that_is_changed_after_its_head_was_run_by_itself(change):
+    """A wrapper, a hook or another class that comes later counts."""
+    model, (prompts, texts) = fresh_model(), case()
+    kvtools.logprobs(model, [[5]], [[[5]]])
+    assert check_model(model).apart
+    change(model)
+    found = kvtools.logprobs(model, prompts[:1], texts[:1])
+    check(found, model, prompts[:1], texts[:1], 2e-4)
+
+
 def test_as_near_to_the_truth_as_torch():
     """Where logits are large, and so many that their probabilities are not one together."""
     torch.manual_seed(0)
@@ -194,8 +227,10 @@ def test_as_sampled():
         (dict(prompts=[[0.5], [5]]), TypeError, r"prompts\[0\] holds something else"),
         (dict(completions=[[[5, -100]], []]), ValueError, r"completions\[0\]\[0\] holds -100"),
         (dict(prompts=[[5], [256]]), ValueError, r"prompts\[1\] holds 256, which is no token"),
-        (dict(temperature=0.0), ValueError, "temperature=0.0 must be positive"),
-        (dict(rows=0), ValueError, "rows=0 must be at least 1"),
+        (dict(temperature=0.0), ValueError, "temperature=0.0 must be a positive number"),
+        (dict(rows=0), ValueError, "rows=0 must be a whole number"),
+        (dict(rows=2.5), ValueError, "rows=2.5 must be a whole number"),
+        (dict(temperature="1"), ValueError, "temperature=.1. must be a positive number"),
         (dict(model="gpt2"), TypeError, "expected a transformers model, got str"),
     ],
 )

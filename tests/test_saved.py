@@ -111,13 +111,16 @@ def changed(path, new, tensors=(), **words):
 def test_what_cannot_be_loaded(saved, tmp_path):
     path, cache = saved
     model, other = tiny_model(), fresh_model()
+    inside = fresh_model()
     with torch.no_grad():
         other.lm_head.weight[0, 0] += 1
+        inside.model.layers[2].self_attn.k_proj.weight[7, 5] += 1e-3
     base = CacheConfig(bits=8, **EVICTS)
     assert load_cache(model, path, CacheConfig(bits=8, **EVICTS, impl="reference")).kv.rows == 1
     for at, args, words in (
         (tiny_model("qwen3"), (), "another model: class='LlamaForCausalLM', not 'Qwen3ForCausal"),
         (other, (), "another model: weights="),
+        (inside, (), "another model: weights="),
         (fresh_model().bfloat16(), (), "another model: dtype='torch.float32', not 'torch.bfloat16"),
         (model, (CacheConfig(),), "another config: bits=8, not 16"),
         (model, (CacheConfig(**{**vars(base), "window": 9}),), "config: window=16, not 9"),
@@ -177,6 +180,7 @@ def test_what_cannot_be_saved(saved, tmp_path, monkeypatch):
         (model, taken, ValueError, "cache does not know its texts"),
         (model, empty, ValueError, "cache holds no rows"),
         (model, DynamicCache(), TypeError, "cache is a DynamicCache"),
+        (model, None, TypeError, "cache is None"),
         (model, cache_of(generate(model, random_ids(1, 20), kv_config=function)), ValueError,
          "policy=.* is a function, which no file can hold"),
     ):  # fmt: skip
@@ -186,8 +190,26 @@ def test_what_cannot_be_saved(saved, tmp_path, monkeypatch):
         save_cache(model, cache, tmp_path / "no folder" / "cache")
     with pytest.raises(IsADirectoryError, match="name a file"):
         save_cache(model, cache, tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="name a file"):
+        save_cache(model, cache, tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "pipe").unlink()
     monkeypatch.setattr("os.fsync", lambda file: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_cache(model, cache, new)
     assert new.read_bytes() == path.read_bytes() and os.listdir(tmp_path) == ["there"]
     assert check_model(model).windows
+
+
+def test_who_may_read_a_file(saved, tmp_path):
+    """As with any other file: the umask, or what was there, says so."""
+    path, cache = saved
+    plain, new = tmp_path / "plain", tmp_path / "new"
+    plain.touch()
+    save_cache(tiny_model(), cache, new)
+    assert new.stat().st_mode == plain.stat().st_mode
+    new.chmod(0o640)
+    save_cache(tiny_model(), cache, new)
+    assert new.stat().st_mode & 0o777 == 0o640
+    assert load_cache(tiny_model(), new).kv.rows == 1

@@ -188,6 +188,46 @@ def test_a_table_is_fitted_saved_and_read(tmp_path):
     assert again == Table(table.edges, table.entries)
 
 
+def test_what_json_does_not_hold(tmp_path):
+    """Arrays are numbers; of a function the entry is named, and the file is as before."""
+    path, entry = tmp_path / "table.json", Entry("best_of_n", {"n": 2}, np.ones(2), (0.5, 0.6))
+    Table(np.array([0.5]), [entry]).save(path)
+    assert Table.load(path) == Table([0.5], [Entry("best_of_n", {"n": 2}, [1, 1], [0.5, 0.6])])
+    held = path.read_text()
+    stop = Entry("best_of_n", {"stop": search.Stopping(answer=len)}, [1], [1])
+    with pytest.raises(ValueError, match=r"entries\[0\].options=.*not JSON"):
+        Table([], [stop]).save(path)
+    assert path.read_text() == held
+
+
+@pytest.mark.parametrize("name,options", [
+    ("beam", {"m": 3}), ("best_of_n", {"seed": 1}), ("mine", {"n": 2}),
+])  # fmt: skip
+def test_options_are_looked_at_before_anything_is_generated(name, options):
+    def mine(rollouts, questions, scorer, steps, *, seed):
+        return search.best_of_n(rollouts, questions, scorer, steps, n=1, seed=seed)
+
+    def say(*_):
+        raise AssertionError("it generates")
+
+    how = dict(strategies={"mine": mine})
+    with pytest.raises(ValueError, match=f"{name} cannot be called with options="):
+        table = Table([], [Entry(name, options, [1], [1])])
+        search.allocate(Script(say), ["Q"], by_text, STEPS, budget=99, table=table, **how)
+    with pytest.raises(ValueError, match=f"{name} cannot be called with options="):
+        Table.fit(Script(say), ["Q"], by_text, STEPS, right=bool, tried=[(name, options)], **how)
+
+
+@pytest.mark.parametrize("result", [
+    None, search.Result(["Q"], [[]], [], 0, 0, {}), search.Result([], [], [], 0, 0, {}),
+], ids=["None", "no spent", "no question"])  # fmt: skip
+def test_what_strategies_of_ones_own_return(result):
+    table = Table([], [Entry("mine", {}, [1], [1])])
+    with pytest.raises(ValueError, match="strategies\\['mine'\\] returned no Result"):
+        search.allocate(policy(), QUESTIONS, by_text, TOKENS, budget=99, table=table,
+                        strategies={"mine": lambda *args, seed: result})  # fmt: skip
+
+
 def test_trials_of_equal_difficulty_share_a_bin():
     table = Table.of_trials([0.5] * 4, [("none", {}, [0] * 4, [1, 1, 0, 0])])
     assert list(table.edges) == [0.5] and table.bin(0.5) == 1

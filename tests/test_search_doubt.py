@@ -57,6 +57,21 @@ def test_error_rates():
     assert 0.92 < covered / 400 < 0.99
 
 
+def test_best_n_has_no_units():
+    """Weights, or rates, of any size: the least gain counts, if it is one."""
+    for unit in (1e-20, 1.0, 1e300):
+        assert search.best_n([0.5, 0.02], false_positive=0.1, weights=[unit, unit]) == 3
+    assert search.best_n([1e-18], false_positive=0, most=5) == 5
+    assert search.best_n([0.5], false_positive=0.5, weights=[0.0]) == 0
+
+
+def test_confidence_is_no_more_than_one():
+    """Whatever the weights are rounded to: one less it is a difficulty."""
+    for n in range(1, 40):
+        weights = np.random.default_rng(n).random(n)
+        assert search.confidence("a" * n, weights=weights) == 1.0
+
+
 @pytest.mark.parametrize("answers,share,margin", [
     ("aaab", 0.75, 0.5), ("aabb", 0.5, 0.0), ("aaaa", 1.0, 1.0), ([None, "a"], 0.5, 0.5),
     ([None], 0.0, 0.0), ([], 0.0, 0.0),
@@ -168,8 +183,15 @@ def test_candidates_by_tests():
     (lambda: search.vote_by_tests([True]), "passes must be a table"),
     (lambda: search.vote_by_tests([[2]]), "passes must be a table"),
     (lambda: search.vote_by_tests([[1]], tests=(0, 1)), "tests=(0, 1)"),
+    (lambda: search.vote_by_tests([[1]], tests=(1e15, 1)), "tests=(1000000000000000.0, 1)"),
+    (lambda: search.vote_by_tests([[1, 0], [1]]), "passes must be a table"),
 ])  # fmt: skip
 def test_doubt_refuses(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert message in str(error.value)
+
+
+def test_votes_are_hashable():
+    with pytest.raises(TypeError, match=r"answers\[1\]=\[2\]: votes must be hashable"):
+        search.confidence(["a", [2]])

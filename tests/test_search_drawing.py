@@ -52,3 +52,7 @@ def test_draw(tmp_path, suffix):
     assert (tmp_path / f"a.{suffix}").stat().st_size > 1000
     with pytest.raises(ValueError, match="result has no question"):
         search.draw(Result([], [], [], 0, 0, {}), tmp_path / "b.svg")
+    for name in ("b", "b.jpg", "b.svg.gz"):
+        with pytest.raises(ValueError, match="end its name in .svg, .png, .pdf"):
+            search.draw(result, tmp_path / name)
+    assert [x.name for x in tmp_path.iterdir()] == [f"a.{suffix}"]

@@ -1,9 +1,20 @@
 """Deepening and revision: what policy and scorer see, and that the better one stays."""
 
 import pytest
-from test_search import QUESTIONS, STEPS, TOKENS, Script, Stateful, by_text, policy, scorer_of
+from models import tiny_model
+from test_search import (
+    QUESTIONS,
+    STEPS,
+    TOKENS,
+    Characters,
+    Script,
+    Stateful,
+    by_text,
+    policy,
+    scorer_of,
+)
 
-from kvtools import search
+from kvtools import Rollouts, search
 
 TEXTS = ["a\n\n", "b\n\n", "c\n\n"]
 
@@ -49,6 +60,22 @@ def test_depths_go_further_back_each_time():
     search.deepen(Script(listed), ["Q"], spy, STEPS, n=1, trigger="NO ", depths=[1, 2, 9])
     tried = [x for x in seen if "NO " in x[-1]]
     assert tried == [["a\n\n", "b\n\n", "NO z\n\n"], ["a\n\n", "NO z\n\n"], ["NO z\n\n"]]
+
+
+@pytest.mark.parametrize("tokens", [12, 13, 14])
+def test_a_trigger_is_no_solution(tokens):
+    """Real rows of at most so many tokens; a trigger of six that would be worth most."""
+    steps = search.Steps(Characters(), ["\n"], 4, tokens)
+
+    def likes_triggers(question, solutions):
+        return [[0.99 if "!" in x else 0.1 for x in steps] for steps in solutions]
+
+    rollouts = Rollouts(tiny_model(), temperature=0.9)
+    found = search.deepen(
+        rollouts, ["one", "two"], likes_triggers, steps, n=2, trigger="!!!!!!", depths=[1, 2]
+    )
+    for c in found.candidates[0] + found.candidates[1]:
+        assert len(c.tokens) <= tokens and not c.text.endswith("!!!!!!")
 
 
 def test_deepen_draws_anew_and_never_gets_worse():

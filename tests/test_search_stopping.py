@@ -4,12 +4,23 @@ import dataclasses
 import math
 
 import pytest
+from models import tiny_model
 from test_search import QUESTIONS, TOKENS, by_text, chance, policy, told
 
-from kvtools import search
+from kvtools import Rollouts, search
 from kvtools.search import Candidate, Stopping
 
 FULL = dict(n=8, seed=4)
+
+
+class Letters:
+    """A token per character of seven."""
+
+    def encode(self, text):
+        return [3 + ord(c) for c in text]
+
+    def decode(self, tokens):
+        return "".join("abcde \n"[x % 7] for x in tokens)
 
 
 def answer(text):
@@ -77,6 +88,23 @@ def test_votes_that_are_settled_stay(full):
     ours, want = found.best(**how), full.best(**how)
     assert [answer(c.text) for c in ours] == [answer(c.text) for c in want]
     assert any(found.stopped)
+
+
+@pytest.mark.parametrize("step_tokens", [1, 4, 64])
+@pytest.mark.parametrize("done", [lambda x: len(x) > 9, lambda x: "e" in x], ids=["long", "e"])
+def test_solutions_are_complete_where_a_step_ends(step_tokens, done):
+    """With rules and without, rows are the same: also where steps end by their length, and where
+    what follows a step is complete before the next one ends."""
+    steps = search.Steps(Letters(), ["\n"], step_tokens, 24, done=done)
+
+    def found(**how):
+        rollouts = Rollouts(tiny_model(), temperature=0.9)
+        result = search.best_of_n(rollouts, ["ab", "cde"], by_text, steps, n=4, seed=3, **how)
+        return [[(c.tokens, c.steps, c.finished) for c in some] for some in result.candidates]
+
+    want = found()
+    assert any(c[2] == "done" for some in want for c in some)
+    assert found(stop=Stopping()) == want
 
 
 def test_saved_is_near_the_truth():

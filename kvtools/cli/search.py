@@ -162,7 +162,9 @@ def add(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--chat", action="store_true", help="apply the model's chat template")
     command.add_argument("--strategy", default="beam", choices=STRATEGIES, help="default beam")
-    command.add_argument("-n", "--n", type=count, default=16, help="rows per question (default 16)")
+    command.add_argument(
+        "-n", "--n", type=count, help="rows per question (default 16); allocate: see --probes"
+    )
     command.add_argument(
         "--scorer",
         type=scorer,
@@ -266,12 +268,15 @@ def run(args: argparse.Namespace) -> None:
                 costs.update(saved=round(result.saved))
             costs.update({f"{part}_s": round(x, 4) for part, x in result.seconds.items()})
             bar.advance(line, len(some))
-    if args.plot is not None:
+    show(args, found, costs, {"options": said, "config": given})
+    if args.plot is not None:  # last: what was found is told by then
         kvtools.search.draw(joined(results), args.plot)
+
+
+def show(args: argparse.Namespace, found: list[dict], costs: Counter[str], how: dict) -> None:
     if args.json:
         header = {"model": args.model, "strategy": args.strategy, "n": args.n, "seed": args.seed}
-        header |= {"options": said, "config": given}
-        print(json.dumps(header | {"questions": found} | costs, indent=2))
+        print(json.dumps(header | how | {"questions": found} | costs, indent=2))
         return
     for row in found:
         print(f"--- {row['question']}\n{(row['best'] or '').strip()}")
@@ -340,7 +345,9 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
             given["table"] = table_of(given["table"])
         given["answer"] = kvtools.search.final_number
     if "n" in known:
-        given["n"] = args.n
+        args.n = given["n"] = args.n or 16
+    elif args.n is not None:
+        raise Usage(f"-n is not an option of --strategy {args.strategy}: --probes and --table are")
     rules = {name[5:]: x for name, x in vars(args).items() if name.startswith("stop_")}
     if rules.pop("votes"):
         rules["answer"] = kvtools.search.final_number
@@ -348,6 +355,8 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
         flag = next(iter(rules))
         flag = {"answer": "--stop-votes", "wave": "--wave"}.get(flag, f"--stop-{flag}")
         raise Usage(f"{flag} is not an option of --strategy {args.strategy}")
+    if "verified" in rules and "enough" not in rules:
+        raise Usage("--stop-verified needs --stop-enough: how many verified rows end a question")
     if rules:
         given["stop"] = kvtools.search.Stopping(**rules)
     if "beam" in known:
@@ -356,8 +365,9 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
             raise Usage(f"-n {args.n} is not a multiple of --beam {beam}")
     if args.strategy == "particle_gibbs" and args.n < 2 and given.get("iterations") != 1:
         raise Usage(f"-n {args.n}: particle_gibbs needs two rows or more")
-    if args.temperature == 0 and args.n > 1:
-        raise Usage(f"--temperature 0 makes all {args.n} rows of -n equal")
+    rows, flag = (args.n, "-n") if "n" in known else (given.get("probes", 4), "--probes")
+    if args.temperature == 0 and rows > 1:
+        raise Usage(f"--temperature 0 makes all {rows} rows of {flag} equal")
     return strategy, given
 
 
@@ -365,9 +375,14 @@ def table_of(path: Path) -> Any:
     if not path.is_file():
         raise Usage(f"--table {path}: no such file; name one that Table.save wrote")
     try:
-        return kvtools.search.Table.load(path)
+        table = kvtools.search.Table.load(path)
     except ValueError as error:
         raise Usage(f"--table {error}") from error
+    for i, entry in enumerate(table.entries):
+        n = entry.options.get("n", 1)
+        if not kvtools.config.is_int(n) or n < 1:
+            raise Usage(f"--table {path}: entries[{i}].options has n={n!r}, no number of rows")
+    return table
 
 
 def widest(args: argparse.Namespace, options: dict) -> int:

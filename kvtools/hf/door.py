@@ -59,6 +59,7 @@ class Door:
         uncaptured: no CUDA graph can hold a step of it.
         apart: what its decoder returns, if logits come of that alone, so that its head can be run
             by itself; False if not. None until that is needed.
+        called: the functions that the model was called through when that was found.
     """
 
     kind: str
@@ -76,6 +77,7 @@ class Door:
     probed: bool = False
     uncaptured: bool = False
     apart: type | bool | None = None
+    called: tuple[Callable, ...] = ()
     windows: dict[int, int] = field(default_factory=dict)
 
     @property

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import CacheConfig
+from ..config import CacheConfig, is_int
 from .session import Session
 
 Ids = Sequence[int] | Tensor
@@ -80,10 +80,10 @@ def logprobs(
             )
             for x in model
         ]  # fmt: skip
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be positive")
-    if rows < 1:
-        raise ValueError(f"rows={rows} must be at least 1")
+    if not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise ValueError(f"temperature={temperature!r} must be a positive number")
+    if not is_int(rows) or rows < 1:
+        raise ValueError(f"rows={rows!r} must be a whole number of at least 1")
     if len(completions) != len(prompts):
         raise ValueError(
             f"completions has {len(completions)} entries for {len(prompts)} prompts: pass a list "

@@ -20,7 +20,9 @@ from .session import check_model, config_of
 FORMAT = "kvtools cache 1"  # of what is in a file; another number where it means something else
 # Of a model's config, what does not bear on what it says.
 ASIDE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-SEEN = 64  # elements of each parameter that tell a model's weights apart
+# What tells a model's weights apart, beside the sum of them all: first elements of each parameter.
+SEEN = 64
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
@@ -29,7 +31,7 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
     Args:
         model: that it is of.
         cache: its rows, texts, and all that a step looks at; of its pools, the pages in use.
-        path: of the file. It is written whole or not at all, over what is there.
+        path: of the file. It is written whole or not at all, over a file that is there.
 
     Raises:
         TypeError: it is another kind of cache.
@@ -37,6 +39,8 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
             policy is a function.
         OSError: the file cannot be written.
     """
+    if cache is None:
+        raise TypeError("cache is None: pass one that kvtools.generate returned")
     config_of(model, cache, None, ("cache", "config"))
     if not cache.kv.rows:
         raise ValueError("cache holds no rows: there is nothing to save")
@@ -55,14 +59,19 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
         raise IsADirectoryError(f"{path} is a folder: name a file")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"{path} is a device, a pipe or a socket: name a file")
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        scratch.open("xb").close()  # safetensors lets nobody else read what it writes
+        mode = (target if target.exists() else scratch).stat().st_mode & 0o777
         try:
             save_file(tensors, scratch, {name: json.dumps(x) for name, x in said.items()})
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
         with scratch.open("rb") as file:
             os.fsync(file.fileno())
+        scratch.chmod(mode)
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
@@ -159,6 +168,9 @@ def _model(model: Any) -> dict[str, Any]:
         if x.device.type != "meta" and x.dim():
             some = x.detach()[(0,) * (x.dim() - 1)][:SEEN].cpu().contiguous()
             found.update(some.view(torch.uint8).numpy().tobytes())
+            # And all of it, where it lies: the sum of its bits, whatever the order.
+            bits = x.detach().view(BITS[x.element_size()]).sum(dtype=torch.int64)
+            found.update(int(bits).to_bytes(8, "little", signed=True))
     about = {name: x for name, x in config.items() if name not in ASIDE and name[0] != "_"}
     return {
         "class": type(core).__name__,

@@ -660,10 +660,18 @@ def _parts(
 ) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
     """The decoder of a model, and what makes logits [t, v] of its hidden states [t, m]: all else
     that the model does, around a decoder that says what it is told. None where these do not say
-    what the model says of some tokens, the first time."""
+    what the model says of some tokens, the first time that it is called through these functions;
+    and while an instance's own forward or hooks stand around it all, which may look at tokens."""
     core = inner(model)
     body = core._modules.get(core.base_model_prefix)
-    if body is None or device.type == "meta" or door.apart is False:
+    called = tuple(type(x).forward for x in (model, core))
+    if door.called not in ((), called):
+        door.apart = None
+    door.called = called
+    around = any(
+        "forward" in vars(x) or x._forward_hooks or x._forward_pre_hooks for x in (model, core)
+    )
+    if around or body is None or device.type == "meta" or door.apart is False:
         return None, None
     given, rest = _Given(), object.__new__(type(core))
     rest.__dict__ = dict(vars(core), _modules=core._modules | {core.base_model_prefix: given})

@@ -1,8 +1,9 @@
 """Which problem gets which strategy: tokens by difficulty, under a budget for all of them."""
 
+import inspect
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,14 +177,17 @@ class Table:
                 same.
         """
         known = _known(strategies)
-        for name, _ in tried:
-            _named(known, name)
+        for name, options in tried:
+            _named(known, name, options)
+        if not callable(right):
+            raise TypeError(f"right={right!r}: a function is needed")
         measure = _difficulty(difficulty, answer, reduce)
         whole("probes", probes, 1)
         first = best_of_n(rollouts, questions, scorer, steps, n=probes, seed=seed)
         lengths = _lengths(first)
         hard = [measure(q, some) for q, some in zip(questions, first.candidates, strict=True)]
         judged = [right(q, list(some)) for q, some in zip(questions, first.candidates, strict=True)]
+        _floats("right", judged)
         trials: list[tuple[str, Mapping[str, Any], Sequence[float], Sequence[bool]]] = [
             (NONE, {}, [0.0] * len(questions), judged)
         ]
@@ -199,8 +203,21 @@ class Table:
         return cls.of_trials(hard, trials, bins=bins)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON."""
-        write(Path(path), json.dumps(asdict(self), indent=1) + "\n")
+        """Write it as JSON.
+
+        Raises:
+            ValueError: options of an entry, a function for one, that JSON does not hold.
+        """
+        entries = []
+        for i, x in enumerate(self.entries):
+            numbers = {name: [*map(float, getattr(x, name))] for name in ("tokens", "success")}
+            entries.append({"strategy": x.strategy, "options": dict(x.options)} | numbers)
+            try:
+                json.dumps(entries[-1])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"entries[{i}].options={x.options!r}: {error}") from error
+        held = {"edges": [*map(float, self.edges)], "entries": entries}
+        write(Path(path), json.dumps(held, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Table":
@@ -313,7 +330,7 @@ def allocate(
     if not isinstance(table, Table):
         raise TypeError(f"table={table!r}: a Table is needed, see Table.load")
     for entry in table.entries:
-        _named(known, entry.strategy)
+        _named(known, entry.strategy, entry.options)
     first = best_of_n(rollouts, questions, scorer, steps, n=probes, seed=seed)
     total = replace(first, candidates=[list(some) for some in first.candidates])
     total.trace, total.spent = [], list(first.spent)
@@ -347,6 +364,12 @@ def allocate(
                 rollouts, [total.questions[i] for i in now], scorer, steps,
                 seed=_other_seed(seed, entry), **options,
             )  # fmt: skip
+            own = isinstance(found, Result) and len(found.candidates) == len(found.spent)
+            if not own or len(found.spent) != len(now):
+                raise ValueError(
+                    f"strategies[{strategy!r}] returned no Result with candidates and tokens spent "
+                    "for each question"
+                )
             _add(total, found, now)
     return total
 
@@ -373,7 +396,7 @@ def _add(total: Result, found: Result, numbers: Sequence[int]) -> None:
     total.trace += [replace(e, question=numbers[e.question], run=e.run + 1) for e in found.trace]
     total.generated += found.generated
     total.encoded += found.encoded
-    total.seconds = {part: x + found.seconds[part] for part, x in total.seconds.items()}
+    total.seconds = {part: x + found.seconds.get(part, 0.0) for part, x in total.seconds.items()}
 
 
 def _lengths(probes: Result) -> np.ndarray:
@@ -409,12 +432,19 @@ def _known(more: Mapping[str, Callable[..., Result]] | None) -> dict[str, Callab
     return known
 
 
-def _named(known: Mapping[str, Any], name: str) -> None:
-    if name != NONE and name not in known:
+def _named(known: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless there is such a strategy, with such options."""
+    if name == NONE:
+        return
+    if name not in known:
         raise ValueError(
             f"the table has a strategy {name!r}: pass strategies={{{name!r}: function}}, or take "
             f"one of {', '.join(known)}"
         )
+    try:
+        inspect.signature(known[name]).bind(None, [], None, None, seed=0, **options)
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be called with options={options!r}: {error}") from error
 
 
 def _other_seed(seed: int, entry: int) -> int:

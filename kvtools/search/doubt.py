@@ -1,7 +1,6 @@
 """What verifiers, votes and tests are worth: when to stop sampling, when not to answer."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,13 +97,15 @@ def best_n(
     share = np.ones(len(rates)) if weights is None else _numbers("weights", weights)
     if len(share) != len(rates) or not (share >= 0).all() or not np.isfinite(share).all():
         raise ValueError(f"weights must hold {len(rates)} numbers, none negative")
+    share = share / (share.max() or 1.0)  # units of weights must not decide
     passes = rates * true_positive + (1 - rates) * false_positive
-    worth = rates * true_positive - loss * (1 - rates) * false_positive - price
+    gain, harm = rates * true_positive, loss * (1 - rates) * false_positive + price
     # What a draw adds where none before it has passed; rounding is no gain.
-    left, total, best, top = share.astype(float), 0.0, 0, 0.0
+    left, worth, total, best, top = share, gain - harm, 0.0, 0, 0.0
+    least = 1e-15 * float(share @ (gain + harm))
     for n in range(1, most + 1):
         total += float(left @ worth)
-        if total > top + 1e-15 * max(1.0, abs(top)):
+        if total > top + max(least, 1e-15 * top):
             best, top = n, total
         left = left * (1 - passes)
     return best
@@ -128,6 +129,7 @@ def confidence(
         The confidence; 0 without votes.
 
     Raises:
+        TypeError: an answer is not hashable.
         ValueError: `how` is none of these, or the weights do not fit.
     """
     if how not in CONFIDENCE:
@@ -135,14 +137,18 @@ def confidence(
     heavy = np.ones(len(answers)) if weights is None else _numbers("weights", weights)
     if len(heavy) != len(answers) or not (heavy >= 0).all() or not np.isfinite(heavy).all():
         raise ValueError(f"weights must hold {len(answers)} numbers, none negative")
-    votes: Counter[Hashable] = Counter()
-    for answer, weight in zip(answers, heavy.tolist(), strict=True):
+    votes: dict[Hashable, list[float]] = {}
+    for i, (answer, weight) in enumerate(zip(answers, heavy.tolist(), strict=True)):
         if answer is not None:
-            votes[answer] += weight
-    total = float(heavy.sum())
+            try:
+                votes.setdefault(answer, []).append(weight)
+            except TypeError as error:
+                raise TypeError(f"answers[{i}]={answer!r}: votes must be hashable") from error
+    # Rounded once, so that a part is never more than the whole.
+    total = math.fsum(heavy)
     if not votes or not total:
         return 0.0
-    first, second = (*sorted(votes.values(), reverse=True), 0.0)[:2]
+    first, second = (*sorted(map(math.fsum, votes.values()), reverse=True), 0.0)[:2]
     share, margin = first / total, (first - second) / total
     return {"share": share, "margin": margin, "both": (share + margin) / 2}[how]
 
@@ -227,19 +233,24 @@ def vote_by_tests(
         The consensus sets, the likeliest first, of equals that with the first solution.
 
     Raises:
-        ValueError: the table is none, or a prior is not two positive numbers.
+        ValueError: the table is none, or a prior is not two positive numbers up to 1e9.
 
     Reference: arXiv:2409.08692.
     """
-    table = np.asarray(passes)
+    try:
+        table = np.asarray(passes)
+    except ValueError:  # rows of several lengths
+        table = np.zeros(0)
     if table.ndim != 2 or not np.isin(table, (0, 1)).all():
         raise ValueError("passes must be a table [solutions, tests] of True and False")
     table = table.astype(bool)
     given = dict(wrong_test=wrong_test, right_test=right_test, solutions=solutions, tests=tests)
     for name, prior in given.items():
         pair = _numbers(name, prior)
-        if len(pair) != 2 or not (pair > 0).all() or not np.isfinite(pair).all():
-            raise ValueError(f"{name}={prior!r}: two positive numbers of a Beta distribution")
+        # Logs of gamma functions of more have lost what tells sets apart.
+        if len(pair) != 2 or not ((pair > 0) & (pair <= 1e9)).all():
+            raise ValueError(f"{name}={prior!r}: two positive numbers of a Beta distribution, "
+                             "1e9 at most")  # fmt: skip
     groups: dict[bytes, list[int]] = {}
     for i, row in enumerate(table):
         groups.setdefault(row.tobytes(), []).append(i)

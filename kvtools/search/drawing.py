@@ -1,11 +1,14 @@
 """A search as a picture: its steps as a tree, coloured by score."""
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..results import write
 from .result import Candidate, Result
 
+FORMATS = (".svg", ".png", ".pdf")
 MARKS = {"went on": "o", "finished": "s", "left out": "X"}
 
 
@@ -105,12 +108,16 @@ def draw(result: Result, path: str | Path) -> None:
     """Draw the tree of each question into a file; needs matplotlib.
 
     Args:
-        path: its ending says the format: .svg, .png or .pdf.
+        path: its ending says the format: .svg, .png or .pdf. The file is written whole or not at
+            all, over one that is there.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: there is no question.
+        ValueError: there is no question, or the ending is another.
     """
+    kind = Path(path).suffix
+    if kind not in FORMATS:
+        raise ValueError(f"path={str(path)!r}: end its name in {', '.join(FORMATS)}")
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -158,5 +165,7 @@ def draw(result: Result, path: str | Path) -> None:
     figure.legend(handles=marks, fontsize="small", loc="outside upper right", ncols=len(marks))
     # Without a date and with fixed ids, the same result gives the same file.
     with matplotlib.rc_context({"svg.hashsalt": "kvtools"}):
-        metadata = {"Date": None} if str(path).endswith(".svg") else None
-        figure.savefig(path, metadata=metadata)
+        dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+        image = io.BytesIO()
+        figure.savefig(image, format=kind[1:], metadata=dates.get(kind))
+    write(Path(path), image.getvalue())

@@ -29,13 +29,16 @@ def deepen(
     Args:
         n: rows, of each question.
         trigger: a self-correction; "" only tries again.
-        depths: steps to go back, ascending. A row with fewer begins anew.
+        depths: steps to go back, ascending. A row with fewer begins anew; one that the trigger
+            leaves no room for a token is not tried.
         enough: rows that score at least this are left alone.
         reduce: what solutions are compared by, see `Candidate.score`.
 
     Returns:
         `n` candidates of each question.
     """
+    if isinstance(depths, str) or not isinstance(depths, Sequence):
+        raise TypeError(f"depths={depths!r}: a list of numbers is needed")
     depths = list(depths)
     for depth in depths:
         whole("depths", depth, 1)
@@ -141,15 +144,18 @@ def _retry(
     is_copy = [[i in index[:j] for j, i in enumerate(index)] for index in kept]
     again([[c for c, new in zip(some, flags, strict=True) if new]
            for some, flags in zip(rows, is_copy, strict=True)], rows)  # fmt: skip
+    told = [[len(c.tokens) for c in some] for some in rows]
     _finish(run, rows)
     values = [[c.score(reduce) for c in some] for some in rows]
     better = []
-    for some, flags in zip(values, is_copy, strict=True):
+    for question, (some, flags) in enumerate(zip(values, is_copy, strict=True)):
         index: list[int] = []
         for j, new in enumerate(flags):
+            # Without room to say anything, it is what it was told, and no solution.
+            spoke = len(rows[question][j].tokens) > told[question][j]
             if not new:
                 index.append(j)
-            elif some[j] > some[j - 1]:
+            elif spoke and some[j] > some[j - 1]:
                 index[-1] = j
         better.append(index)
     said = [f"{why}: the better of each" * any(some) for some in doubted]

@@ -158,7 +158,7 @@ class Run:
                 limit[row] = 0 if c.waits else limit[row] - (len(c.tokens) - c.start)
             if not whole:
                 limit = np.minimum(limit, self.steps.step_tokens)
-            until = self._complete if whole else self.steps.ended
+            until = self._complete() if whole else self.steps.ended
             new = self.rollouts.generate(limit, until, self.steps.progress)
         self._count(new)
         added: list[list[list[str]]] = [[[] for _ in range(n)] for n in self._counts]
@@ -346,11 +346,7 @@ class Run:
 
     def _take(self, c: Candidate, tokens: list[int], whole: bool) -> list[str]:
         """Move new tokens to a candidate; returns the texts of the steps that they make."""
-        cuts, start = [], 0
-        for end in range(1, len(tokens)) if whole else ():
-            if end - start == self.steps.step_tokens or self.steps.ended(tokens[start:end]):
-                cuts.append(end)
-                start = end
+        cuts = self._cuts(tokens[:-1]) if whole else []
         steps, start = [], 0
         for end in [*cuts, len(tokens)]:
             c.tokens += tokens[start:end]
@@ -384,8 +380,36 @@ class Run:
         ended = bool(tokens) and tokens[-1] in self.rollouts.eos
         return self.steps.tokenizer.decode(tokens[:-1] if ended else tokens)
 
-    def _complete(self, tokens: list[int]) -> bool:
-        return self.steps.ended(tokens) and self.steps.done(self.steps.tokenizer.decode(tokens))
+    def _cuts(self, tokens: Sequence[int]) -> list[int]:
+        """Where steps end in what a row has grown by."""
+        cuts, start = [], 0
+        for end in range(1, len(tokens) + 1):
+            if end - start == self.steps.step_tokens or self.steps.ended(tokens[start:end]):
+                cuts.append(end)
+                start = end
+        return cuts
+
+    def _complete(self) -> Callable[[list[int]], bool]:
+        """What tells whether a solution is complete with the last token that its row has grown by:
+        a step ends there, as it would if rows grew step by step, and `done` says so."""
+        # Of rows as they were a token ago, and as they are: where the step to come begins.
+        before: dict[tuple[int, ...], int] = {}
+        now = {(): 0}
+
+        def complete(tokens: list[int]) -> bool:
+            nonlocal before, now
+            text = tuple(tokens)
+            if text not in now and text[:-1] in now:
+                before, now = now, {}
+            start = before.get(text[:-1])
+            if start is None:
+                start = max(self._cuts(tokens[:-1]), default=0)
+            step = tokens[start:]
+            ends = len(step) == self.steps.step_tokens or self.steps.ended(step)
+            now[text] = len(text) if ends else start
+            return ends and self.steps.done(self.steps.tokenizer.decode(tokens))
+
+        return complete
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
