@@ -78,7 +78,7 @@ FAULTS = [
           "                least = (1 - PADDING) * width if self.door.masks else width",
           "                least = 0", PREFILL + "'bounded or share'"),
     Fault("turns run layers that share keys for last tokens alone", "kvtools/hf/session.py",
-          "        if self.door.shared and longest > 1:", "        if False:",
+          "        shared = self.door.shared and longest > 1", "        shared = False",
           "tests/test_turns.py -k last_tokens_alone"),
     Fault("prompts that share a forward share a frame", "kvtools/cache.py",
           "        self.prompt = first + np.repeat(np.arange(len(lengths)), lengths)",

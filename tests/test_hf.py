@@ -439,7 +439,8 @@ COMPRESSED = [
     dict(k_bits=8, v_bits=2, **TIGHT, drop=3, policy="snapkv", layer_budget="later"),
 ]
 POLICIES = ["scissorhands", "h2o", "snapkv", "tova", "streaming", "lru", "random"]
-COMPRESSED_CASES = [(name, options) for name in MODELS for options in COMPRESSED]
+LOSSY = [name for name in MODELS if name != "gemma4"]  # whose layers share keys: exact alone
+COMPRESSED_CASES = [(name, options) for name in LOSSY for options in COMPRESSED]
 COMPRESSED_CASES += [("llama", dict(bits=16, **TIGHT, policy=policy)) for policy in POLICIES]
 
 
@@ -484,7 +485,7 @@ def test_compressed(name, options, unchanged):
 
 def test_near_exact():
     """8-bit logits stay close to 16-bit ones, so that what is compressed is the right thing."""
-    for name in MODELS:
+    for name in LOSSY:
         model, ids = tiny_model(name), random_ids(1, PROMPT)
         options = dict(max_new_tokens=2, return_dict_in_generate=True, output_logits=True)
         exact, close = (

@@ -582,13 +582,14 @@ class Session:
         forward = Forward(self.door, self.kv, False, past)
         if not self.head or (every and longest > 1):
             return self._forward(ids, positions.long(), forward, 0).flatten(0, 1)
+        shared = self.door.shared and longest > 1  # some run last layers for last tokens alone
+        if even and not shared:
+            return self._forward(ids, positions.long(), forward)[:, -1]
         ends = torch.from_numpy(counts[counts > 0].cumsum() - 1).to(ids.device)
-        if self.door.shared and longest > 1:  # else some run their last layers for those alone
+        if shared:
             with self._split() as head:
                 x = self._forward(ids, positions.long(), forward, 0).flatten(0, 1)[ends]
             return x if head is None else head(x)
-        if even:
-            return self._forward(ids, positions.long(), forward)[:, -1]
         (out,) = self._forward(ids, positions.long(), forward, ends)
         return out if len(out) == len(ends) else out[ends]  # some keep all, whatever they are told
 
