@@ -306,8 +306,8 @@ def allocate(
     anew by what was really spent.
 
     Args:
-        budget: tokens for all questions, probes included. What strategies generate is an
-            expectation: the last of them may exceed it.
+        budget: tokens for all questions, probes included. Probes are drawn whatever they take, and
+            what strategies generate is an expectation: the last of them may exceed it.
         table: default `Table.samples(probes=probes)`; see `Table.fit`.
         probes: samples of each question at first; they stay candidates.
         difficulty: from 0 to 1: "score", one less the mean score of the probes; "votes", one less
