@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from bench import bench_attention, bench_evict, bench_sampling, bench_scoring
+from bench.resources import compiling
 from bench.resources_cases import stores
 from kvtools import KVPages
+from kvtools.kernels import attention as kernels
 from kvtools.ops.attention import merge_states, tree_attention
 from kvtools.ops.evict import compact_kv, select_victims
 from kvtools.ops.quant import append_kv, dequantize_kv, quantize_kv
@@ -123,3 +125,13 @@ def test_what_tokens_share_is_ordered(launched):
     (compiled,) = launched["_track_kernel"].values()
     stores = re.findall(r"tt\.store.*\n(.*)", compiled.asm["ttir"])
     assert len(stores) == 2 and sum("barrier" in after for after in stores) == 1, stores
+
+
+def test_tiles_are_those_of_the_architecture_that_is_compiled_for():
+    """Whatever one was before, in the same process."""
+    store, sizes = (BF16, (16, 64), BF16, 64, True, True, False), []
+    for arch in (80, 90, 80):
+        with compiling(arch):
+            of = kernels._constants(0, BF16, 8, 2, 64, False, False, "all", 0, store)
+        sizes.append(of.sizes)
+    assert sizes[0] == sizes[2] != sizes[1], sizes
