@@ -155,6 +155,7 @@ TABLES = {  # marker: page, module of bench, results
     "demo": ("README.md", None, "demo-cpu.json"),
     "step": ("docs/kernels.md", "step", "step.json"),
     "engines": ("docs/engines.md", "engines", "engines.json"),
+    "forest": ("docs/samples.md", "forest", "forest.json"),
     "model": ("docs/kernels.md", "model", "model.json"),
     "model-times": ("docs/kernels.md", "model", "model.json"),
 }
