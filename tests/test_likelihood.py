@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 import kvtools
 from kvtools import CacheConfig
-from kvtools.hf import check_model
+from kvtools.hf import check_model, heads
 from kvtools.hf import session as sessions
 from kvtools.testing import assert_within_budget
 
@@ -149,7 +149,7 @@ def test_as_near_to_the_truth_as_torch():
         logp = logits.log_softmax(-1)
         return logp[target, target], -(logp.exp() * logp).sum(-1)
 
-    found = sessions._likelihood(logits, target, 1.0).unbind(1)[:2]
+    found = heads.likelihood(logits, target, 1.0).unbind(1)[:2]
     for name, *each in zip(
         ("logprob", "entropy"), found, plain(logits.double()), plain(logits), strict=True
     ):

@@ -1,10 +1,10 @@
 """The door to transformers: the only files that know it.
 
 `plug`: what a model sees of kvtools during a forward: a cache, an attention function, a mask
-function. `door`: whether a model can be right, decided by what its code does. `session`: a model
-over a cache, and the probe that compares it with itself. `prefixes`: what prompts begin with in
-common. `generate`: the loop, and `patch`. `likelihood`: how likely given texts are. `saved`: caches
-in files.
+function. `door`: whether a model can be right, decided by what its code does; `probe`: by comparing
+it with itself. `session`: a model over a cache. `prefixes`: what prompts begin with in common.
+`heads`: a model's head by itself. `generate`: the loop, and `patch`. `likelihood`: how likely given
+texts are. `saved`: caches in files.
 """
 
 from .decode import Decoder, Flight, Graph, usable

@@ -1,7 +1,7 @@
 """Whether kvtools can run a model, decided by what its code does and not by lists of names.
 
 What can be read off the model is read here; the rest is decided by masks that it makes (in its
-first prefill), and by the probe (`session.check_model`).
+first prefill), and by `probe`.
 """
 
 import inspect

@@ -1,6 +1,5 @@
-"""A model over a cache of ours, and the probe that compares it with itself."""
+"""A model over a cache of ours."""
 
-import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -12,17 +11,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from ..cache import KVCache
 from ..config import CacheConfig
 from ..ops.upload import on_device
-from .door import Door, Unsupported, decoder_of, device_of, door_of, eager_of, inner, refusal
-from .plug import CACHE, Forward, PagedCache, Touched, plugged, running
+from .door import Door, Unsupported, device_of, door_of, eager_of, inner, refusal
+from .heads import likelihood, split
+from .plug import CACHE, Forward, PagedCache, plugged, running
 from .prefixes import alike, branches
+from .probe import compare, output, whole
 
-PROBE = 4  # tokens
-FEW = 256  # of a window that the probe goes past
 # Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
 # padding; and a forward needs no more memory than one of a prompt of so many tokens.
 PADDING, TOKENS = 1 / 4, 8192
@@ -54,9 +52,14 @@ def check_model(model: Any, *, head: bool = True, probe: bool = True) -> Door:
             "decoder"
         )
     if probe and not door.probed:
+        core, device = inner(model), device_of(model)
+
+        def run(part: Any) -> Session:
+            return Session.__new__(Session)._start(part, door, CacheConfig(), device)
+
         try:
-            with _gathered(inner(model)):
-                _probe(inner(model), door)
+            with whole(core):
+                compare(core, door, run)
         except Unsupported as error:
             raise refusal(door.kind, error) from error.__cause__
     return door
@@ -379,7 +382,7 @@ class Session:
             first = [i for i in some if len(texts[i])]
             if first:
                 target = torch.tensor([texts[i][0] for i in first], device=self.device)
-                seen = _likelihood(torch.stack([before[i] for i in first]), target, temperature)
+                seen = likelihood(torch.stack([before[i] for i in first]), target, temperature)
                 for i, x in zip(first, seen.split(1), strict=True):
                     stats[i].append(x)
         fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - 1 for x in texts])
@@ -397,7 +400,7 @@ class Session:
                 target = np.concatenate([texts[i][a + 1 : b + 1] for i, a, b in spans])
                 target = torch.from_numpy(target).to(self.device)
                 seen = [
-                    _likelihood(part if head is None else head(part), each, temperature)
+                    likelihood(part if head is None else head(part), each, temperature)
                     for part, each in zip(x.split(piece), target.split(piece), strict=True)
                 ]
                 for i, each in zip(live, torch.cat(seen).split(width.tolist()), strict=True):
@@ -413,7 +416,7 @@ class Session:
         """Run the model without its head meanwhile; gives what makes logits [t, v] of hidden states
         [t, m]. None, and nothing has changed, where one cannot be run without the other."""
         before = self._runner, self._decode, self.head
-        body, head = _parts(self._runner, self.door, self.device)
+        body, head = split(self._runner, self.door, self.device)
         if head is not None:
             self._runner, self._decode, self.head = body, body, False
         try:
@@ -616,7 +619,7 @@ class Session:
             forward.past = positions.max()
         with plugged(self.door), running(self.cache, forward):
             out = run(input_ids=ids, **options)
-        return out.logits if self.head else _output(out)
+        return out.logits if self.head else output(out)
 
 
 @dataclass
@@ -630,198 +633,3 @@ def _warn(kind: str, reason: str) -> None:
     warnings.warn(
         f"kvtools runs {kind} without torch.compile: {reason}", RuntimeWarning, stacklevel=5
     )
-
-
-def _likelihood(logits_tv: Tensor, target_t: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities of the targets, entropies, and 1 for the most likely tokens [t, 3]."""
-    logits_tv = logits_tv.to(torch.promote_types(logits_tv.dtype, torch.float32))
-    if temperature != 1.0:
-        logits_tv = logits_tv / temperature
-    best_t = (logits_tv.argmax(-1) == target_t).to(logits_tv.dtype)
-    logp_tv = logits_tv.log_softmax(-1)
-    logprob_t = logp_tv.gather(1, target_t[:, None])[:, 0]
-    p_tv = logp_tv.exp()
-    # Not as the mean logit taken off their logsumexp: these are large, and the p that stand between
-    # them do not add up to one exactly. And p log p is 0 where p is, of tokens ruled out by -inf.
-    logp_tv.clamp_(min=torch.finfo(logp_tv.dtype).min)
-    return torch.stack([logprob_t, -p_tv.mul_(logp_tv).sum(-1), best_t], 1)
-
-
-class _Given(torch.nn.Module):
-    """Stands for a decoder that has been run."""
-
-    out: Any = None
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.out
-
-
-def _parts(
-    model: Any, door: Door, device: torch.device
-) -> tuple[Any, Callable[[Tensor], Tensor] | None]:
-    """The decoder of a model, and what makes logits [t, v] of its hidden states [t, m]: all else
-    that the model does, around a decoder that says what it is told. None where these do not say
-    what the model says of some tokens, the first time that it is called through these functions;
-    and while an instance's own forward or hooks stand around it all, which may look at tokens."""
-    core = inner(model)
-    body = core._modules.get(core.base_model_prefix)
-    called = tuple(type(x).forward for x in (model, core))
-    if door.called not in ((), called):
-        door.apart = None
-    door.called = called
-    around = any(
-        "forward" in vars(x) or x._forward_hooks or x._forward_pre_hooks for x in (model, core)
-    )
-    if around or body is None or device.type == "meta" or door.apart is False:
-        return None, None
-    given, rest = _Given(), object.__new__(type(core))
-    rest.__dict__ = dict(vars(core), _modules=core._modules | {core.base_model_prefix: given})
-
-    def head(hidden_tm: Tensor) -> Tensor:
-        given.out = door.apart(last_hidden_state=hidden_tm[None])
-        ids = torch.zeros(1, len(hidden_tm), dtype=torch.int64, device=device)
-        return rest(input_ids=ids, use_cache=False).logits[0]
-
-    if door.apart is None:
-        door.apart = False
-        ids = torch.arange(1, PROBE + 1, device=device)[None]
-        try:
-            whole = model(input_ids=ids, use_cache=False).logits[0]
-            out = body(input_ids=ids, use_cache=False)
-            door.apart, hidden = type(out), out.last_hidden_state[0]
-            ours = torch.cat([head(hidden[:1]), head(hidden[1:])])
-            near, scale = 64 * torch.finfo(whole.dtype).eps, whole[whole.isfinite()].abs().max()
-            if not torch.allclose(ours, whole, rtol=near, atol=near * float(scale)):
-                door.apart = False
-        except torch.OutOfMemoryError:
-            door.apart = None
-            raise
-        except Exception:  # it looks at more of its decoder than what that says
-            door.apart = False
-    return (body, head) if door.apart else (None, None)
-
-
-def _output(out: Any) -> Tensor:
-    hidden = getattr(out, "last_hidden_state", None)  # a decoder may be the whole model
-    return out.logits if hidden is None else hidden
-
-
-@contextmanager
-def _gathered(model: Any) -> Iterator[None]:
-    """FSDP2 (`fully_shard`) has parameters whole in forwards of the model, the first of which finds
-    out what belongs together; the probe runs parts."""
-    sharded = hasattr(model, "unshard")
-    if sharded:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device_of(model)))
-        model.unshard()
-    try:
-        yield
-    finally:
-        if sharded:
-            model.reshard()
-
-
-@torch.no_grad()
-def _probe(model: Any, door: Door) -> None:
-    """Raise Unsupported if the first layers say something else through us than by themselves."""
-    decoder, device = decoder_of(model), device_of(model)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    window = min(filter(None, door.cached), default=0)
-    length = PROBE + (window if window <= FEW else 0)  # so that it is seen, where that is cheap
-    ids = (torch.arange(1, length + 1, device=device) * 7919) % vocabulary
-    part, plain = eager_of(_first_layers(decoder, door)), None
-    noisy = any(isinstance(x, torch.nn.Dropout) and x.training and x.p for x in part.modules())
-    if device.type != "meta" and not noisy:  # else there is nothing to compare
-        try:
-            plain = _by_itself(part, model, door, ids)
-        except (IndexError, KeyError):  # it does not do with fewer layers
-            part = eager_of(decoder)
-            plain = _by_itself(part, model, door, ids)
-    wrong: int | Unsupported | None = None
-    for counted in [False, True] if door.positions else [True]:
-        for loose in (False, True) if plain is not None else (False,):
-            door.counted, door.loose = counted, loose
-            wrong = _first_wrong(part, door, ids, plain)
-            if wrong is None:
-                door.probed = plain is not None
-                return
-            if not isinstance(wrong, Touched):
-                break
-    door.counted = door.loose = False
-    if isinstance(wrong, Unsupported):
-        raise wrong
-    raise Unsupported(
-        f"through kvtools it says something else than by itself from token {wrong} on"
-    )
-
-
-def _by_itself(part: Any, model: Any, door: Door, ids: Tensor) -> Tensor:
-    """What it says on its own path: without a cache, or with its own one where that forgets."""
-    position = torch.arange(len(ids), device=ids.device)[None]
-    door.renew()
-
-    def run(begin: int, end: int, **options: Any) -> Tensor:
-        if door.positions:
-            options["position_ids"] = position[:, begin:end]
-        return _output(part(input_ids=ids[None, begin:end], **options))[0]
-
-    if not any(door.cached):
-        return run(0, len(ids), use_cache=False)
-    options = {CACHE: DynamicCache(config=model.config), "use_cache": True}
-    steps = [(0, len(ids) - 2), (len(ids) - 2, len(ids) - 1), (len(ids) - 1, len(ids))]
-    return torch.cat([run(*step, **options) for step in steps])
-
-
-def _first_wrong(
-    part: Any, door: Door, ids: Tensor, plain: Tensor | None
-) -> int | Unsupported | None:
-    """First position at which two rows of a prompt, one ahead, are not as `plain` says."""
-    run = Session.__new__(Session)._start(part, door, CacheConfig(), ids.device)
-    try:
-        n = len(ids) - 2
-        parts = [(torch.arange(n), *run.prefill([ids[:n]], 2))]
-        where = torch.tensor([n, n, n + 1])
-        parts.append((where, run.extend(ids[where.to(ids.device)], np.array([1, 2]))))
-    except Unsupported as error:
-        return error
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        failed = Unsupported(f"its forward fails ({type(error).__name__}: {error})")
-        failed.__cause__ = error
-        return failed
-    if plain is None:
-        return None
-    where, ours = torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts])
-    want = plain[where.to(plain.device)].float()
-    error = (ours.float() - want).square().mean(-1).sqrt() / want.square().mean(-1).sqrt()
-    dtypes = [p.dtype for p in part.parameters() if p.is_floating_point()] + [plain.dtype]
-    if torch.is_autocast_enabled(plain.device.type):
-        dtypes.append(torch.get_autocast_dtype(plain.device.type))
-    allowed = min(0.05, max(1e-3, 64 * max(torch.finfo(x).eps for x in dtypes)))
-    wrong = where[(~(error <= allowed)).cpu()]
-    return int(wrong.min()) if len(wrong) else None
-
-
-def _first_layers(decoder: Any, door: Door) -> Any:
-    """`decoder` with the fewest first layers that show each kind once, sharing all parameters;
-    itself if there is no list of layers."""
-    decoder = getattr(decoder, "_orig_mod", decoder)
-    stacks = [
-        (name, list(stack)) for name, stack in decoder.named_children()
-        if isinstance(stack, torch.nn.ModuleList) and len(stack) == door.layers
-    ]  # fmt: skip
-    if len(stacks) != 1 or "forward" in vars(decoder):
-        return decoder
-    ((name, layers),) = stacks
-    types = getattr(door.configs[0], "layer_types", None) or [None] * len(layers)
-    kinds: dict[tuple, int] = {}
-    for i, layer in enumerate(x._modules.get("_orig_mod", x) for x in layers):
-        parts = map(type, layer._modules.values())
-        kinds.setdefault((door.cached[i], types[i], type(layer), *parts), i)
-    part = copy.copy(decoder)
-    part.__dict__ = dict(vars(decoder))
-    part._modules = dict(decoder._modules)
-    part._modules[name] = torch.nn.ModuleList(layers[: max(kinds.values()) + 1])
-    return part
