@@ -501,6 +501,19 @@ def test_search(tiny, capsys, tmp_path, strategy):
     assert code == 0 and out.startswith("--- w2 w3\n") and "generated" in out
 
 
+@pytest.mark.parametrize("reduce,reduced", [("min", min), ("last", lambda scores: scores[-1])])
+def test_search_picks_by_what_it_kept_by(tiny, capsys, monkeypatch, reduce, reduced):
+    def scored(question, solutions):
+        return [[(len(step) * 7 % 10 + i % 3) / 12 for i, step in enumerate(x)] for x in solutions]
+
+    monkeypatch.setattr("kvtools.cli.search.scorer_of", lambda args, answers: scored)
+    given = ["--prompt", "w2 w3 w5", "--strategy", "rebase", "-n", 12, "--max-new-tokens", 24]
+    given += ["--delimiter", "w9", "--step-tokens", 4, "--reduce", reduce, "--json"]
+    (row,) = json.loads(run(capsys, "search", tiny, *given)[1])["questions"]
+    values = {reduced(c["scores"]): c["text"] for c in reversed(row["candidates"])}
+    assert len(values) > 2 and row["best"] == values[max(values)]
+
+
 @pytest.mark.parametrize("strategy,more", [
     ("best_of_n", ["--stop-votes", "--wave", 2, "--stop-enough", 1]), ("dvts", []),
     ("allocate", ["--tokens", 90]),

@@ -176,7 +176,8 @@ def add(command: argparse.ArgumentParser) -> None:
         "--pick",
         default="max",
         choices=("max", "weighted", "majority"),
-        help="the best candidate (default), or a vote weighted by scores, or a plain one",
+        help="the best candidate (default), or a vote weighted by scores, or a plain one; --reduce "
+        "says what a candidate's score is",
     )
     command.add_argument("--batch", type=count, default=8, help="questions at a time (default 8)")
     command.add_argument("--seed", type=seed, default=0, help="default 0")
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
             if "budget" in options:
                 options["budget"] = args.rule_budget * len(some)
             result = strategy(rollouts, some, scorer, steps, seed=args.seed, **options)
-            found += rows_of(result, args.pick)
+            found += rows_of(result, args.pick, options.get("reduce", "last"))
             results.append(result)
             costs.update(generated=result.generated, encoded=result.encoded)
             if "stop" in options:
@@ -446,8 +447,8 @@ def scorer_of(args: argparse.Namespace, answers: dict[str, Any]) -> Any:
         raise type(error)(f"--scorer {args.scorer}: {error}") from error
 
 
-def rows_of(result: Any, pick: str) -> list[dict]:
-    best = result.best(pick, answer=kvtools.search.final_number)
+def rows_of(result: Any, pick: str, reduce: str) -> list[dict]:
+    best = result.best(pick, answer=kvtools.search.final_number, reduce=reduce)
     return [
         {
             "question": question,
