@@ -216,6 +216,11 @@ def test_options_are_looked_at_before_anything_is_generated(name, options):
         search.allocate(Script(say), ["Q"], by_text, STEPS, budget=99, table=table, **how)
     with pytest.raises(ValueError, match=f"{name} cannot be called with options="):
         Table.fit(Script(say), ["Q"], by_text, STEPS, right=bool, tried=[(name, options)], **how)
+    try:
+        raise RuntimeError("handled")
+    except RuntimeError:  # in which Python may raise otherwise
+        with pytest.raises(ValueError, match=f"{name} cannot be called with options="):
+            search.allocate(Script(say), ["Q"], by_text, STEPS, budget=99, table=table, **how)
 
 
 @pytest.mark.parametrize("result", [

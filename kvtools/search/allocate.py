@@ -442,7 +442,9 @@ def _named(known: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> N
             f"one of {', '.join(known)}"
         )
     try:
-        inspect.signature(known[name]).bind(None, [], None, None, seed=0, **options)
+        if "seed" in options:  # given twice it may be a KeyError, before Python 3.12
+            raise TypeError("each run has a seed of its own")
+        inspect.signature(known[name]).bind(None, [], None, None, **options, seed=0)
     except TypeError as error:
         raise ValueError(f"{name} cannot be called with options={options!r}: {error}") from error
 
