@@ -1,9 +1,9 @@
 """A model over a cache of ours."""
 
+import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -386,7 +386,8 @@ class Session:
                 for i, x in zip(first, seen.split(1), strict=True):
                     stats[i].append(x)
         fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - 1 for x in texts])
-        with self._split() as head, self.kv.transaction():
+        bare, head = self._split()
+        with self.kv.transaction():
             most = piece if head is None else max(AT_ONCE, piece)
             while (live := np.flatnonzero(fed < ends)[:most]).size:
                 width = np.minimum(max(1, most // len(live)), (ends - fed)[live])
@@ -394,7 +395,7 @@ class Session:
                 counts = np.zeros(self.kv.rows, np.int32)
                 counts[rows[live]] = width
                 spans = list(zip(live, fed[live], fed[live] + width, strict=True))
-                x = self.extend(
+                x = bare.extend(
                     np.concatenate([texts[i][a:b] for i, a, b in spans]), counts, every=True
                 )
                 target = np.concatenate([texts[i][a + 1 : b + 1] for i, a, b in spans])
@@ -411,18 +412,15 @@ class Session:
         logprobs, entropies, best = ([x[:, i] for x in out] for i in range(3))
         return logprobs, entropies, [x > 0 for x in best]
 
-    @contextmanager
-    def _split(self) -> Iterator[Callable[[Tensor], Tensor] | None]:
-        """Run the model without its head meanwhile; gives what makes logits [t, v] of hidden states
-        [t, m]. None, and nothing has changed, where one cannot be run without the other."""
-        before = self._runner, self._decode, self.head
+    def _split(self) -> tuple["Session", Callable[[Tensor], Tensor] | None]:
+        """A session over the same cache of the model without its head, and what makes logits [t, v]
+        of hidden states [t, m]; itself and None where one cannot be run without the other."""
         body, head = split(self._runner, self.door, self.device)
-        if head is not None:
-            self._runner, self._decode, self.head = body, body, False
-        try:
-            yield head
-        finally:
-            self._runner, self._decode, self.head = before
+        if head is None:
+            return self, None
+        bare = copy.copy(self)  # so that nothing has to be put back, whatever happens
+        bare._runner, bare._decode, bare.head = body, body, False
+        return bare, head
 
     @torch.no_grad()
     def extend(
@@ -590,8 +588,8 @@ class Session:
             return self._forward(ids, positions.long(), forward)[:, -1]
         ends = torch.from_numpy(counts[counts > 0].cumsum() - 1).to(ids.device)
         if shared:
-            with self._split() as head:
-                x = self._forward(ids, positions.long(), forward, 0).flatten(0, 1)[ends]
+            bare, head = self._split()
+            x = bare._forward(ids, positions.long(), forward, 0).flatten(0, 1)[ends]
             return x if head is None else head(x)
         (out,) = self._forward(ids, positions.long(), forward, ends)
         return out if len(out) == len(ends) else out[ends]  # some keep all, whatever they are told
