@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,27 @@ def differing(name: str, old: Any, new: Any, most: int = 80) -> str:
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a file in one go: it is as before, or whole, whatever happens in between."""
-    path = Path(os.path.realpath(path))  # what a link leads to, not the link
     content = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():  # a pipe, a terminal
         path.write_bytes(content)
         return
+    with replacing(path) as scratch:
+        scratch.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives an empty file beside a regular one, or one to come, to be written instead: it takes its
+    place, and its mode, where the block ends without an error."""
+    path = Path(os.path.realpath(path))  # what a link leads to, not the link
     scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with scratch.open("xb") as file:
-            file.write(content)
-            file.flush()
+        scratch.open("xb").close()
+        mode = (path if path.exists() else scratch).stat().st_mode & 0o777
+        yield scratch
+        with scratch.open("rb") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            scratch.chmod(path.stat().st_mode & 0o777)
+        scratch.chmod(mode)
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)

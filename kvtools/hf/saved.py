@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ..cache import KVCache
 from ..config import CacheConfig
+from ..results import replacing
 from .door import device_of, inner
 from .plug import PagedCache
 from .session import check_model, config_of
@@ -55,27 +56,18 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
     tensors["text"] = torch.tensor([x for text in cache.texts for x in text])
     tensors["lengths"] = torch.tensor(list(map(len, cache.texts)))
     tensors["prompt_lengths"] = torch.tensor(cache.prompt_lengths)
-    target = Path(os.path.realpath(path))  # what a link leads to, not the link
+    target = Path(path)
     if target.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file")
-    if not target.parent.is_dir():
+    if not Path(os.path.realpath(target)).parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no such folder")
     if target.exists() and not target.is_file():
         raise FileExistsError(f"{path} is a device, a pipe or a socket: name a file")
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        scratch.open("xb").close()  # safetensors lets nobody else read what it writes
-        mode = (target if target.exists() else scratch).stat().st_mode & 0o777
+    with replacing(target) as scratch:
         try:
             save_file(tensors, scratch, {name: json.dumps(x) for name, x in said.items()})
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {error}") from error
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.chmod(mode)
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load_cache(
