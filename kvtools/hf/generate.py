@@ -229,9 +229,7 @@ def _generate(
             done = over[active]
             if done.all():
                 break
-            if (
-                pads and done.any()
-            ):  # without an EOS token, generate lets rows run on until all are done
+            if pads and done.any():  # else generate lets rows run on until all are done
                 stay = (~done).nonzero()[:, 0]
                 if not keeps:
                     session.kv.gather([*range(first), *(first + stay).tolist()])

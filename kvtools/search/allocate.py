@@ -13,7 +13,7 @@ from ..results import write
 from ..rollouts import Rollouts
 from .doubt import confidence
 from .particles import particle_filter, particle_gibbs
-from .result import REDUCE, Candidate, Event, Result
+from .result import Candidate, Event, Result, reduction
 from .retries import deepen, revise
 from .run import Steps, whole, within
 from .trees import beam, best_of_n, dvts, prune, rebase
@@ -407,8 +407,7 @@ def _lengths(probes: Result) -> np.ndarray:
 def _difficulty(
     how: str | Difficulty, answer: Callable[[str], Hashable | None] | None, reduce: str
 ) -> Difficulty:
-    if reduce not in REDUCE:
-        raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+    reduction(reduce)
     if how == "score":
         return lambda question, some: 1 - min(1.0, max(0.0, _mean_score(some, reduce)))
     if how == "votes":

@@ -21,6 +21,13 @@ REDUCE: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 NOTHING = -36.0  # log-odds of a solution without steps
 
 
+def reduction(reduce: str) -> Callable[[np.ndarray, np.ndarray], float]:
+    """The one of `REDUCE` that an argument names; ValueError if there is none."""
+    if reduce not in REDUCE:
+        raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+    return REDUCE[reduce]
+
+
 @dataclass
 class Candidate:
     """A solution as far as it has got.
@@ -52,10 +59,9 @@ class Candidate:
 
     def score(self, reduce: str = "last") -> float:
         """One number for all steps; `reduce` as for `kvtools.step_scores`."""
-        if reduce not in REDUCE:
-            raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+        reduced = reduction(reduce)
         scores, margins = self.scores or [0.0], self.margins or [NOTHING]
-        return float(REDUCE[reduce](np.array(scores), np.array(margins)))
+        return float(reduced(np.array(scores), np.array(margins)))
 
     def copy(self) -> "Candidate":
         lists = ("steps", "margins", "scores", "tokens", "ends")

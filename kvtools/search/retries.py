@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..rollouts import Rollouts
-from .result import REDUCE, Result, Rows, growing
+from .result import Result, Rows, growing, reduction
 from .run import Prompt, Run, Steps, whole, within
 
 
@@ -47,7 +47,7 @@ def deepen(
     _compared(enough, reduce)
     _prompts(trigger=trigger)
 
-    with _run(rollouts, questions, scorer, steps, n, seed) as run:
+    with Run(rollouts, questions, scorer, steps, n, seed, keep=True) as run:
         rows = _finish(run, run.start())
         for depth in depths:
 
@@ -98,7 +98,7 @@ def revise(
     whole("critique_tokens", critique_tokens, 1)
     _compared(enough, reduce)
     _prompts(critique=critique, revision=revision)
-    with _run(rollouts, questions, scorer, steps, n, seed) as run:
+    with Run(rollouts, questions, scorer, steps, n, seed, keep=True) as run:
 
         def again(copies: Rows, every: Rows) -> None:
             run.give(copies, critique)
@@ -112,10 +112,6 @@ def revise(
         for i in range(rounds):
             rows = _retry(run, rows, again, enough, reduce, f"revision {i + 1}")
         return run.result(rows)
-
-
-def _run(*args: Any) -> Run:
-    return Run(*args, keep=True)
 
 
 def _finish(run: Run, rows: Rows) -> Rows:
@@ -164,8 +160,7 @@ def _retry(
 
 def _compared(enough: float, reduce: str) -> None:
     within("enough", enough, 0, 1)
-    if reduce not in REDUCE:
-        raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+    reduction(reduce)
 
 
 def _prompts(**given: Any) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .result import REDUCE, Candidate, Rows
+from .result import Candidate, Rows, reduction
 from .run import Run, Steps, whole, within
 
 
@@ -88,8 +88,7 @@ class Stopping:
         if self.enough is not None:
             whole("enough", self.enough, 1)
         within("verified", self.verified, 0, 1)
-        if self.reduce not in REDUCE:
-            raise ValueError(f"reduce={self.reduce!r}: one of {', '.join(REDUCE)}")
+        reduction(self.reduce)
         if self.wave is not None:
             whole("wave", self.wave, 1)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..rollouts import Rollouts
-from .result import REDUCE, Candidate, Result, Rows, growing
+from .result import Candidate, Result, Rows, growing, reduction
 from .run import TEMPERATURES, Run, Steps, whole, within
 from .stopping import SelfEvaluation, Stopping, grow_until
 
@@ -272,8 +272,7 @@ def _indifferent(question: str, solutions: list[list[str]]) -> list[list[float]]
 
 def _judged(lookahead: int, reduce: str) -> None:
     whole("lookahead", lookahead, 0)
-    if reduce not in REDUCE:
-        raise ValueError(f"reduce={reduce!r}: one of {', '.join(REDUCE)}")
+    reduction(reduce)
 
 
 def _divided(n: int, beam: int) -> int:
