@@ -15,7 +15,7 @@ from ._host import PoolExhausted
 from .cache import Index
 from .config import CacheConfig
 from .hf import Decoder, Flight, Graph, PagedCache, Session, config_of, plugged, usable
-from .ops.sampling import drawn, row_seeds, sample
+from .ops.sampling import drawn, row_seeds
 from .ops.upload import on_device, seed_words, seeds_of
 from .samples import Sample, Until, samples
 from .transaction import Transaction
@@ -208,10 +208,9 @@ class Rollouts:
             logits = _logits([ready[row] for row in active])
             if self._processor is not None:
                 logits = self._processor([list(self.tokens[row]) for row in active], logits)
-            token, logprob, _ = sample(
-                logits, seeds_of(draw.seed_t), draw.position_t, **self.filters,
-                impl=self.kv.config.impl,
-            )  # fmt: skip
+            token, logprob, _ = self._session.sample(
+                logits, seeds_of(draw.seed_t), draw.position_t, **self.filters
+            )
             steps = [len(self.logprobs[row]) for row in active]
             tokens, logprobs = torch.stack([token.double(), logprob.double()]).tolist()
             tokens = drawn(tokens, steps, active.tolist())
@@ -258,12 +257,14 @@ class Rollouts:
         seen = callable(until) or progress is not None
         with plugged(self._session.door):
             ahead = self._ahead(until) if growing else None
+            self._session.agree("rows to grow", growing, sorted(self.eos))
             while growing:
                 if ahead is None or self._behind(growing):
                     self.step(growing)
                 else:
                     self._launch(ahead, growing, start, most, wait=seen)
                 growing = [row for row in growing if grows(row)]
+                self._session.agree("rows to grow", growing)
                 if progress is not None:
                     progress(len(growing))
                 if seen and ahead is not None and self._decoder[0] != self._key(until):
@@ -430,6 +431,10 @@ class Rollouts:
             self, prompts, n, rows, max_new_tokens, until, enough, skip, max_tokens, max_seconds,
             tokenizer,
         )  # fmt: skip
+
+    def agreed(self, found: bool) -> bool:
+        """What the first rank of the model has found, for what ranks might not find alike."""
+        return bool(self._session.first(torch.tensor(found)))
 
     def new_seeds(self, count: int) -> np.ndarray:
         """Seeds [count] that no row of this run has or gets."""

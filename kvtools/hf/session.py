@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..config import CacheConfig
+from ..ops.sampling import sample
 from ..ops.upload import on_device
+from ..policy import Policy
 from .door import Door, Unsupported, device_of, door_of, eager_of, inner, refusal
 from .heads import likelihood, split
 from .plug import CACHE, Forward, PagedCache, plugged, running
@@ -157,7 +159,9 @@ class Session:
             self._decode = self._runner
         self.device = device
         if cache is None:
-            cache = PagedCache(KVCache(config, door.layers, device=device, pages=pages))
+            judge = Policy.rank if door.ranks is None else door.ranks.judge
+            kv = KVCache(config, door.layers, device=device, pages=pages, judge=judge)
+            cache = PagedCache(kv)
             cache.door = door
         self.cache, self.kv = cache, cache.kv
         return self
@@ -558,6 +562,24 @@ class Session:
         """Of what is told of logits: fp32, or fp64 of a model that is."""
         return torch.promote_types(inner(self._model).dtype, torch.float32)
 
+    def sample(
+        self, logits_bv: Tensor, seed_b: Tensor, position_b: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kvtools.sample`; ranks share out the rows, and all get all draws."""
+        draw = sample if self.door.ranks is None else self.door.ranks.draw
+        return draw(logits_bv, seed_b, position_b, **options, impl=self.kv.config.impl)
+
+    def first(self, x: Tensor) -> Tensor:
+        """`x`, and on several ranks that of the first, for what they might not find alike."""
+        if self.door.ranks is None:
+            return x
+        return self.door.ranks.first(x.to(self.device)).to(x.device)
+
+    def agree(self, what: str, *given: Any) -> None:
+        """Raise RuntimeError, on all ranks, unless all have come here with the same."""
+        if self.door.ranks is not None:
+            self.door.ranks.agree(what, self.device, *given)
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
         return inner(self._model).modules()
@@ -609,6 +631,7 @@ class Session:
             options["attention_mask"] = mask
         if self.head:
             options["logits_to_keep"] = keep  # 0 keeps all
+        self.agree("tokens or rows", ids, positions)
         self.door.renew()
         run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode
         if run is not self._runner:  # one graph for any number of rows and tokens

@@ -1,0 +1,151 @@
+"""Models whose parameters lie on several ranks: what those agree on, and what they draw together.
+
+A rank is a process that holds its part of each layer and is called as all others are. Nothing is
+decided by one alone: tokens that one has drawn go to all.
+"""
+
+import sys
+import zlib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..ops.sampling import sample
+from ..policy import Candidates, Policy
+from .plug import Unsupported
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a model, seen from one of them.
+
+    Attributes:
+        group: of their processes.
+        size: how many there are.
+        rank: which of them this is.
+        heads: KV heads of a layer, on all ranks together.
+    """
+
+    group: Any
+    size: int
+    rank: int
+    heads: int
+
+    def first(self, x: Tensor) -> Tensor:
+        """What the first rank has here."""
+        x = x.contiguous()
+        dist.broadcast(x.view(torch.uint8) if x.dtype == torch.bool else x, group=self.group,
+                       group_src=0)  # fmt: skip
+        return x
+
+    def agree(self, what: str, device: torch.device, *given: Any) -> None:
+        """Raise RuntimeError on all ranks unless all have come here with the same."""
+        found = torch.tensor([_sum(*given)], device=device)
+        self._same(what, self._all(found)[:, 0])
+
+    def draw(
+        self, logits_bv: Tensor, seed_b: Tensor, position_b: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kvtools.sample`, of logits that all ranks have: each draws for some of the rows."""
+        rows = len(logits_bv)
+        most = -(-rows // self.size)
+        own = slice(min(self.rank * most, rows), min((self.rank + 1) * most, rows))
+        each = {k: x[own] if isinstance(x, Tensor) else x for k, x in options.items()}
+        drawn = torch.stack([
+            x.double() for x in sample(logits_bv[own], seed_b[own], position_b[own], **each)
+        ])  # fmt: skip
+        # One message, in which numbers and tokens are exact: the draws, and what they were of.
+        said = drawn.new_tensor([_sum(seed_b, position_b, *options.items())])
+        part = torch.nn.functional.pad(drawn, (0, most - drawn.shape[1])).flatten()
+        every = self._all(torch.cat([part, said]))
+        self._same("seeds, positions or filters", every[:, -1])
+        every = every[:, :-1].view(self.size, 3, most).transpose(0, 1).flatten(1)[:, :rows]
+        dtype = torch.promote_types(logits_bv.dtype, torch.float32)
+        return every[0].long(), every[1].to(dtype), every[2].to(dtype)
+
+    def judge(self, policy: Policy, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
+        """As `Policy.rank`, for the heads of this rank. A policy that looks at heads together is
+        shown those of all."""
+        held = candidates.position_nhs.shape[1]
+        if not policy.across or held == self.heads:
+            return policy.rank(candidates)
+        if held * self.size != self.heads:
+            raise Unsupported(
+                f"a policy that looks at heads together needs to know where they are: a rank holds "
+                f"{held} of {self.heads}, on {self.size} ranks. Use another policy, as scissorhands"
+            )
+        names = [x.name for x in fields(Candidates) if x.name.endswith("_nhs")]
+        whole = {
+            name: self._all(getattr(candidates, name)).transpose(0, 1).flatten(1, 2)
+            for name in names
+        }
+        own = slice(self.rank * held, (self.rank + 1) * held)
+        worth, tie = policy.rank(replace(candidates, **whole))
+        return worth[:, own], None if tie is None else tie[:, own]
+
+    def _all(self, x: Tensor) -> Tensor:
+        """What each rank has [ranks, ...], of one shape."""
+        every = x.new_empty(self.size * x.numel())
+        dist.all_gather_into_tensor(every, x.flatten(), group=self.group)
+        return every.view(self.size, *x.shape)
+
+    def _same(self, what: str, found: Tensor) -> None:
+        if (found != found[0]).any():
+            raise RuntimeError(
+                f"the {self.size} ranks of the model were given different {what}: it runs on all "
+                "of them at once, so call it on each with the same prompts, options and seeds; for "
+                "prompts of its own on each rank, load a whole model there"
+            )
+
+
+def _sum(*given: Any) -> int:
+    """A checksum of tensors, and of other things by what they print."""
+    found = 0
+    for x in given:
+        x = x.detach().cpu().contiguous().numpy() if isinstance(x, Tensor) else repr(x).encode()
+        found = zlib.crc32(x, found)
+    return found
+
+
+def ranks_of(core: torch.nn.Module) -> Ranks | None:
+    """The ranks that a model's parameters lie on; None if it is whole.
+
+    Raises:
+        Unsupported: layers lie on different ranks, or it is shared out in more than one way.
+    """
+    layout = getattr(core.config, "distributed_config", None)
+    if getattr(core, "_device_mesh", None) is not None and getattr(layout, "pp_size", 1) > 1:
+        raise Unsupported(
+            "its layers lie on different ranks (pipeline parallel): load it with tp_plan='auto', "
+            "which gives each rank a part of every layer"
+        )
+    tensors = sys.modules.get("torch.distributed.tensor")
+    if tensors is None:
+        return None
+    parts = [x for x in core.parameters() if isinstance(x, tensors.DTensor)]
+    meshes = {x.device_mesh for x in parts if x.device_mesh.size() > 1}
+    if not meshes:
+        return None
+    if len(meshes) > 1 or any(x.ndim > 1 for x in meshes):
+        raise Unsupported(
+            "its parameters are shared out in more than one way (tensor parallel together with "
+            "FSDP, HSDP or expert parallel): load it with tp_plan='auto' alone"
+        )
+    (mesh,) = meshes
+    plan = getattr(core, "_tp_plan", None) or {}
+    if "sequence_parallel" in plan.values():
+        raise Unsupported(
+            "its ranks share out tokens (sequence_parallel): leave that out of its tp_plan"
+        )
+    config = core.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    cut = any(x.endswith("k_proj") and style == "colwise" for x, style in plan.items())
+    if cut and heads % mesh.size():
+        raise Unsupported(
+            f"its {heads} KV heads cannot be shared out among {mesh.size()} ranks: load it on a "
+            "number of ranks that divides them"
+        )
+    return Ranks(mesh.get_group(), mesh.size(), mesh.get_local_rank(), heads)
