@@ -97,7 +97,7 @@ class Rollouts:
             raise ValueError(f"pages={pages}: the pools of cache are what they are: leave it out")
         self._session = Session(
             model, config, pages=pages, probe=probe, texts=lambda row: self.tokens[row],
-            cache=cache,
+            cache=cache, parts=True,
         )  # fmt: skip
         usable(self._session, graph)
         self._graph, self._decoder = graph, None  # with what it was made for
@@ -207,6 +207,7 @@ class Rollouts:
             ready = self._fed(active, draw)
             logits = _logits([ready[row] for row in active])
             if self._processor is not None:
+                logits = self._session.whole(logits)
                 logits = self._processor([list(self.tokens[row]) for row in active], logits)
             token, logprob, _ = self._session.sample(
                 logits, seeds_of(draw.seed_t), draw.position_t, **self.filters
@@ -589,7 +590,7 @@ class Rollouts:
         if not len(distinct):
             raise ValueError("rows is empty: peek needs at least one")
         with self._change() as change:
-            logits = self._extend(distinct, tokens)
+            logits = self._session.whole(self._extend(distinct, tokens))
             change.undo()
             self._commit()
         return logits[torch.from_numpy(order).to(logits.device)]

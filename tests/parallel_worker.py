@@ -122,8 +122,7 @@ def raises(kind, words, call, *args, **options):
 
 def eviction(rank):
     """Policies that look at one head, at all of them, and at which they are."""
-    heads = lambda c: c.mass_nhs - c.mass_nhs.mean(1, keepdim=True)  # noqa: E731
-    for policy in ("scissorhands", "tova", "random", heads):
+    for policy in ("scissorhands", "tova", "random"):
         config = CacheConfig(**EVICTS, policy=policy)
         a, b = (played(x, config) for x in rank.llama)
         same_rows(a, b)
@@ -142,6 +141,30 @@ def own_generators(rank):
     with kvtools.patch(part):
         out = part.generate(**padded(PROMPTS), max_new_tokens=NEW, do_sample=False)
     assert torch.equal(out, generated(whole, do_sample=False).sequences)
+
+
+def own_logits(rank):
+    """A rank makes those of its tokens alone; who looks at them is shown all."""
+    seen = []
+
+    def processor(tokens, logits):
+        seen.append(logits.shape[1])
+        return logits / 2
+
+    found = []
+    for model, width in zip(rank.llama, (256, 128), strict=True):
+        r = Rollouts(model, temperature=0.0, processor=processor)
+        r.prefill(PROMPTS)
+        assert {len(x) for x in r._first} == {width}
+        r.generate(NEW)
+        found.append((r.tokens, r.peek([7, 8], [2, 0, 1])))
+    assert set(seen) == {256} and found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-4, rtol=1e-4)
+    greedy = [Rollouts(x, temperature=0.0) for x in rank.llama]
+    for r in greedy:
+        r.prefill(PROMPTS[:1])  # one row: the second rank has none to draw for
+        r.generate(NEW)
+    same_rows(*greedy)
 
 
 class Late(StoppingCriteria):
@@ -231,7 +254,8 @@ def example(rank):
 
 CASES = {name: architecture(name) for name in ("llama", "qwen3", "gemma3", "mixtral")}
 OTHERS = [
-    eviction, own_generators, own_clocks, other_calls, likelihoods, rewards, refusals, example,
+    own_logits, eviction, own_generators, own_clocks, other_calls, likelihoods, rewards, refusals,
+    example,
 ]  # fmt: skip
 CASES |= {x.__name__.replace("_", " "): x for x in OTHERS}
 

@@ -54,6 +54,8 @@ class Door:
         dynamic: modules whose frequencies must be new in each forward.
         switch: a row that grows past this length is encoded again.
         ranks: that its parameters lie on, if it is not whole here.
+        tokens: how many tokens' logits each of them can make by itself, see `head_tokens`. None
+            until that is needed.
         loose: it computes keys and values that attention takes from those that it caches, token by
             token. Found by the probe.
         shared: layers take what others have cached.
@@ -74,6 +76,7 @@ class Door:
     dynamic: list[torch.nn.Module]
     switch: float
     ranks: Ranks | None = None
+    tokens: list[int] | None = None
     counted: bool = False
     loose: bool = False
     shared: bool = False

@@ -168,7 +168,9 @@ def _generate(
     cache = model_kwargs.get(CACHE)  # else one that generate has made
     cache = cache if isinstance(cache, PagedCache) else None
     kv_config = config_of(model, cache, kv_config, (CACHE, "kv_config"))
-    session = Session(model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache)
+    session = Session(
+        model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache, parts=True
+    )
     keeps = config.return_dict_in_generate  # rows that have ended
     # Where rows wait that need not be kept, one for each prompt stands before those that grow.
     first = 0 if keeps or most == rows else len(prompts)
@@ -203,6 +205,8 @@ def _generate(
         while True:
             step = input_ids.shape[1] - prompt_length
             next_tokens = torch.full((rows,), pad, dtype=input_ids.dtype, device=device)
+            if filters is None or want_scores or want_logits:
+                logits = session.whole(logits)
             if want_logits:
                 all_logits = _noted(all_logits, step, logits.to(torch.float32), active, rows, pad)
             if filters is not None and not want_scores:
