@@ -13,6 +13,8 @@ from models import COMMON, CONFIGS, scaled
 from test_prm import parts
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+import kvtools
+
 RANKS = 2
 
 
@@ -40,7 +42,8 @@ def folder(tmp_path_factory):
 def run(folder, *names):
     """Cases on all ranks at once."""
     script = Path(parallel_worker.__file__)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    paths = [str(Path(kvtools.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     for path in (folder / "rendezvous", *folder.glob("failed*")):
         path.unlink(missing_ok=True)
     ranks = [
