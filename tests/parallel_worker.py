@@ -20,7 +20,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria
+from transformers.distributed import DistributedConfig
 
 import kvtools
 from kvtools import CacheConfig, Rollouts, prm
@@ -122,7 +127,11 @@ def raises(kind, words, call, *args, **options):
 
 def eviction(rank):
     """Policies that look at one head, at all of them, and at which they are."""
-    for policy in ("scissorhands", "tova", "random"):
+    evicts(rank, "scissorhands", "tova")
+
+
+def evicts(rank, *policies):
+    for policy in policies:
         config = CacheConfig(**EVICTS, policy=policy)
         a, b = (played(x, config) for x in rank.llama)
         same_rows(a, b)
@@ -192,6 +201,10 @@ def other_calls(rank):
     whole, part = rank.llama
     other = [x[rank.number :] for x in PROMPTS]
     raises(RuntimeError, "different tokens or rows", Rollouts(part).prefill, other)
+    config = CacheConfig(bits=8 if rank.number else 4)
+    raises(RuntimeError, "different cache options", Rollouts, part, config)
+    raises(RuntimeError, "different options of generate", generated, part,
+           do_sample=bool(rank.number))  # fmt: skip
     r = Rollouts(part, seed=rank.number)
     r.prefill(PROMPTS)
     raises(RuntimeError, "different seeds", r.step)
@@ -228,6 +241,8 @@ def refusals(rank):
     _, part = rank.llama
     raises(Unsupported, "its 1 KV heads cannot be shared out among 2", Rollouts,
            rank.load("one head", tp_plan="auto"))  # fmt: skip
+    raises(Unsupported, "colwise_gather_output", kvtools.logprobs,
+           rank.load("llama", tp_plan={"lm_head": "colwise"}), [], [])  # fmt: skip
     cache = generated(part)[kvtools.hf.CACHE]
     path = rank.folder / "cache.safetensors"
     raises(ValueError, "lies on 2 ranks", save_cache, part, cache, path)
@@ -252,12 +267,46 @@ def example(rank):
     assert whole.kv.memory()["prefix"] == 2 * memory["prefix"]
 
 
+def other_policies(rank):
+    evicts(rank, "random", lambda c: c.mass_nhs - c.mass_nhs.mean(1, keepdim=True))
+
+
+def layouts(rank):
+    """Ways to lay a model out that are not transformers' plan."""
+    whole, part = rank.llama
+    same_rows(played(whole), played(torch.compile(part, backend="eager", dynamic=True)))
+    colwise, rowwise = ColwiseParallel(), RowwiseParallel()
+    plan = {f"model.layers.*.self_attn.{x}_proj": colwise for x in "qkv"}
+    plan |= {f"model.layers.*.mlp.{x}_proj": colwise for x in ("gate", "up")}
+    plan |= {"model.layers.*.self_attn.o_proj": rowwise, "model.layers.*.mlp.down_proj": rowwise}
+    plan["lm_head"] = ColwiseParallel(output_layouts=Replicate())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    same_rows(played(whole), played(parallelize_module(rank.load("llama"), mesh, plan)))
+    sharded = rank.load("llama")
+    for layer in sharded.model.layers:
+        fully_shard(layer)
+    same_rows(played(whole), played(fully_shard(sharded)))
+    other = [x[rank.number :] for x in PROMPTS]
+    raises(RuntimeError, "load a whole model there", Rollouts(sharded).prefill, other)
+
+
+def experts(rank):
+    """Expert parallel, on the ranks that share out attention too."""
+    config = DistributedConfig(tp_size=2, ep_size=2)
+    part = rank.load("mixtral", distributed_config=config)
+    same_rows(played(rank.load("mixtral")), played(part))
+
+
 CASES = {name: architecture(name) for name in ("llama", "qwen3", "gemma3", "mixtral")}
 OTHERS = [
     own_logits, eviction, own_generators, own_clocks, other_calls, likelihoods, rewards, refusals,
     example,
 ]  # fmt: skip
 CASES |= {x.__name__.replace("_", " "): x for x in OTHERS}
+LONG = {"gptoss": architecture("gptoss", share=1), "layouts": layouts}
+LONG |= {"other policies": other_policies}
+if hasattr(DistributedConfig, "ep_size"):  # and vocabularies that do not divide: 5.24, not 5.17
+    LONG |= {"odd": architecture("odd"), "experts": experts}
 
 
 def main(folder, number, size, *names):
@@ -274,7 +323,7 @@ def main(folder, number, size, *names):
     for name in names:
         begin = time.perf_counter()
         try:
-            CASES[name](given)
+            (CASES | LONG)[name](given)
         except BaseException:
             failed = f"{name}, rank {number}: {traceback.format_exc()}"
             break  # the other ranks wait for this one: the end of the process tells them

@@ -29,6 +29,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     configs = {name: CONFIGS[name] for name in ("llama", "qwen3", "gemma3", "gptoss")}
     configs["mixtral"] = lambda: MixtralConfig(**COMMON, num_local_experts=4)
+    configs["odd"] = lambda: LlamaConfig(**COMMON | dict(vocab_size=251))
     configs["one head"] = lambda: LlamaConfig(**COMMON | dict(num_key_value_heads=1))
     for name, config in configs.items():
         torch.manual_seed(0)
@@ -65,3 +66,8 @@ def run(folder, *names):
 
 def test_two_ranks_say_what_one_does(folder):
     run(folder, *parallel_worker.CASES)
+
+
+@pytest.mark.long
+def test_two_ranks_in_other_ways(folder):
+    run(folder, *parallel_worker.LONG)

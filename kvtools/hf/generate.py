@@ -180,6 +180,9 @@ def _generate(
     if not first:
         session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
 
+    kinds = [type(x).__name__ for x in (*logits_processor, *stopping_criteria)]
+    asked = config.do_sample, keeps, config.output_scores, config.output_logits, most
+    session.agree("options of generate", kinds, asked)
     seeds = np.zeros(rows, np.int64)
     if config.do_sample:
         seeds = row_seeds(int(session.first(torch.randint(2**62, ()))), rows)

@@ -162,7 +162,11 @@ def own_head(model: Any) -> Any:
 
 def head_tokens(model: Any, ranks: Ranks) -> list[int]:
     """How many tokens' logits each rank makes in `own_head`; empty where that is not what the model
-    says: its head is whole, is no linear layer, or its logits depend on each other."""
+    says: its head is whole, is no linear layer, or its logits depend on each other.
+
+    Raises:
+        Unsupported: the model itself has logits of a rank's own tokens alone.
+    """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
     if not isinstance(weight, _sharded()) or hasattr(model, "unshard"):
@@ -175,6 +179,11 @@ def head_tokens(model: Any, ranks: Ranks) -> list[int]:
     tokens = ranks.each(width)[:, 0].tolist()
     ids = torch.arange(1, TRIED + 1, device=weight.device)[None]
     want, found = (x(input_ids=ids, use_cache=False).logits[0] for x in (model, own_head(model)))
+    if isinstance(want, _sharded()) or want.shape[1] == tokens[ranks.rank] < sum(tokens):
+        raise Unsupported(
+            "its head leaves each rank the logits of some tokens: in its tp_plan give it the style "
+            "'colwise_gather_output'"
+        )
     if sum(tokens) != want.shape[1] or found.shape[1] != tokens[ranks.rank]:
         return []
     near, scale = 4 * torch.finfo(want.dtype).eps, float(want[want.isfinite()].abs().max())
@@ -210,15 +219,15 @@ def ranks_of(core: torch.nn.Module) -> Ranks | None:
             "which gives each rank a part of every layer"
         )
     parts = [x for x in core.parameters() if isinstance(x, _sharded())]
-    meshes = {x.device_mesh for x in parts if x.device_mesh.size() > 1}
+    meshes = list({x.device_mesh for x in parts if x.device_mesh.size() > 1})
     if not meshes:
         return None
-    if len(meshes) > 1 or any(x.ndim > 1 for x in meshes):
+    mesh = meshes[0]
+    if any(x.ndim > 1 or x.mesh.tolist() != mesh.mesh.tolist() for x in meshes):
         raise Unsupported(
             "its parameters are shared out in more than one way (tensor parallel together with "
-            "FSDP, HSDP or expert parallel): load it with tp_plan='auto' alone"
+            "FSDP, HSDP or another number of experts' ranks): load it with tp_plan='auto' alone"
         )
-    (mesh,) = meshes
     plan = getattr(core, "_tp_plan", None) or {}
     if "sequence_parallel" in plan.values():
         raise Unsupported(

@@ -141,9 +141,10 @@ class Session:
             )
         runner = model if head else model.base_model
         self._start(runner, door, config, device_of(model), pages, head, texts, compiled, cache)
-        if parts and door.ranks is not None and self._decode is self._runner is inner(runner):
-            with torch.no_grad():
-                self._make_parts(door.ranks)
+        named = config.policy if isinstance(config.policy, str) else ""  # a function has no name
+        self.agree("cache options", *(vars(config) | {"policy": named}).items(), pages, head)
+        if head and door.ranks is not None:
+            self._look_at_head(door.ranks, parts)
 
     def _start(
         self,
@@ -174,12 +175,17 @@ class Session:
         self.cache, self.kv = cache, cache.kv
         return self
 
-    def _make_parts(self, ranks: Ranks) -> None:
+    @torch.no_grad()
+    def _look_at_head(self, ranks: Ranks, parts: bool) -> None:
+        core = inner(self._runner)
         if self.door.tokens is None:
-            self.door.tokens = head_tokens(self._runner, ranks)
-        if self.door.tokens:
+            try:
+                self.door.tokens = head_tokens(core, ranks)
+            except Unsupported as error:
+                raise refusal(self.door.kind, error) from None
+        if parts and self.door.tokens and self._decode is self._runner is core:
             self._tokens = self.door.tokens
-            self._runner = self._decode = own_head(self._runner)
+            self._runner = self._decode = own_head(core)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], copies: int | Sequence[int] = 1) -> list[Tensor]:
