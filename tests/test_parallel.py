@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import parallel_worker
 import pytest
+
+pytest.importorskip("accelerate")  # without which transformers takes no tp_plan
+
+import parallel_worker
 import torch
 from models import COMMON, CONFIGS, scaled
 from test_prm import parts
