@@ -15,7 +15,7 @@ from .ops.attention import limits, tree_attention
 from .ops.evict import key_scores, select_victims
 from .ops.quant import KVPages, append_kv, fitting
 from .ops.upload import Room, at_once, on_device
-from .policy import Candidates, policy_of
+from .policy import Candidates, Judge, Policy, policy_of
 from .recent import Recent
 from .store import Pass, Store
 from .transaction import SIGNALS, Journal, Transaction, state_of
@@ -71,6 +71,7 @@ class KVCache:
         device: where the pages live.
         pages: pages per pool, fixed; None lets the pools grow as needed. There is a pool for each
             distinct factor of `layer_budget`, and one for sinks.
+        judge: how a policy ranks tokens, where this cache holds some of the heads alone.
 
     Rows are numbered 0..rows-1 in the order in which they were added; `gather` renumbers them.
 
@@ -85,12 +86,14 @@ class KVCache:
         *,
         device: torch.device | str = "cpu",
         pages: int | None = None,
+        judge: Judge = Policy.rank,
     ) -> None:
         self.config, self.layers, self.device = config, layers, torch.device(device)
+        self._judge = judge
         factors = config.factors(layers)
         self._journal = Journal()
         stores = {
-            factor: Store(config, factor, pages, self._journal, self.device)
+            factor: Store(config, factor, pages, self._journal, self.device, judge)
             for factor in set(factors)
         }
         self.stores = list(stores.values())
@@ -98,7 +101,7 @@ class KVCache:
         self._sinks = None
         if config.sinks and not config.exact:
             plain = CacheConfig(page_size=config.sinks, impl=config.impl)
-            self._sinks = Store(plain, 1.0, pages, self._journal, self.device)
+            self._sinks = Store(plain, 1.0, pages, self._journal, self.device, judge)
         self._prompts: list[_Prompt] = []
         self._prompt = np.zeros(0, np.int64)  # by row
         self._recent = None
@@ -273,7 +276,9 @@ class KVCache:
             )  # fmt: skip
         mass, low = (x[:, :, sinks:] for x in (mass, low))
         now = candidates.new_full((1,), length)
-        score, tie = policy.rank(Candidates(candidates, mass, low, low, now, layer, prompt=True))
+        score, tie = self._judge(
+            policy, Candidates(candidates, mass, low, low, now, layer, prompt=True)
+        )
         edge = int(PROTECTED * (kept + sinks))
         victims = select_victims(
             score, candidates, length - sinks - kept, tie_nhs=tie,

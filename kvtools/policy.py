@@ -35,6 +35,7 @@ class Candidates:
 
 
 Score = Callable[[Candidates], Tensor | tuple[Tensor, Tensor]]
+Judge = Callable[["Policy", Candidates], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ class Policy:
             "step" keeps the last step's only, "" records none.
         history: record low steps.
         observe: queries of a prompt that count: "window" (the last w), "all", "last", "" for none.
+        across: the score looks at a layer's heads together, or at which they are: where they lie on
+            several ranks it is shown all of them.
     """
 
     score: Score
     mass: str = ""
     history: bool = False
     observe: str = ""
+    across: bool = False
 
     def rank(self, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
         """Worth and tie-breaker, which may be None."""
@@ -123,10 +127,10 @@ POLICIES = {
     "scissorhands": Policy(scissorhands, mass="life", history=True, observe="window"),
     "h2o": Policy(h2o, mass="life", observe="all"),
     "snapkv": Policy(snapkv, mass="selection", observe="window"),
-    "tova": Policy(tova, mass="step", observe="last"),
+    "tova": Policy(tova, mass="step", observe="last", across=True),
     "streaming": Policy(streaming),
     "lru": Policy(lru, history=True, observe="window"),
-    "random": Policy(random),
+    "random": Policy(random, across=True),
 }
 
 
@@ -135,7 +139,7 @@ def policy_of(policy: str | Policy | Score) -> Policy:
     if isinstance(policy, Policy):
         return policy
     if callable(policy):
-        return Policy(policy, mass="life", history=True, observe="window")
+        return Policy(policy, mass="life", history=True, observe="window", across=True)
     if policy not in POLICIES:
         raise ValueError(
             f"policy={policy!r} does not exist; expected one of {', '.join(POLICIES)}, or a "

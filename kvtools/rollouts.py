@@ -15,7 +15,7 @@ from ._host import PoolExhausted
 from .cache import Index
 from .config import CacheConfig
 from .hf import Decoder, Flight, Graph, PagedCache, Session, config_of, plugged, usable
-from .ops.sampling import drawn, row_seeds, sample
+from .ops.sampling import drawn, row_seeds
 from .ops.upload import on_device, seed_words, seeds_of
 from .samples import Sample, Until, samples
 from .transaction import Transaction
@@ -97,7 +97,7 @@ class Rollouts:
             raise ValueError(f"pages={pages}: the pools of cache are what they are: leave it out")
         self._session = Session(
             model, config, pages=pages, probe=probe, texts=lambda row: self.tokens[row],
-            cache=cache,
+            cache=cache, parts=True,
         )  # fmt: skip
         usable(self._session, graph)
         self._graph, self._decoder = graph, None  # with what it was made for
@@ -207,11 +207,11 @@ class Rollouts:
             ready = self._fed(active, draw)
             logits = _logits([ready[row] for row in active])
             if self._processor is not None:
+                logits = self._session.whole(logits)
                 logits = self._processor([list(self.tokens[row]) for row in active], logits)
-            token, logprob, _ = sample(
-                logits, seeds_of(draw.seed_t), draw.position_t, **self.filters,
-                impl=self.kv.config.impl,
-            )  # fmt: skip
+            token, logprob, _ = self._session.sample(
+                logits, seeds_of(draw.seed_t), draw.position_t, **self.filters
+            )
             steps = [len(self.logprobs[row]) for row in active]
             tokens, logprobs = torch.stack([token.double(), logprob.double()]).tolist()
             tokens = drawn(tokens, steps, active.tolist())
@@ -258,12 +258,14 @@ class Rollouts:
         seen = callable(until) or progress is not None
         with plugged(self._session.door):
             ahead = self._ahead(until) if growing else None
+            self._session.agree("rows to grow", growing, sorted(self.eos))
             while growing:
                 if ahead is None or self._behind(growing):
                     self.step(growing)
                 else:
                     self._launch(ahead, growing, start, most, wait=seen)
                 growing = [row for row in growing if grows(row)]
+                self._session.agree("rows to grow", growing)
                 if progress is not None:
                     progress(len(growing))
                 if seen and ahead is not None and self._decoder[0] != self._key(until):
@@ -431,6 +433,10 @@ class Rollouts:
             tokenizer,
         )  # fmt: skip
 
+    def agreed(self, found: bool) -> bool:
+        """What the first rank of the model has found, for what ranks might not find alike."""
+        return bool(self._session.first(torch.tensor(found)))
+
     def new_seeds(self, count: int) -> np.ndarray:
         """Seeds [count] that no row of this run has or gets."""
         seeds = row_seeds(self._seed, count, self._seeded)
@@ -584,7 +590,7 @@ class Rollouts:
         if not len(distinct):
             raise ValueError("rows is empty: peek needs at least one")
         with self._change() as change:
-            logits = self._extend(distinct, tokens)
+            logits = self._session.whole(self._extend(distinct, tokens))
             change.undo()
             self._commit()
         return logits[torch.from_numpy(order).to(logits.device)]

@@ -67,9 +67,9 @@ def samples(
                 left = [max_new_tokens - len(rollouts.logprobs[row]) for row in run.rows]
                 new = rollouts.generate([0] * before + [min(CHUNK, x) for x in left], until)
                 spent += sum(map(len, new))
-            over = (max_tokens is not None and spent >= max_tokens) or (
-                max_seconds is not None and time.monotonic() - started >= max_seconds
-            )
+            over = max_tokens is not None and spent >= max_tokens
+            if max_seconds is not None:
+                over = rollouts.agreed(over or time.monotonic() - started >= max_seconds)
             ended = []
             for row, job in zip(run.rows, run.live, strict=True):
                 tokens = rollouts.tokens[row][rollouts.prompt_lengths[row] :]

@@ -14,7 +14,7 @@ from .ops.attention import Plan, joined, pages_needed
 from .ops.evict import compact_kv, select_victims
 from .ops.quant import EMPTY, KVPages, fitting, packed_for
 from .ops.upload import at_once
-from .policy import Candidates, policy_of, unroll
+from .policy import Candidates, Judge, policy_of, unroll
 from .transaction import CONTENT, SIGNALS, Journal
 
 
@@ -99,13 +99,14 @@ class Store:
         pages: int | None,
         journal: Journal,
         device: torch.device,
+        judge: Judge,
     ) -> None:
         def scaled(budget: int | None) -> int | None:
             floor = config.sinks + config.recent + 1
             return None if budget is None else max(floor, round(budget * factor))
 
         self.config, self.factor, self.fixed = config, factor, pages is not None
-        self.device = device
+        self.device, self._judge = device, judge
         self.budget = scaled(config.budget)
         self.drop = None
         if self.budget is not None:
@@ -477,7 +478,8 @@ class Store:
         if pages.history is not None:
             low, idle = unroll(pages.history[where].transpose(1, 2), config.window, now)
         policy = policy_of(config.policy)
-        score, tie = policy.rank(Candidates(position, mass, low, idle, now, layer, prompt=False))
+        candidates = Candidates(position, mass, low, idle, now, layer, prompt=False)
+        score, tie = self._judge(policy, candidates)
         if policy.mass == "selection":
             pages.importance[where] = 0
         return select_victims(

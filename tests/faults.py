@@ -46,13 +46,23 @@ class Fault(NamedTuple):
 (
     DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, DECODE, PRM, SEARCH,
     CLI, COMPILE, RECORDER, STEP, PREFIXES, TURNS, SAMPLES, LIKELIHOOD, SAVED, CONTINUATION,
+    PARALLEL,
 ) = (
     f"tests/test_{name}.py -k "
     for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
                  "rollouts", "decode", "prm", "search", "cli", "compile", "recorder", "bench_step",
-                 "prefixes", "turns", "samples", "likelihood", "saved", "continuation")
+                 "prefixes", "turns", "samples", "likelihood", "saved", "continuation",
+                 "parallel")
 )  # fmt: skip
 FAULTS = [
+    Fault("policies are shown the heads of one rank alone", "kvtools/hf/parallel.py",
+          "if not policy.across or held == self.heads:", "if True:", PARALLEL + "one_does"),
+    Fault("ranks take each other's parts of logits for others'", "kvtools/hf/parallel.py",
+          "parts = got.split([mine * n for n in tokens])",
+          "parts = got.split([mine * n for n in tokens])[::-1]", PARALLEL + "one_does"),
+    Fault("ranks do not compare what they draw of", "kvtools/hf/parallel.py",
+          '        self._same("seeds, positions or filters", every[:, -1])\n', "",
+          PARALLEL + "one_does"),
     Fault("frequencies of the calls before are kept", "kvtools/hf/door.py",
           "        for module in self.dynamic:", "        for module in ():",
           DOOR + "'dynamic and alone'"),

@@ -120,8 +120,8 @@ def test_commands_exist(page):
                 assert command[1] in targets, line
             elif command[:2] == ["python", "-m"]:
                 assert importlib.util.find_spec(command[2]), line
-            elif command[:1] == ["python"]:
-                assert (ROOT / command[1]).is_file(), line
+            elif command[:1] in (["python"], ["torchrun"]):
+                assert any((ROOT / x).is_file() for x in command[1:]), line
             else:
                 assert command[:1] in ([], ["pip"]), line
 
@@ -208,6 +208,13 @@ def test_pass_at_k(hub):
     module = example("pass_at_k")
     assert module.main("policy", n=4, tokens=8) == {1: 0.0, 4: 0.0}
     assert module.pass_at_k(4, 1, 1) == 0.25 and module.pass_at_k(4, 1, 4) == 1
+
+
+def test_tensor_parallel(hub, capsys):
+    """By itself; on ranks in tests/test_parallel.py."""
+    samples, memory = example("tensor_parallel").main("policy", n=2, tokens=8)
+    assert [len(x) for x in samples] == [8, 8] and memory["total"]
+    assert capsys.readouterr().out.count("---") == 2
 
 
 def test_policy(hub):

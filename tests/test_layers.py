@@ -28,7 +28,7 @@ ALLOWED = {
     "store": {"ops", "policy", "config", "transaction", "_host"},
     "recent": {"ops", "transaction", "_host"},
     "cache": {"ops", "policy", "config", "store", "recent", "transaction"},
-    "hf": {"hf", "ops", "config", "cache", "results"},
+    "hf": {"hf", "ops", "policy", "config", "cache", "results"},
     "samples": set(),
     "rollouts": {"_host", "ops", "config", "cache", "hf", "samples", "transaction"},
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models", "records"},

@@ -47,6 +47,8 @@ def usable(session: Session, graph: Graph) -> bool:
     door = session.door
     if not graph or door.uncaptured or capturer(session.device) is None:
         return False
+    if door.ranks is not None:  # which look at tokens before they run them
+        return False
     if door.ropes or door.dynamic or door.counted:
         what = "positions" if door.counted else "rotary frequencies"
         _refuse(session, f"its {what} depend on how long rows are, which the host has to look at")

@@ -25,6 +25,7 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .parallel import Ranks, ranks_of
 from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 
 # A dummy stands for a layer that takes what another has cached, or caches nothing.
@@ -52,6 +53,9 @@ class Door:
         ropes: of lengths; rows whose values differ have other frequencies.
         dynamic: modules whose frequencies must be new in each forward.
         switch: a row that grows past this length is encoded again.
+        ranks: that its parameters lie on, if it is not whole here.
+        tokens: how many tokens' logits each of them can make by itself, see `head_tokens`. None
+            until that is needed.
         loose: it computes keys and values that attention takes from those that it caches, token by
             token. Found by the probe.
         shared: layers take what others have cached.
@@ -71,6 +75,8 @@ class Door:
     ropes: list[Callable[[np.ndarray], np.ndarray]]
     dynamic: list[torch.nn.Module]
     switch: float
+    ranks: Ranks | None = None
+    tokens: list[int] | None = None
     counted: bool = False
     loose: bool = False
     shared: bool = False
@@ -319,7 +325,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
         kind, [x for x in found.values() if getattr(x, "_attn_implementation", None)], stock,
         "position_ids" in takes, "attention_mask" in takes,
         cached or [0] * config.num_hidden_layers, ropes, dynamic,
-        _switch(model, sorted(limits - {None})),
+        _switch(model, sorted(limits - {None})), ranks_of(core),
     )  # fmt: skip
 
 

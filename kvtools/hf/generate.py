@@ -28,7 +28,7 @@ from transformers.generation import (
 )
 
 from ..config import CacheConfig, is_int
-from ..ops.sampling import drawn, row_seeds, sample
+from ..ops.sampling import drawn, row_seeds
 from .decode import Decoder, Graph, usable
 from .door import device_of, door_of
 from .plug import CACHE, PagedCache, plugged
@@ -168,7 +168,9 @@ def _generate(
     cache = model_kwargs.get(CACHE)  # else one that generate has made
     cache = cache if isinstance(cache, PagedCache) else None
     kv_config = config_of(model, cache, kv_config, (CACHE, "kv_config"))
-    session = Session(model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache)
+    session = Session(
+        model, kv_config, probe=False, texts=text, compiled=compiled, cache=cache, parts=True
+    )
     keeps = config.return_dict_in_generate  # rows that have ended
     # Where rows wait that need not be kept, one for each prompt stands before those that grow.
     first = 0 if keeps or most == rows else len(prompts)
@@ -178,10 +180,12 @@ def _generate(
     if not first:
         session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
 
-    impl = session.kv.config.impl
+    kinds = [type(x).__name__ for x in (*logits_processor, *stopping_criteria)]
+    asked = config.do_sample, keeps, config.output_scores, config.output_logits, most
+    session.agree("options of generate", kinds, asked)
     seeds = np.zeros(rows, np.int64)
     if config.do_sample:
-        seeds = row_seeds(int(torch.randint(2**62, ())), rows)
+        seeds = row_seeds(int(session.first(torch.randint(2**62, ()))), rows)
         seed_b = torch.from_numpy(seeds).to(device)
     length_b = torch.tensor([len(prompts[i]) for i in row_prompt], device=device)
     filters = _fused(logits_processor) if config.do_sample else None
@@ -204,11 +208,13 @@ def _generate(
         while True:
             step = input_ids.shape[1] - prompt_length
             next_tokens = torch.full((rows,), pad, dtype=input_ids.dtype, device=device)
+            if filters is None or want_scores or want_logits:
+                logits = session.whole(logits)
             if want_logits:
                 all_logits = _noted(all_logits, step, logits.to(torch.float32), active, rows, pad)
             if filters is not None and not want_scores:
                 position = length_b[active] + step
-                chosen = sample(logits, seed_b[active], position, **filters, impl=impl)[0]
+                chosen = session.sample(logits, seed_b[active], position, **filters)[0]
             else:
                 raw = logits.to(torch.float32)
                 scores = logits_processor(input_ids, _spread(raw, active, rows, pad, copy=True))
@@ -216,16 +222,17 @@ def _generate(
                     all_scores = _noted(all_scores, step, scores[active], active, rows, pad)
                 if config.do_sample:
                     position = length_b[active] + step
-                    chosen = sample(scores[active], seed_b[active], position, impl=impl)[0]
+                    chosen = session.sample(scores[active], seed_b[active], position)[0]
                 else:
                     best, chosen = scores[active].max(-1)
-                    chosen = torch.where(best.isfinite(), chosen, -1)
+                    chosen = session.first(torch.where(best.isfinite(), chosen, -1))
             drawn(chosen.cpu(), step, active.cpu())
             next_tokens[active] = chosen.to(input_ids.dtype)
             input_ids = torch.cat([input_ids, next_tokens[:, None]], 1)
             if streamer is not None and most == rows:
                 streamer.put(next_tokens.cpu())
-            over |= stopping_criteria(input_ids, all_scores and all_scores[: step + 1])
+            stops = stopping_criteria(input_ids, all_scores and all_scores[: step + 1])
+            over |= session.first(stops)
             done = over[active]
             if done.all():
                 break

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from ..cache import KVCache
 from ..config import CacheConfig
 from ..results import replacing
-from .door import device_of, inner
+from .door import Door, device_of, inner
 from .plug import PagedCache
 from .session import check_model, config_of
 
@@ -44,6 +44,7 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
     if cache is None:
         raise TypeError("cache is None: pass one that kvtools.generate returned")
     config_of(model, cache, None, ("cache", "config"))
+    _refuse_parts(cache.door)
     if not cache.kv.rows:
         raise ValueError("cache holds no rows: there is nothing to save")
     said = {
@@ -92,6 +93,7 @@ def load_cache(
         raise TypeError(f"config={config!r}: expected a kvtools.CacheConfig")
     given = None if config is None else _config(config)
     door = check_model(model, probe=probe)
+    _refuse_parts(door)
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -128,6 +130,14 @@ def load_cache(
         ) from error
     cache.door, door.windows = door, windows | door.windows
     return cache
+
+
+def _refuse_parts(door: Door) -> None:
+    if door.ranks is not None:
+        raise ValueError(
+            f"{door.kind} lies on {door.ranks.size} ranks, each of which has a cache of its own "
+            "heads: save and load caches with a whole model"
+        )
 
 
 class _Refused(ValueError):

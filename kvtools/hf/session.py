@@ -14,9 +14,12 @@ from torch import Tensor
 
 from ..cache import KVCache
 from ..config import CacheConfig
+from ..ops.sampling import sample
 from ..ops.upload import on_device
+from ..policy import Policy
 from .door import Door, Unsupported, device_of, door_of, eager_of, inner, refusal
 from .heads import likelihood, split
+from .parallel import Ranks, head_tokens, own_head
 from .plug import CACHE, Forward, PagedCache, plugged, running
 from .prefixes import alike, branches
 from .probe import compare, output, whole
@@ -107,6 +110,8 @@ class Session:
             their first rotary frequencies (longrope).
         compiled: what runs steps of one token per row instead of `model`.
         cache: one of an earlier session of this model, with its rows.
+        parts: on several ranks logits may be those of this rank's tokens, which `sample` takes and
+            `whole` makes whole.
 
     Of a model that torch.compile has been given, or a part of it, steps of one token per row run
     compiled; prompts, and steps of several tokens, do not. What cannot be compiled runs eagerly,
@@ -124,6 +129,7 @@ class Session:
         texts: Callable[[int], Sequence[int]] | None = None,
         compiled: Callable | None = None,
         cache: PagedCache | None = None,
+        parts: bool = False,
     ) -> None:
         if not isinstance(config, CacheConfig):
             raise TypeError(f"expected a kvtools.CacheConfig, got {config!r}")
@@ -135,6 +141,10 @@ class Session:
             )
         runner = model if head else model.base_model
         self._start(runner, door, config, device_of(model), pages, head, texts, compiled, cache)
+        named = config.policy if isinstance(config.policy, str) else ""  # a function has no name
+        self.agree("cache options", *(vars(config) | {"policy": named}).items(), pages, head)
+        if head and door.ranks is not None:
+            self._look_at_head(door.ranks, parts)
 
     def _start(
         self,
@@ -149,6 +159,7 @@ class Session:
         cache: PagedCache | None = None,
     ) -> "Session":
         self._model, self.door, self.head, self._texts = runner, door, head, texts
+        self._tokens: list[int] = []  # whose logits each rank makes; all make all where it is empty
         self._config = config
         self._runner = eager_of(runner)
         self._decode = runner if compiled is None else compiled
@@ -157,10 +168,24 @@ class Session:
             self._decode = self._runner
         self.device = device
         if cache is None:
-            cache = PagedCache(KVCache(config, door.layers, device=device, pages=pages))
+            judge = Policy.rank if door.ranks is None else door.ranks.judge
+            kv = KVCache(config, door.layers, device=device, pages=pages, judge=judge)
+            cache = PagedCache(kv)
             cache.door = door
         self.cache, self.kv = cache, cache.kv
         return self
+
+    @torch.no_grad()
+    def _look_at_head(self, ranks: Ranks, parts: bool) -> None:
+        core = inner(self._runner)
+        if self.door.tokens is None:
+            try:
+                self.door.tokens = head_tokens(core, ranks)
+            except Unsupported as error:
+                raise refusal(self.door.kind, error) from None
+        if parts and self.door.tokens and self._decode is self._runner is core:
+            self._tokens = self.door.tokens
+            self._runner = self._decode = own_head(core)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[Tensor], copies: int | Sequence[int] = 1) -> list[Tensor]:
@@ -376,13 +401,15 @@ class Session:
         If anything fails the cache is as it was.
         """
         texts = [np.asarray(text, np.int64) for text in texts]
-        piece = max(1, LOGITS // max(len(before[0]) if len(before) else 1, 1))
+        vocabulary = sum(self._tokens) or (len(before[0]) if len(before) else 1)
+        piece = max(1, LOGITS // max(vocabulary, 1))
         stats: list[list[Tensor]] = [[] for _ in texts]
         for some in np.array_split(np.arange(len(texts)), -(-len(texts) // piece) or 1):
             first = [i for i in some if len(texts[i])]
             if first:
                 target = torch.tensor([texts[i][0] for i in first], device=self.device)
-                seen = likelihood(torch.stack([before[i] for i in first]), target, temperature)
+                logits = self.whole(torch.stack([before[i] for i in first]))
+                seen = likelihood(logits, target, temperature)
                 for i, x in zip(first, seen.split(1), strict=True):
                     stats[i].append(x)
         fed, ends = np.zeros(len(texts), np.int64), np.array([len(x) - 1 for x in texts])
@@ -401,7 +428,7 @@ class Session:
                 target = np.concatenate([texts[i][a + 1 : b + 1] for i, a, b in spans])
                 target = torch.from_numpy(target).to(self.device)
                 seen = [
-                    likelihood(part if head is None else head(part), each, temperature)
+                    likelihood(self.whole(part if head is None else head(part)), each, temperature)
                     for part, each in zip(x.split(piece), target.split(piece), strict=True)
                 ]
                 for i, each in zip(live, torch.cat(seen).split(width.tolist()), strict=True):
@@ -558,6 +585,33 @@ class Session:
         """Of what is told of logits: fp32, or fp64 of a model that is."""
         return torch.promote_types(inner(self._model).dtype, torch.float32)
 
+    def sample(
+        self, logits_bv: Tensor, seed_b: Tensor, position_b: Tensor, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `kvtools.sample`; ranks share out the rows, and all get all draws."""
+        options["impl"], ranks = self.kv.config.impl, self.door.ranks
+        if ranks is None:
+            return sample(logits_bv, seed_b, position_b, **options)
+        parts = self._tokens if logits_bv.shape[1] != sum(self._tokens) else []
+        return ranks.draw(logits_bv, seed_b, position_b, parts, **options)
+
+    def whole(self, logits_bv: Tensor) -> Tensor:
+        """Logits of all tokens, where each rank has made those of its own."""
+        if not self._tokens:
+            return logits_bv
+        return self.door.ranks.whole(logits_bv, self._tokens)
+
+    def first(self, x: Tensor) -> Tensor:
+        """`x`, and on several ranks that of the first, for what they might not find alike."""
+        if self.door.ranks is None:
+            return x
+        return self.door.ranks.first(x.to(self.device)).to(x.device)
+
+    def agree(self, what: str, *given: Any) -> None:
+        """Raise RuntimeError, on all ranks, unless all have come here with the same."""
+        if self.door.ranks is not None:
+            self.door.ranks.agree(what, self.device, *given)
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
         return inner(self._model).modules()
@@ -609,6 +663,7 @@ class Session:
             options["attention_mask"] = mask
         if self.head:
             options["logits_to_keep"] = keep  # 0 keeps all
+        self.agree("tokens or rows", ids, positions)
         self.door.renew()
         run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode
         if run is not self._runner:  # one graph for any number of rows and tokens

@@ -12,6 +12,7 @@ from ..hf import check_model
 from ..ops.scoring import REDUCES, step_scores
 from . import checkpoint
 from .families import FAMILIES, detect
+from .heads import StepHead, is_part
 from .layouts import Family, Solution
 from .qwen import Qwen2ForProcessRewardModel
 from .session import PRMSession
@@ -182,6 +183,12 @@ def load(
         family = FAMILIES[name]
     made = family(tokenizer, quirks=reference_quirks)
     head = made.head(model, reference)
+    read = [vars(head)[name] for name in ("layer", "reference") if name in vars(head)]
+    if not isinstance(head, StepHead) and any(is_part(layer.weight) for layer in read):
+        made.refuse(
+            "its head looks at the whole vocabulary, of which each rank has a part",
+            "load the model without a tp_plan",
+        )
     backbones = [_backbone(x) for x in (model, reference) if x is not None]
     tried = made.encode("0", [["0", "0"]])[0]
     for backbone in backbones:

@@ -33,12 +33,28 @@ class StepHead:
             first = next(self.body.parameters())
             hidden_tm = self.body(hidden_tm.index_select(0, read_s).to(first.dtype))
             read_s = torch.arange(len(read_s), device=hidden_tm.device)
-        bias = self.layer.bias
+        weight, bias = self.layer.weight, self.layer.bias
         margin_s, _, _ = step_scores(
-            hidden_tm, read_s, read_s.new_tensor([0, len(read_s)]), self.layer.weight[self.rows],
-            None if bias is None else bias[self.rows],
+            hidden_tm, read_s, read_s.new_tensor([0, len(read_s)]), _of(weight, self.rows),
+            None if bias is None else _of(bias[:, None], self.rows)[:, 0],
         )  # fmt: skip
         return margin_s * self.sign
+
+
+def is_part(weight: Tensor) -> bool:
+    """Whether other ranks have the rest of it (a DTensor)."""
+    return hasattr(weight, "full_tensor")
+
+
+def _of(weight: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a matrix; of one that lies on several ranks, without the others of its rows."""
+    if not is_part(weight):
+        return weight[rows]
+    from torch.distributed.tensor import DTensor, Replicate
+
+    index = torch.tensor(rows, device=weight.device)
+    index = DTensor.from_local(index, weight.device_mesh, [Replicate()], run_check=False)
+    return nn.functional.embedding(index, weight).full_tensor()
 
 
 @dataclass
