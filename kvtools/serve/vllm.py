@@ -1,5 +1,6 @@
 """kvtools as an attention backend of vLLM: what rows share in its block tables is read once."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,21 +15,32 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    SlidingWindowSpec,
+)
 
 from ..ops.attention import limits, tree_attention
-from ..ops.quant import KVPages, append_kv
+from ..ops.quant import KVPages, append_kv, width
 from . import SETTING
 from .steps import Step, step_from_block_table
 
+# What kvtools stores where vLLM is asked for a scale per token and head: formats of its own.
+FORMATS = {
+    f"{format}_per_token_head": format for format in ("int8", "int4", "fp8")
+}  # fmt: skip
+SCALES = 4  # bytes of a token and head: fp16 of the key, fp16 of the value
+
 
 class Backend(AttentionBackend):
-    """Causal self-attention of decoders over unquantised caches, on any device."""
+    """Causal self-attention of decoders, on any device."""
 
     # Keys and values are written by `Attention.do_kv_cache_update`, before `forward`.
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", *FORMATS]
 
     @staticmethod
     def get_name() -> str:
@@ -51,6 +63,14 @@ class Backend(AttentionBackend):
         # All are views; a head's slots are best read one after another.
         best = KVCacheLayout.LBHNC
         return best, *(x for x in KVCacheLayout if x is not best)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Have vLLM make its blocks as small as what they hold."""
+        format = FORMATS.get(spec.kv_quant_mode.name.lower())
+        if format is None:
+            return spec
+        return replace(spec, state_content_bytes=2 * width(format, spec.head_size) + SCALES)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -136,6 +156,9 @@ class Attention(AttentionImpl[Step]):
                 f"kv_cache_dtype={kv_cache_dtype!r}": (
                     kv_cache_dtype not in Backend.supported_kv_cache_dtypes
                 ),
+                f"kv_cache_dtype={kv_cache_dtype!r} of heads of {head_size}, no multiple of 8": (
+                    kv_cache_dtype in FORMATS and head_size % 8 > 0
+                ),
                 "layers that share another layer's keys and values": (
                     kv_sharing_target_layer_name is not None
                 ),
@@ -191,10 +214,33 @@ class Attention(AttentionImpl[Step]):
         return output
 
     def _pages_of(self, kv_cache: Tensor) -> KVPages:
-        if self._cache is not kv_cache:  # [blocks, Hkv, block, 2 D]: keys, then values
+        if self._cache is not kv_cache:
             self._cache = kv_cache
-            self._pages = KVPages(*kv_cache.split(self.head_size, -1))
+            if format := FORMATS.get(self.kv_cache_dtype):
+                self._pages = packed_pages(kv_cache, format, self.head_size)
+            else:  # [blocks, Hkv, block, 2 D]: keys, then values
+                self._pages = KVPages(*kv_cache.split(self.head_size, -1))
         return self._pages
+
+
+def packed_pages(kv_cache: Tensor, format: str, d: int) -> KVPages:
+    """Views of a cache [blocks, Hkv, block, bytes] of any 8-bit dtype, as `customize_spec` asks
+    for: a token's key, its value and both scales.
+
+    Where the slots of a head lie together, so do its keys, its values and its scales.
+    """
+    slots, size = kv_cache.shape[2:]
+    w = width(format, d)
+    parts = [w, w, SCALES]
+    cells = kv_cache.view(torch.uint8)
+    if cells.stride(2) == size:
+        flat = cells.flatten(2).split([slots * x for x in parts], -1)
+        k, v, scale = (x.unflatten(-1, (slots, -1)) for x in flat)
+    else:
+        k, v, scale = cells.split(parts, -1)
+    if format == "fp8":
+        k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+    return KVPages(k, v, *scale.view(torch.float16).unbind(-1))
 
 
 def _of_config(config: VllmConfig) -> dict[str, bool]:
