@@ -167,6 +167,20 @@ def test_packed_caches(format, size, saved):
     assert kept_most < 1e-3 and kept_most < plain_most / 100
 
 
+def test_installed_and_not_asked_for_it_changes_nothing(saved):
+    """Nor does the setting where the plugin is gone."""
+    requests = mixed(8)
+    gone = run(saved(qwen3), requests, setting="1", env={"VLLM_PLUGINS": ""}, **TIGHT)
+    unasked = run(saved(qwen3), requests, setting=None, **TIGHT)
+    assert gone["loaded"] == [] and "kvtools.serve" in unasked["loaded"]
+    assert not {f"kvtools.serve.{x}" for x in ("vllm", "steps", "interface")} & {*unasked["loaded"]}
+    for found in (gone, unasked):
+        assert [x.rpartition(".")[0] for x in found["attention"]] == [OWN]
+    assert {k: v for k, v in gone.items() if k != "loaded"} == {
+        k: v for k, v in unasked.items() if k != "loaded"
+    }  # log-probabilities and blocks, too
+
+
 SAMPLER = dict(logits_processors=["kvtools.serve.vllm_sampler:Sampler"])
 
 
@@ -296,6 +310,7 @@ def configured(**changed):
         parallel_config=SimpleNamespace(**parallel),
         attention_config=SimpleNamespace(use_non_causal=changed.get("use_non_causal", False)),
         speculative_config=either.get("speculative_config"),
+        kv_transfer_config=changed.get("kv_transfer_config"),
     )
 
 
@@ -306,6 +321,8 @@ def configured(**changed):
     (128, "BLNHC", torch.float32, dict(logits_soft_cap=3.0, sinks=True, sliding_window=21)),
     (128, "LHBNC", torch.bfloat16, dict(sinks=True)),
     (32, "LBHNC", torch.bfloat16, dict(wide=True)),
+    (16, "LBHNC", torch.float32, dict(moves=True)),
+    (16, "BLHNC", torch.bfloat16, dict(moves=True, kv_cache_dtype="int4_per_token_head")),
     (16, "LBHNC", torch.float32, dict(kv_cache_dtype="int8_per_token_head", sinks=True)),
     (32, "LBNHC", torch.bfloat16, dict(kv_cache_dtype="int4_per_token_head", sliding_window=21)),
     (16, "BHLNC", torch.float16, dict(kv_cache_dtype="int4_per_token_head")),
@@ -333,8 +350,8 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
     cache = torch.zeros(*shape[list(order)], dtype=torch.int8).view(spec.dtype)
     cache = cache.permute(*(order.index(i) for i in range(5)))[1]  # the second layer's
     sinks = torch.randn(heads, dtype=dtype) if given.pop("sinks", False) else None
-    wide = given.pop("wide", False)
-    layer = layer_of(monkeypatch, sinks=sinks, **given)
+    wide, moves = given.pop("wide", False), given.pop("moves", None)
+    layer = layer_of(monkeypatch, configured(kv_transfer_config=moves), sinks=sinks, **given)
     lens, counts = [block + 5, block + 2, 9], [1, 2, 9]
     table = torch.tensor([[5, 2], [5, 7], [1, 0]], dtype=torch.int32)
     k, v = torch.randn(2, 3, max(lens), kv_heads, d, dtype=dtype)
@@ -346,6 +363,10 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
         slots = table[row, at // block].long() * block + at % block
         # What fills up a batch has no slot.
         layer.do_kv_cache_update(None, k[row, : n + 1], v[row, : n + 1], cache, slots)
+    if moves:  # a token's bytes are its own, as whoever copies tokens takes them
+        for slot in range(lens[2]):
+            cache[3, :, slot] = cache[1, :, slot]
+        table[2, 0], cache[1] = 3, 0
     start = torch.tensor([0, *counts]).cumsum(0)
     step = step_from_block_table(table, torch.tensor(lens), start, block, blocks=blocks)
     query = torch.randn(14, heads, d, dtype=dtype)

@@ -37,6 +37,7 @@ def main() -> None:
                 "preemptions": metrics["vllm:num_preemptions"],
                 "prefix_hits": metrics["vllm:prefix_cache_hits"],
                 "attention": kinds,
+                "loaded": [x for x in sys.modules if x.partition(".")[0] == "kvtools"],
                 "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
             }
         )

@@ -148,6 +148,7 @@ class Attention(AttentionImpl[Step]):
         sinks: Tensor | None = None,
         **others: Any,
     ) -> None:
+        config = get_current_vllm_config()
         _refuse(
             {
                 "MLA (multi-head latent attention)": "kv_lora_rank" in others,
@@ -166,7 +167,7 @@ class Attention(AttentionImpl[Step]):
                     bool(others) and "kv_lora_rank" not in others
                 ),
             }
-            | _of_config(get_current_vllm_config())
+            | _of_config(config)
         )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -174,6 +175,7 @@ class Attention(AttentionImpl[Step]):
         self.sliding_window = sliding_window or 0
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
+        self._moves = config.kv_transfer_config is not None
         self._cache: Tensor | None = None
 
     def do_kv_cache_update(
@@ -216,31 +218,29 @@ class Attention(AttentionImpl[Step]):
     def _pages_of(self, kv_cache: Tensor) -> KVPages:
         if self._cache is not kv_cache:
             self._cache = kv_cache
-            if format := FORMATS.get(self.kv_cache_dtype):
-                self._pages = packed_pages(kv_cache, format, self.head_size)
-            else:  # [blocks, Hkv, block, 2 D]: keys, then values
-                self._pages = KVPages(*kv_cache.split(self.head_size, -1))
+            format = FORMATS.get(self.kv_cache_dtype, "none")
+            self._pages = pages_of(kv_cache, format, self.head_size, self._moves)
         return self._pages
 
 
-def packed_pages(kv_cache: Tensor, format: str, d: int) -> KVPages:
-    """Views of a cache [blocks, Hkv, block, bytes] of any 8-bit dtype, as `customize_spec` asks
-    for: a token's key, its value and both scales.
+def pages_of(kv_cache: Tensor, format: str, d: int, moves: bool = False) -> KVPages:
+    """Views of a cache of vLLM's, [blocks, Hkv, block, content], content being a token's key, its
+    value and, where they are quantised, both scales, of any 8-bit dtype.
 
-    Where the slots of a head lie together, so do its keys, its values and its scales.
+    Where the slots of a head lie together, so do its keys, its values and its scales, which is
+    faster to read, unless it `moves`: others, who copy tokens, count on them being whole.
     """
-    slots, size = kv_cache.shape[2:]
-    w = width(format, d)
-    parts = [w, w, SCALES]
-    cells = kv_cache.view(torch.uint8)
-    if cells.stride(2) == size:
-        flat = cells.flatten(2).split([slots * x for x in parts], -1)
-        k, v, scale = (x.unflatten(-1, (slots, -1)) for x in flat)
+    cells = kv_cache if format == "none" else kv_cache.view(torch.uint8)
+    sizes = [width(format, d)] * 2 + [SCALES] * (format != "none")
+    slots, content = cells.shape[2:]
+    if cells.stride(2) == content and not moves:
+        parts = cells.flatten(2).split([slots * x for x in sizes], -1)
+        k, v, *scale = (x.unflatten(-1, (slots, -1)) for x in parts)
     else:
-        k, v, scale = cells.split(parts, -1)
+        k, v, *scale = cells.split(sizes, -1)
     if format == "fp8":
         k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
-    return KVPages(k, v, *scale.view(torch.float16).unbind(-1))
+    return KVPages(k, v, *(y for x in scale for y in x.view(torch.float16).unbind(-1)))
 
 
 def _of_config(config: VllmConfig) -> dict[str, bool]:
