@@ -28,7 +28,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 KEEP := $(VENV)/constraints.txt
-ENGINE_PIP = $(ENGINE_PY) -m pip install -qq --disable-pip-version-check --no-input
+ENGINE_PIP = $(ENGINE_PY) -m pip install -qq --disable-pip-version-check --no-input --no-warn-conflicts
 # A test process per core and a thread per process.
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
