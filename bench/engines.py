@@ -206,7 +206,7 @@ def apart(part: str, rounds: int, **env: str) -> dict:
     env = {
         "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
     } | env  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "bench.engines", "--part", part, "--rounds", str(rounds)],

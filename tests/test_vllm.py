@@ -30,6 +30,7 @@ def run(model: Path, requests: list[dict], setting: str | None = "1", check=True
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     env |= engine.pop("env", {}) | ({} if setting is None else {"KVTOOLS_VLLM": setting})
     engine = dict(dtype="float32", enforce_eager=True, max_num_seqs=64) | engine
@@ -109,10 +110,14 @@ TIGHT = dict(max_num_batched_tokens=96, max_model_len=256)
 @pytest.mark.parametrize("make,count,own,ours", [
     (qwen3, 64, dict(block_size=32, num_gpu_blocks_override=40),
      dict(block_size=16, num_gpu_blocks_override=80)),
-    (gemma2, 64, dict(block_size=32, num_gpu_blocks_override=60),
-     dict(block_size=32, num_gpu_blocks_override=60, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})),
-    (smollm2, 24, dict(block_size=32, num_gpu_blocks_override=40),
-     dict(block_size=32, num_gpu_blocks_override=40)),
+    pytest.param(
+        gemma2, 64, dict(block_size=32, num_gpu_blocks_override=60),
+        dict(block_size=32, num_gpu_blocks_override=60,
+             env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+        marks=pytest.mark.long),
+    pytest.param(
+        smollm2, 24, dict(block_size=32, num_gpu_blocks_override=40),
+        dict(block_size=32, num_gpu_blocks_override=40), marks=pytest.mark.long),
 ], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
 def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
     requests = mixed(count)
@@ -126,7 +131,9 @@ def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
         assert a == pytest.approx(b, abs=1e-3)
 
 
-@pytest.mark.parametrize("format,size", [("int8", 2 * 32 + 4), ("int4", 2 * 16 + 4)])
+@pytest.mark.parametrize("format,size", [
+    pytest.param("int8", 2 * 32 + 4, marks=pytest.mark.long), ("int4", 2 * 16 + 4),
+])  # fmt: skip
 def test_packed_caches(format, size, saved):
     """Tokens are those of a model whose attention reads what the format leaves of keys and values;
     and a cache of so many bytes has more blocks."""
@@ -461,8 +468,8 @@ def encoder():
 
 @pytest.mark.parametrize("make,given,said", [
     (qwen3, dict(kv_cache_dtype="fp8", block_size=32), "kv_cache_dtype='fp8'"),
-    (mla, {}, "MLA (multi-head latent attention)"),
-    (encoder, {}, "encoder_only attention"),
+    pytest.param(mla, {}, "MLA (multi-head latent attention)", marks=pytest.mark.long),
+    pytest.param(encoder, {}, "encoder_only attention", marks=pytest.mark.long),
 ], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
 def test_an_engine_that_it_cannot_serve_does_not_start(make, given, said, saved):
     found = run(saved(make), [], check=False, **given)
