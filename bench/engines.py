@@ -128,12 +128,12 @@ def attention(rounds: int) -> dict:
     cells: dict[str, dict] = {}
     source = torch.randn(COPIED // 4)
     copied = torch.empty_like(source)
-    best = interleave({"copy": lambda: copied.copy_(source)}, 9, cpu_clock)["copy"].min()
+    best = interleave({"copy": lambda: copied.copy_(source)}, 15, cpu_clock)["copy"].min()
     copy = 2 * COPIED / best / 1e9
     products = {}
     for dtype in DTYPES:  # what products of large matrices reach: no attention is faster
         a, b = torch.randn(2, 1024, 1024).to(dtype)
-        best = interleave({"product": lambda: a @ b}, 9, cpu_clock)["product"].min()  # noqa: B023
+        best = interleave({"product": lambda: a @ b}, 45, cpu_clock)["product"].min()  # noqa: B023
         products[dtype] = 2 * 1024**3 / best / 1e12
     for name, (rows, shared) in CASES.items():
         for dtype in DTYPES:
@@ -288,14 +288,20 @@ def caption(result: dict[str, Any]) -> str:
     where, cells = result["where"], result["cells"]
     host = max(x["ms"] for x in cells["host"].values())
     whole = cells["tokens/s"]["float32"]
+    most = [
+        f"{row['vllm']['ratio'] / row['kvtools']['of_floor']:.2f} ({title})"
+        for title, row in cells["attention"].items() if title.partition(", ")[0] in WANTED
+    ]  # fmt: skip
     return (
         f"Attention of one layer of {result['model']} in a decode step: samples over shared tokens "
         f"and {OWN} of their own; nothing shared: 32 rows of {ALONE + OWN:,}. Blocks of {BLOCK}. "
         "In brackets, how much of its time the floor would take: its operations at the rate of a "
-        "matrix product of that dtype, or its bytes at that of a copy. int8 and int4: packed "
-        f"caches of the bfloat16 model, {' and '.join(str(content(DTYPES[1], x)) for x in PACKED)} "
-        f"bytes a token and head instead of {content(DTYPES[1])}. A whole engine: {SAMPLES} "
-        f"samples of {NEW} tokens over {PROMPT:,}; with kvtools installed and not asked for, vLLM "
+        "matrix product of that dtype, or its bytes at that of a copy; at the floor it would "
+        f"be so many times as fast as vLLM: {', '.join(most)}. "
+        "int8 and int4: packed caches of the bfloat16 model, "
+        f"{' and '.join(str(content(DTYPES[1], x)) for x in PACKED)} bytes a token and head "
+        f"instead of {content(DTYPES[1])}. A whole engine: {SAMPLES} samples of {NEW} tokens over "
+        f"{PROMPT:,}; with kvtools installed and not asked for, vLLM "
         f"has {whole['vllm']['tokens/s'] / whole[BARE]['tokens/s']:.0%} of the tokens/s that it "
         "has without. Blocks: what vLLM makes of 1 GiB. Processor seconds of one thread. Plan and "
         f"positions of {REQUESTS} requests: {host:.2f} ms a step. {where['device']}, vLLM "
