@@ -58,7 +58,8 @@ test-all: ext $(MODEL) ## run all tests
 ENGINE_PY = $(if $(ENGINES),$(ENGINES)/bin/python,$(PY))
 engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attention, against vLLM's own (installs it in .venv-engines); all tests: ARGS="-m ''"
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
-	@OMP_NUM_THREADS=1 $(ENGINE_PY) -m pytest -q -n2 -p no:cacheprovider tests/test_vllm.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(ENGINE_PY) -m pytest -q $$($(ENGINE_PY) -c '$(SPREAD)' 2>/dev/null) \
+		-p no:cacheprovider tests/test_vllm.py $(ARGS)
 
 bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
 	@$(PY) -c 'from kvtools import models; models.smollm2()'

@@ -28,9 +28,7 @@ from . import SETTING
 from .steps import Step, step_from_block_table
 
 # What kvtools stores where vLLM is asked for a scale per token and head: formats of its own.
-FORMATS = {
-    f"{format}_per_token_head": format for format in ("int8", "int4", "fp8")
-}  # fmt: skip
+FORMATS = {f"{x}_per_token_head": x for x in ("int8", "int4", "fp8")}
 SCALES = 4  # bytes of a token and head: fp16 of the key, fp16 of the value
 
 
