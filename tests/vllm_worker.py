@@ -1,7 +1,8 @@
 """One vLLM engine in a process of its own: reads a run on stdin, prints what came as JSON.
 
 A run has `model`, `engine` (arguments of `LLM`) and `requests`: a list of `prompt` ids, `n`, and
-`sampling`; without that, tokens are the likeliest.
+`sampling`; without that, tokens are the likeliest. `first` has the log-probabilities that
+`sampling` asks for of each row's first token.
 """
 
 import json
@@ -32,9 +33,12 @@ def main() -> None:
                     [at[token].logprob for token, at in zip(x.token_ids, x.logprobs, strict=True)]
                     for x in rows
                 ],
+                "first": [[[i, y.logprob] for i, y in x.logprobs[0].items()] for x in rows],
                 "preemptions": metrics["vllm:num_preemptions"],
                 "prefix_hits": metrics["vllm:prefix_cache_hits"],
                 "attention": kinds,
+                "loaded": [x for x in sys.modules if x.partition(".")[0] == "kvtools"],
+                "blocks": llm.llm_engine.vllm_config.cache_config.num_gpu_blocks,
             }
         )
     )

@@ -14,6 +14,7 @@ INTEGERS = (torch.int32, torch.int64)
 FORMATS = ("none", "fp8", "int8", "int6", "int4", "int3", "int2")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TENSORS = ("k", "v", "k_scale", "v_scale", "position", "importance", "history")
+width = reference.width  # (format, D): the last axis of pages
 EMPTY = 2**31 - 1  # position of a slot that holds no token: after every query, so never seen
 
 

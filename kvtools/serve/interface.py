@@ -10,6 +10,7 @@ BACKEND = "vllm.v1.attention.backend"
 SAMPLING = "vllm.v1.sample.logits_processor"
 # Parameters, all of them and in this order: vLLM passes them by position.
 CALLS = {
+    (BACKEND, "AttentionBackend.customize_spec"): ("spec",),
     (BACKEND, "AttentionImpl.__init__"): (
         "self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes", "sliding_window",
         "kv_cache_dtype", "logits_soft_cap", "attn_type", "kv_sharing_target_layer_name",
@@ -42,9 +43,11 @@ FIELDS = {
     },
     ("vllm.v1.kv_cache_interface", "FullAttentionSpec"): {
         "block_size", "num_kv_heads", "head_size", "head_size_v", "sliding_window",
+        "kv_quant_mode", "state_content_bytes",
     },
     ("vllm.v1.kv_cache_interface", "SlidingWindowSpec"): {
         "block_size", "num_kv_heads", "head_size", "head_size_v", "sliding_window",
+        "kv_quant_mode", "state_content_bytes",
     },
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """kvtools as an attention backend of vLLM: what rows share in its block tables is read once."""
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,21 +15,30 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    SlidingWindowSpec,
+)
 
 from ..ops.attention import limits, tree_attention
-from ..ops.quant import KVPages, append_kv
+from ..ops.quant import KVPages, append_kv, width
 from . import SETTING
 from .steps import Step, step_from_block_table
 
+# What kvtools stores where vLLM is asked for a scale per token and head: formats of its own.
+FORMATS = {f"{x}_per_token_head": x for x in ("int8", "int4", "fp8")}
+SCALES = 4  # bytes of a token and head: fp16 of the key, fp16 of the value
+
 
 class Backend(AttentionBackend):
-    """Causal self-attention of decoders over unquantised caches, on any device."""
+    """Causal self-attention of decoders, on any device."""
 
     # Keys and values are written by `Attention.do_kv_cache_update`, before `forward`.
     forward_includes_kv_cache_update: bool = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", *FORMATS]
 
     @staticmethod
     def get_name() -> str:
@@ -51,6 +61,14 @@ class Backend(AttentionBackend):
         # All are views; a head's slots are best read one after another.
         best = KVCacheLayout.LBHNC
         return best, *(x for x in KVCacheLayout if x is not best)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Have vLLM make its blocks as small as what they hold."""
+        format = FORMATS.get(spec.kv_quant_mode.name.lower())
+        if format is None:
+            return spec
+        return replace(spec, state_content_bytes=2 * width(format, spec.head_size) + SCALES)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -128,6 +146,7 @@ class Attention(AttentionImpl[Step]):
         sinks: Tensor | None = None,
         **others: Any,
     ) -> None:
+        config = get_current_vllm_config()
         _refuse(
             {
                 "MLA (multi-head latent attention)": "kv_lora_rank" in others,
@@ -136,6 +155,9 @@ class Attention(AttentionImpl[Step]):
                 f"kv_cache_dtype={kv_cache_dtype!r}": (
                     kv_cache_dtype not in Backend.supported_kv_cache_dtypes
                 ),
+                f"kv_cache_dtype={kv_cache_dtype!r} of heads of {head_size}, no multiple of 8": (
+                    kv_cache_dtype in FORMATS and head_size % 8 > 0
+                ),
                 "layers that share another layer's keys and values": (
                     kv_sharing_target_layer_name is not None
                 ),
@@ -143,7 +165,7 @@ class Attention(AttentionImpl[Step]):
                     bool(others) and "kv_lora_rank" not in others
                 ),
             }
-            | _of_config(get_current_vllm_config())
+            | _of_config(config)
         )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
@@ -151,6 +173,7 @@ class Attention(AttentionImpl[Step]):
         self.sliding_window = sliding_window or 0
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
+        self._moves = config.kv_transfer_config is not None
         self._cache: Tensor | None = None
 
     def do_kv_cache_update(
@@ -191,10 +214,31 @@ class Attention(AttentionImpl[Step]):
         return output
 
     def _pages_of(self, kv_cache: Tensor) -> KVPages:
-        if self._cache is not kv_cache:  # [blocks, Hkv, block, 2 D]: keys, then values
+        if self._cache is not kv_cache:
             self._cache = kv_cache
-            self._pages = KVPages(*kv_cache.split(self.head_size, -1))
+            format = FORMATS.get(self.kv_cache_dtype, "none")
+            self._pages = pages_of(kv_cache, format, self.head_size, self._moves)
         return self._pages
+
+
+def pages_of(kv_cache: Tensor, format: str, d: int, moves: bool = False) -> KVPages:
+    """Views of a cache of vLLM's, [blocks, Hkv, block, content], content being a token's key, its
+    value and, where they are quantised, both scales, of any 8-bit dtype.
+
+    Where the slots of a head lie together, so do its keys, its values and its scales, which is
+    faster to read, unless it `moves`: others, who copy tokens, count on them being whole.
+    """
+    cells = kv_cache if format == "none" else kv_cache.view(torch.uint8)
+    sizes = [width(format, d)] * 2 + [SCALES] * (format != "none")
+    slots, content = cells.shape[2:]
+    if cells.stride(2) == content and not moves:
+        parts = cells.flatten(2).split([slots * x for x in sizes], -1)
+        k, v, *scale = (x.unflatten(-1, (slots, -1)) for x in parts)
+    else:
+        k, v, *scale = cells.split(sizes, -1)
+    if format == "fp8":
+        k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+    return KVPages(k, v, *(y for x in scale for y in x.view(torch.float16).unbind(-1)))
 
 
 def _of_config(config: VllmConfig) -> dict[str, bool]:
