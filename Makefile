@@ -56,9 +56,10 @@ test-all: ext $(MODEL) ## run all tests
 
 # vLLM has a torch and a transformers of its own choice, so it lives apart.
 ENGINE_PY = $(if $(ENGINES),$(ENGINES)/bin/python,$(PY))
-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attention, against vLLM's own (installs it in .venv-engines)
+engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) $(ENGINES:=/sglang.stamp) ## run vLLM and SGLang with kvtools' attention, against their own (installs them in .venv-engines)
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
 	@$(ENGINE_PY) -m pytest -q -p no:cacheprovider tests/test_vllm.py $(ARGS)
+	@$(if $(ENGINES),$(ENGINES)/sglang/bin/python,$(PY)) -m pytest -q -p no:cacheprovider tests/test_sglang.py $(ARGS)
 
 bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
@@ -249,4 +250,19 @@ $(ENGINES)/vllm.stamp: pyproject.toml
 		if not x.startswith("torch") and "extra ==" not in x), sep="\n")' > $(ENGINES)/requirements.txt
 	@$(ENGINE_PIP) -c $(ENGINES)/constraints.txt -r $(ENGINES)/requirements.txt pytest 'pybind11>=2.13'
 	@KVTOOLS_EXT=0 $(ENGINE_PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Without what it wants of GPUs, torch first of all; tests/sglang_stubs.py stands in for that. Else as OTHERS.
+SGLANG ?= sglang==0.5.23
+$(ENGINES)/sglang.stamp: $(VENV)/package.stamp
+	@echo "setup: $(SGLANG) in $(ENGINES)/sglang (0.4 GB)"
+	@$(BASE) -m venv $(ENGINES)/sglang
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(ENGINES)/sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	@$(ENGINES)/sglang/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(KEEP) \
+		aiohttp apache-tvm-ffi==0.1.11 dill einops fastapi gguf interegular IPython msgspec openai==2.8.0 orjson \
+		partial_json_parser pillow prometheus-client psutil pybase64 pydantic python-multipart pyzmq requests \
+		sentencepiece==0.2.1 setproctitle tiktoken uvicorn uvloop xxhash
+	@$(ENGINES)/sglang/bin/python -m pip install -qq --disable-pip-version-check --no-input --no-deps '$(SGLANG)' \
+		compressed-tensors==0.18.0 loguru
 	@touch $@
