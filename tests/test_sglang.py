@@ -1,8 +1,9 @@
 """kvtools inside SGLang: over its own classes where it is installed, else over stand-ins.
 
-`make engines` installs it and runs this with its engine, too.
+`make sglang` installs it and runs this with its engine, too.
 """
 
+import copy
 import importlib
 import importlib.util
 import json
@@ -25,7 +26,7 @@ from kvtools import serve
 from kvtools.testing import assert_within_budget
 
 REAL = importlib.util.find_spec("sglang") is not None
-only_real = pytest.mark.skipif(not REAL, reason="sglang is not installed: run make engines")
+only_real = pytest.mark.skipif(not REAL, reason="sglang is not installed: run make sglang")
 SERVE = ("kvtools.serve.sglang", "kvtools.serve.sglang_sampler")
 
 
@@ -579,6 +580,7 @@ def test_an_engine_of_sglangs(tmp_path):
 
 
 @only_real
+@pytest.mark.long
 def test_an_engine_that_asks_for_another_attention(tmp_path):
     model, requests = tiny_model(), mixed(6, n=2)
     sent = [asked(x.prompt, temperature=0, max_new_tokens=x.new) for x in requests]
@@ -588,14 +590,13 @@ def test_an_engine_that_asks_for_another_attention(tmp_path):
 
 
 @only_real
+@pytest.mark.long
 def test_an_engine_refuses_by_name_before_it_serves(tmp_path):
-    found = run(
-        tmp_path, tiny_model(), [], attention_backend="kvtools", kv_cache_dtype="fp8_e4m3",
-        check=False,
-    )  # fmt: skip
+    model = copy.deepcopy(tiny_model())
+    model.config.attention_chunk_size = 64
+    found = run(tmp_path, model, [], attention_backend="kvtools", check=False)
     assert found["failed"]
-    said = "does not do quantised pools (torch.float8_e4m3fn). Choose another --attention-backend"
-    assert said in found["said"]
+    assert "does not do attention in chunks. Choose another --attention-backend" in found["said"]
 
 
 @only_real

@@ -55,7 +55,7 @@ class Backend(AttentionBackend):
     def __init__(self, runner: Any) -> None:
         check_sglang()
         super().__init__()
-        self._table: Tensor = runner.req_to_token_pool.req_to_token
+        self._requests = runner.req_to_token_pool
         self._pool = runner.token_to_kv_pool
         layers = [x for x in runner.model.modules() if isinstance(x, RadixAttention)]
         refuse(_of_runner(runner) | _of_pool(self._pool) | _of_layers(layers), "SGLang", REMEDY)
@@ -180,8 +180,9 @@ class Backend(AttentionBackend):
     forward_extend = forward_decode
 
     def _slots_of(self, requests: Tensor, lens: Tensor) -> Tensor:
-        """[rows, longest] slots of the rows' tokens; past a row's end they may be any."""
-        count, longest = self._table.shape
+        """[rows, pages] first slots of the rows' pages; past a row's end they may be any."""
+        table = self._requests.req_to_token
+        count, longest = table.shape
         rows = requests.cpu()
         for row in ((rows < 0) | (rows >= count)).nonzero().flatten().tolist():
             raise IndexError(
@@ -191,7 +192,8 @@ class Backend(AttentionBackend):
             raise ValueError(
                 f"seq_lens: row {row} has {lens[row]} tokens, req_to_token holds {longest} of each"
             )
-        return self._table[requests, : int(lens.max()) if len(lens) else 0]
+        longest = int(lens.max()) if len(lens) else 0
+        return table[:, : longest : self._pool.page_size].index_select(0, requests)
 
     def _step(
         self, slots: Tensor, lens: Tensor, start: Tensor, written: Tensor, pool: MHATokenToKVPool
@@ -199,9 +201,8 @@ class Backend(AttentionBackend):
         size, page = pool.size + pool.page_size, pool.page_size
         table = slots
         if page > 1:
-            first = slots[:, ::page]
             # A page that does not begin where a page should is as wrong as one that does not exist.
-            table = torch.where(first % page == 0, first // page, -1)
+            table = torch.where(slots % page == 0, slots // page, -1)
         step = step_from_block_table(table, lens, start, page, blocks=size // page, **self._limits)
         there = written.cpu()
         for token in ((there < 0) | (there >= size)).nonzero().flatten().tolist():
