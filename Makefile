@@ -38,7 +38,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines bench-engines ecosystem
+.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines sglang bench-engines ecosystem
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -60,6 +60,12 @@ engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## run vLLM with kvtools' attentio
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
 	@OMP_NUM_THREADS=1 $(ENGINE_PY) -m pytest -q $$($(ENGINE_PY) -c '$(SPREAD)' 2>/dev/null) \
 		-p no:cacheprovider tests/test_vllm.py $(ARGS)
+
+engines: sglang
+
+# On a CPU, without what it needs of GPUs, torch's version first of all; tests/sglang_stubs.py stands in for that.
+sglang: ext $(PACKAGE) $(ENGINES:=/sglang.stamp) ## run SGLang with kvtools' attention and sampler (installs it in .venv-engines/sglang)
+	@OMP_NUM_THREADS=1 $(if $(ENGINES),$(ENGINES)/sglang/bin/python,$(PY)) -m pytest -q -p no:cacheprovider tests/test_sglang.py $(ARGS)
 
 bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attention in vLLM against vLLM's own, rewrite docs/engines.md's table
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
@@ -250,4 +256,18 @@ $(ENGINES)/vllm.stamp: pyproject.toml
 		if not x.startswith("torch") and "extra ==" not in x), sep="\n")' > $(ENGINES)/requirements.txt
 	@$(ENGINE_PIP) -c $(ENGINES)/constraints.txt -r $(ENGINES)/requirements.txt pytest pytest-xdist 'pybind11>=2.13'
 	@KVTOOLS_EXT=0 $(ENGINE_PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+# What the main environment has is seen from here. SGLang itself comes without what it wants.
+SGLANG ?= sglang==0.5.23
+SGLANG_PIP = $(ENGINES)/sglang/bin/python -m pip install -qq --disable-pip-version-check --no-input --no-warn-conflicts
+$(ENGINES)/sglang.stamp: $(VENV)/package.stamp
+	@echo "setup: $(SGLANG) in $(ENGINES)/sglang (0.4 GB)"
+	@$(BASE) -m venv $(ENGINES)/sglang
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(ENGINES)/sglang/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
+	@$(SGLANG_PIP) -c $(KEEP) aiohttp apache-tvm-ffi==0.1.11 dill einops fastapi gguf interegular IPython msgspec \
+		openai==2.8.0 orjson partial_json_parser pillow prometheus-client psutil pybase64 pydantic python-multipart pyzmq \
+		requests sentencepiece==0.2.1 setproctitle tiktoken uvicorn uvloop xxhash
+	@$(SGLANG_PIP) --no-deps '$(SGLANG)' compressed-tensors==0.18.0 loguru
 	@touch $@

@@ -1,10 +1,11 @@
-"""Inside other people's engines: vLLM's plugin.
+"""Inside other people's engines: the plugins of vLLM and SGLang.
 
-vLLM calls `vllm_plugin` in each of its processes, whether kvtools is wanted or not. So this file
-imports neither vLLM nor operators.
+They call these in each of their processes, whether kvtools is wanted or not. So this file imports
+neither engines nor operators.
 """
 
 import os
+from typing import Any
 
 SETTING = "KVTOOLS_VLLM"
 
@@ -32,3 +33,30 @@ def vllm_plugin() -> None:
     # do is then refused, not left to another.
     for member in AttentionBackendEnum:
         register_backend(member, "kvtools.serve.vllm.Backend")
+
+
+def sglang_plugin() -> None:
+    """Make kvtools a choice of SGLang's --attention-backend and --sampling-backend.
+
+    What is chosen is imported, and its interface looked at, when SGLang makes it; what is not
+    chosen, never.
+    """
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+    from sglang.srt.layers.sampler import register_sampler_backend
+
+    add_attention_backend_choices(["kvtools"])
+    register_attention_backend("kvtools")(_sglang_attention)
+    register_sampler_backend("kvtools", _sglang_sampler)
+
+
+def _sglang_attention(runner: Any) -> Any:
+    from .sglang import Backend
+
+    return Backend(runner)
+
+
+def _sglang_sampler() -> Any:
+    from .sglang_sampler import Sampler
+
+    return Sampler()
