@@ -1,10 +1,8 @@
 """trl: trainers that sample through kvtools, beside the same ones without it."""
 
 import copy
-import importlib.util
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
 from datasets import Dataset  # noqa: E402
+from examples import example  # noqa: E402
 
 import kvtools  # noqa: E402
 from kvtools import CacheConfig  # noqa: E402
@@ -209,11 +208,3 @@ def test_example(tmp_path, tokenizer, model):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert len(example("grpo").main(str(tmp_path), steps=2, tokens=4, n=2)) == 2
-
-
-def example(name):
-    path = Path(__file__).parents[2] / "docs/examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
