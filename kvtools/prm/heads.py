@@ -33,11 +33,15 @@ class StepHead:
             first = next(self.body.parameters())
             hidden_tm = self.body(hidden_tm.index_select(0, read_s).to(first.dtype))
             read_s = torch.arange(len(read_s), device=hidden_tm.device)
-        bias = self.layer.bias
-        margin_s, _, _ = step_scores(
-            hidden_tm, read_s, read_s.new_tensor([0, len(read_s)]), self.layer.weight[self.rows],
-            None if bias is None else bias[self.rows],
-        )  # fmt: skip
+        if _plain(self.layer):
+            weight, bias = self.layer.weight[self.rows], self.layer.bias
+            bias = None if bias is None else bias[self.rows]
+        else:
+            hidden_tm = self.layer(hidden_tm.index_select(0, read_s))[:, self.rows]
+            read_s = torch.arange(len(read_s), device=hidden_tm.device)
+            weight, bias = torch.eye(len(self.rows)).to(hidden_tm), None
+        ends = read_s.new_tensor([0, len(read_s)])
+        margin_s, _, _ = step_scores(hidden_tm.contiguous(), read_s, ends, weight, bias)
         return margin_s * self.sign
 
 
@@ -51,9 +55,7 @@ class TokenHead:
 
     def __call__(self, hidden: list[Tensor], read_s: Tensor, target_s: Tensor) -> Tensor:
         target = torch.full_like(target_s, self.token)
-        logprob_s, _ = token_logprobs(
-            hidden[0].index_select(0, read_s), self.layer.weight, target, self.layer.bias
-        )
+        logprob_s = _logprobs(self.layer, hidden[0].index_select(0, read_s), target)
         return logprob_s - torch.log(-torch.expm1(logprob_s))
 
 
@@ -68,8 +70,24 @@ class LogRatio:
 
     def __call__(self, hidden: list[Tensor], read_s: Tensor, target_s: Tensor) -> Tensor:
         policy_tm, reference_tm = (x.index_select(0, read_s) for x in hidden)
+        if not (_plain(self.layer) and _plain(self.reference)):
+            ratio_s = _logprobs(self.layer, policy_tm, target_s)
+            return (ratio_s - _logprobs(self.reference, reference_tm, target_s)) * self.coef
         ratio_s, _ = token_logprobs(
             policy_tm, self.layer.weight, target_s, self.layer.bias, ref_hidden_tm=reference_tm,
             ref_weight_vm=self.reference.weight, ref_bias_v=self.reference.bias,
         )  # fmt: skip
         return ratio_s * self.coef
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer has a matrix that operators read; one that a package has quantised is asked
+    itself, for all of its rows."""
+    weight = getattr(layer, "weight", None)
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
+def _logprobs(layer: nn.Module, hidden_tm: Tensor, target_t: Tensor) -> Tensor:
+    if _plain(layer):
+        return token_logprobs(hidden_tm, layer.weight, target_t, layer.bias)[0]
+    return layer(hidden_tm).float().log_softmax(-1).gather(1, target_t[:, None].long())[:, 0]

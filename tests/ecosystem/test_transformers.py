@@ -123,18 +123,3 @@ def test_streaming(door, model, tokenizer, calls, record):
         found = stream(custom_generate=True)
     assert found == wanted and len(found) > 1 and calls
     record("transformers", f"TextIteratorStreamer: by {door}", "as without")
-
-
-@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_quantised_weights(kind, model, tokenizer, words, calls, record):
-    """Tokens are those of plain `generate` with the same weights."""
-    torchao = pytest.importorskip("torchao")
-    torchao.quantize_(model, getattr(torchao.quantization, kind)())
-    inputs = tokenizer(words(40, 31), return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
-    options = dict(inputs, max_new_tokens=10, do_sample=False)
-    wanted = model.generate(**options)
-    with kvtools.patch(model):
-        found = model.generate(**options)
-    assert torch.equal(found, wanted) and calls
-    record("torchao", f"int8 weights: {kind}", "tokens of plain `generate`")
