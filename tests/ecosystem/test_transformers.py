@@ -1,6 +1,7 @@
 """transformers' own doors to `generate`, with what they give without kvtools beside it."""
 
 import functools
+import inspect
 import threading
 
 import pytest
@@ -123,3 +124,11 @@ def test_streaming(door, model, tokenizer, calls, record):
         found = stream(custom_generate=True)
     assert found == wanted and len(found) > 1 and calls
     record("transformers", f"TextIteratorStreamer: by {door}", "as without")
+
+
+def test_serve_takes_no_model(record):
+    """Nor a loop: docs/ecosystem.md says so."""
+    serve = pytest.importorskip("transformers.cli.serve")
+    options = inspect.signature(serve.Serve.__init__).parameters
+    assert "force_model" in options and not {"model", "custom_generate"} & options.keys()
+    record("transformers", "`transformers serve`", "takes no patched model, and no loop")
