@@ -97,6 +97,7 @@ def test_samples_are_the_same_whoever_draws_them(cluster, recipe, monkeypatch, r
     assert lines(recipe.folder / "two.jsonl") == found
 
 
+@pytest.mark.long
 def test_driver_killed(recipe, record):
     """Not asked to stop, but killed, with all of its Ray: the next run goes on."""
     output = recipe.folder / "out.jsonl"

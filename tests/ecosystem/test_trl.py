@@ -157,6 +157,7 @@ def test_samples_and_a_compressed_cache(trainer, monkeypatch, record):
     record("trl", "GRPO with preset `balanced`", "trains")
 
 
+@pytest.mark.long
 def test_generation_is_faster(trainer, larger, monkeypatch, record):
     """Two prompts of 512 tokens, encoded and read once for eight samples each."""
     seconds = {}
@@ -222,6 +223,7 @@ def test_log_probabilities_are_those_of_the_trainer(kind, lora, options, trainer
     record("trl", f"logprobs=True: {said}", "log-probabilities as without")
 
 
+@pytest.mark.long
 def test_log_probabilities_are_faster(trainer, larger, record):
     """A prompt of 512 tokens is encoded once for its eight completions."""
     made = trainer(model=larger, length=512, tokens=16)
