@@ -211,14 +211,15 @@ def test_log_probabilities_are_those_of_the_trainer(kind, lora, options, trainer
     likelihood = module.likelihood
     with pytest.MonkeyPatch.context() as context:
         context.setattr(
-            module, "likelihood", lambda *a, **k: loops.append(1) or likelihood(*a, **k)
-        )
+            module, "likelihood",
+            lambda *a, **k: loops.append(torch.is_autocast_enabled("cpu")) or likelihood(*a, **k),
+        )  # fmt: skip
         with patch(made, logprobs=True):
             ours = getattr(made, SCORES)
             setattr(made, SCORES, beside)
             made.train()
     assert SCORES not in vars(made)
-    assert {(True, 0), (False, 1)} == set(asked)
+    assert {(True, 0), (False, 1)} == set(asked) and {*loops} == {made.args.bf16}
     said = ", ".join([kind, *(["LoRA"] if lora else []), *(f"{k}={v}" for k, v in options.items())])
     record("trl", f"logprobs=True: {said}", "log-probabilities as without")
 
