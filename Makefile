@@ -28,6 +28,7 @@ CLANG_FORMAT := $(VENV)/bin/clang-format
 endif
 PIP  := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 KEEP := $(VENV)/constraints.txt
+OTHER_PIP  = $(OTHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input
 ENGINE_PIP = $(ENGINE_PY) -m pip install -qq --disable-pip-version-check --no-input --no-warn-conflicts
 # A test process per core and a thread per process.
 SPREAD := import os, xdist; print(f"-n{min(os.cpu_count(), 8)}")
@@ -38,7 +39,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines sglang bench-engines ecosystem
+.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines sglang bench-engines ecosystem ecosystem-short
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -71,9 +72,13 @@ bench-engines: ext $(MODEL) $(ENGINES:=/vllm.stamp) ## measure kvtools' attentio
 	@$(PY) -c 'from kvtools import models; models.smollm2()'
 	@$(ENGINE_PY) -m bench.engines --json bench/results/engines.json --readme docs/engines.md $(ARGS)
 
-ecosystem: ext $(OTHERS:=.stamp) ## run the tests with trl, peft, lm-eval and others, rewrite docs/ecosystem.md's table
-	@OMP_NUM_THREADS=1 $(if $(OTHERS),$(OTHERS)/bin/python,$(PY)) -m pytest -q tests/ecosystem \
-		--record bench/results/ecosystem.json --page docs/ecosystem.md $(ARGS)
+with-others = @OMP_NUM_THREADS=1 $(if $(OTHERS),$(OTHERS)/bin/python,$(PY)) -m pytest -q tests/ecosystem $(1) $(ARGS)
+
+ecosystem: ext $(OTHERS:=.stamp) ## run the tests with trl, peft, lm-eval, Ray and others, rewrite docs/ecosystem.md's table
+	$(call with-others,-m '' --record bench/results/ecosystem.json --page docs/ecosystem.md)
+
+ecosystem-short: ext $(OTHERS:=.stamp) ## the same but for tests marked as long, and nothing is rewritten
+	$(call with-others)
 
 faults: ext $(MODEL) ## plant faults, one by one, in a copy of the tree, and see that the tests find them
 	@$(PY) tests/faults.py $(ARGS)
@@ -227,14 +232,16 @@ $(OLDER).stamp: $(VENV)/package.stamp
 		> $$($(OLDER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
 	@touch $@
 
-# What the main environment has, torch above all, is seen from here and not installed again.
+# What the main environment has, torch above all, is seen from here and not installed again. kvpress asks for an older
+# transformers, and hqq for what it does not need.
 $(OTHERS).stamp: $(VENV)/package.stamp
-	@echo "setup: trl, peft, accelerate, lm-eval, torchao beside it (0.5 GB)"
+	@echo "setup: trl, peft, lm-eval, Ray, kvpress, packages that quantise beside it (1 GB)"
 	@$(BASE) -m venv $(OTHERS)
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 		> $$($(OTHERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/shared.pth
-	@$(OTHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-input -c $(KEEP) \
-		trl==1.16.0 peft==0.21.2 accelerate==1.15.0 lm_eval==0.4.13 datasets==5.2.0 torchao==0.18.0
+	@$(OTHER_PIP) -c $(KEEP) trl==1.16.0 peft==0.21.2 accelerate==1.15.0 lm_eval==0.4.13 datasets==5.2.0 torchao==0.18.0 \
+		ray==2.60.0 bitsandbytes==0.50.2 'cachetools<6' 'fire<0.7'
+	@$(OTHER_PIP) --no-deps --no-build-isolation kvpress==0.5.5 hqq==0.2.8.post1
 	@touch $@
 
 # Without their dependencies, which would replace torch.

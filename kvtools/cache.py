@@ -249,13 +249,24 @@ class KVCache:
             return
         how = dict(scale=scale, softcap=softcap, sliding=sliding, sink_h=sink_h)
         index = [
-            begin + self._worth(layer, q_hld[:, begin:end], k_hld[:, begin:end], sinks, n, **how)
-            for n, (begin, end, sinks) in parts
+            begin
+            + self._worth(
+                layer, part, *(x[:, begin:end] for x in (q_hld, k_hld, v_hld)), sinks, n, **how
+            )
+            for part, (n, (begin, end, sinks)) in enumerate(parts)
         ]
         self._write(layer, store, k_hld, v_hld, torch.cat(index, 1))
 
     def _worth(
-        self, layer: int, q_hld: Tensor, k_hld: Tensor, sinks: int, kept: int, **how: Any
+        self,
+        layer: int,
+        part: int,
+        q_hld: Tensor,
+        k_hld: Tensor,
+        v_hld: Tensor,
+        sinks: int,
+        kept: int,
+        **how: Any,
     ) -> Tensor:
         """Which `kept` tokens [heads, kept] of a prompt each head keeps behind its sinks."""
         config, policy = self.config, policy_of(self.config.policy)
@@ -276,14 +287,16 @@ class KVCache:
             )  # fmt: skip
         mass, low = (x[:, :, sinks:] for x in (mass, low))
         now = candidates.new_full((1,), length)
+        prompt = True, k_hld[None], v_hld[None], part
         score, tie = self._judge(
-            policy, Candidates(candidates, mass, low, low, now, layer, prompt=True)
+            policy, Candidates(candidates, mass, low, low, now, layer, *prompt)
         )
-        edge = int(PROTECTED * (kept + sinks))
+        edge = int(PROTECTED * (kept + sinks)) if policy.protect else 0
+        recent = max(config.recent, edge) if policy.protect else 0
         victims = select_victims(
             score, candidates, length - sinks - kept, tie_nhs=tie,
             protect_below_n=now.new_full((1,), max(config.sinks, edge)),
-            protect_from_n=now - max(config.recent, edge), impl=config.impl,
+            protect_from_n=now - recent, impl=config.impl,
         )  # fmt: skip
         keep = torch.ones_like(candidates, dtype=torch.bool).scatter_(2, victims.long(), False)
         return keep[0].nonzero()[:, 1].view(heads, kept) + sinks

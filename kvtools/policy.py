@@ -23,6 +23,9 @@ class Candidates:
         now_n: position of the token about to be written, int32.
         layer: index of the layer.
         prompt: a prompt is compressed: tokens are in order.
+        k_nhld, v_nhld: of a prompt, keys after RoPE and values of all its tokens, of which the last
+            s are the candidates; None for rows.
+        part: of a prompt, which of those that share a forward it is.
     """
 
     position_nhs: Tensor
@@ -32,6 +35,9 @@ class Candidates:
     now_n: Tensor
     layer: int
     prompt: bool
+    k_nhld: Tensor | None = None
+    v_nhld: Tensor | None = None
+    part: int = 0
 
 
 Score = Callable[[Candidates], Tensor | tuple[Tensor, Tensor]]
@@ -51,6 +57,8 @@ class Policy:
         observe: queries of a prompt that count: "window" (the last w), "all", "last", "" for none.
         across: the score looks at a layer's heads together, or at which they are: where they lie on
             several ranks it is shown all of them.
+        protect: its first and newest tokens stay, whatever a prompt's other tokens are worth. False
+            to leave only sinks out of it.
     """
 
     score: Score
@@ -58,6 +66,7 @@ class Policy:
     history: bool = False
     observe: str = ""
     across: bool = False
+    protect: bool = True
 
     def rank(self, candidates: Candidates) -> tuple[Tensor, Tensor | None]:
         """Worth and tie-breaker, which may be None."""

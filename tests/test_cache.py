@@ -742,3 +742,34 @@ def test_a_fraction_keeps_more_than_the_protected_tokens():
         twin.add(length)
     assert [len(twin.cache.kept(0, row)[0]) for row in range(3)] == [20, 21, 60]
     twin.check_step()
+
+
+def test_what_a_policy_sees_of_prompts():
+    """Keys and values of all tokens, of which of several that were added together; and without
+    protection the worth alone decides."""
+    seen = []
+
+    def longest(c):
+        if not c.prompt:
+            assert c.k_nhld is None and c.v_nhld is None
+            return c.mass_nhs
+        seen.append(c)
+        return c.k_nhld[:, :, -c.position_nhs.shape[2] :].norm(dim=-1)
+
+    for protect in (True, False):
+        policy = kvtools.policy.Policy(longest, mass="life", protect=protect)
+        config = CacheConfig(policy=policy, prompt_budget=12, budget=12, sinks=2, recent=4)
+        cache = kvtools.cache.KVCache(config, layers=1)
+        rng = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(h, 60, 8, generator=rng) for h in (4, 2, 2))
+        cache.add_prompt([25, 7, 28], [1, 1, 1])
+        cache.fill(0, q, k, v)
+        assert [x.part for x in seen] == [0, 2]  # the second is short enough to be kept whole
+        for x, span, row in zip(seen, (slice(0, 25), slice(32, 60)), (0, 2), strict=True):
+            assert torch.equal(x.k_nhld[0], k[:, span]) and torch.equal(x.v_nhld[0], v[:, span])
+            worth = k[:, span].norm(dim=-1)
+            worth[:, :2] = torch.inf
+            if protect:
+                worth[:, -4:] = torch.inf
+            assert cache.kept(0, row) == worth.topk(12).indices.sort().values.tolist()
+        seen.clear()

@@ -34,7 +34,7 @@ ALLOWED = {
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models", "records"},
     "search": {"search", "rollouts", "results"},
     "serve": {"serve", "ops"},
-    "integrations": {"config", "hf"},
+    "integrations": {"config", "hf", "policy"},
     "models": {"__init__"},
     "testing": set(),
     "tasks": set(),

@@ -39,6 +39,7 @@ from bench import prm as bench
 from kvtools import CacheConfig, Rollouts, prm, search
 from kvtools import models as loading
 from kvtools.prm.families import PURE, QwenPRM, ReasonEval
+from kvtools.prm.heads import LogRatio, StepHead, TokenHead
 from kvtools.prm.qwen import Headed
 
 QUESTION = "Tom has 5 coins and gets 7 more. How many has he?"
@@ -991,3 +992,22 @@ def test_a_rival_that_scores_something_else_is_not_measured(monkeypatch):
     )
     with pytest.raises(AssertionError, match="full logits once differs from re-encoded"):
         bench.run(made(llama), byte_level(), bench.Scale(3, 2, 1), Console(quiet=True))
+
+
+def test_heads_that_hold_no_matrix():
+    """Layers that packages have quantised are asked themselves."""
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(9, 16, generator=rng)
+    plain = torch.nn.Linear(16, 11)
+    packed = torch.nn.Module()
+    packed.forward, packed.weight = plain.forward, plain.weight.detach().to(torch.uint8)
+    read, target = torch.tensor([1, 4, 8]), torch.tensor([3, 0, 10])
+    for make, several in (
+        (lambda x: StepHead(x, [7, 2], sign=-1), 1), (lambda x: StepHead(x, [3, 1, 9]), 1),
+        (lambda x: TokenHead(x, 5), 1), (lambda x: LogRatio(x, plain, 0.5), 2),
+        (lambda x: LogRatio(plain, x, 0.5), 2),
+    ):  # fmt: skip
+        with torch.no_grad():
+            found, want = (make(x)([hidden, hidden + 1][:several], read, target)
+                           for x in (packed, plain))  # fmt: skip
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)

@@ -31,6 +31,8 @@ from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 # A dummy stands for a layer that takes what another has cached, or caches nothing.
 Dummy = getattr(cache_utils, "DummyLayer", type(None))  # before transformers 5.2x there was none
 KEPT = (DynamicLayer, DynamicSlidingWindowLayer, Dummy)
+# kvpress wraps all attention functions when it is imported, for caches of its own alone.
+OWN = "transformers.", "kvpress.attention_patch"
 FAR = 1 << 20  # masks are looked at from here
 BACK = (1, 2, 3, 7, 64, 1000, 4096, FAR // 2, FAR)  # and so far back, to tell one without a window
 
@@ -290,7 +292,7 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
         raise Unsupported("it does not use transformers' attention interface")
     for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
         function = table.get(stock) if stock in table else None
-        own = getattr(function, "__module__", "transformers.").startswith("transformers.")
+        own = getattr(function, "__module__", "transformers.").startswith(OWN)
         if (stock != "eager" and function is None) or not own:
             raise Unsupported(
                 f"its attention {stock!r} is not transformers' own: set_attn_implementation('sdpa')"

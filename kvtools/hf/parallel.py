@@ -112,10 +112,13 @@ class Ranks:
                 f"a policy that looks at heads together needs to know where they are: a rank holds "
                 f"{held} of {self.heads}, on {self.size} ranks. Use another policy, as scissorhands"
             )
-        names = [x.name for x in fields(Candidates) if x.name.endswith("_nhs")]
+        by_head = {
+            x.name: getattr(candidates, x.name) for x in fields(Candidates) if "_nh" in x.name
+        }
         whole = {
-            name: self.each(getattr(candidates, name)).transpose(0, 1).flatten(1, 2)
-            for name in names
+            name: self.each(x).transpose(0, 1).flatten(1, 2)
+            for name, x in by_head.items()
+            if x is not None
         }
         own = slice(self.rank * held, (self.rank + 1) * held)
         worth, tie = policy.rank(replace(candidates, **whole))

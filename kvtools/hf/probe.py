@@ -63,6 +63,11 @@ def compare(model: Any, door: Door, run: Callable[[Any], Any]) -> None:
     door.counted = door.loose = False
     if isinstance(wrong, Unsupported):
         raise wrong
+    if any(getattr(getattr(x, "state", None), "threshold", 0) for x in part.modules()):
+        raise Unsupported(
+            "its 8-bit layers take outliers by all tokens of a forward, so that other batches say "
+            "other things: load it with llm_int8_threshold=0.0, or pass probe=False"
+        )
     raise Unsupported(
         f"through kvtools it says something else than by itself from token {wrong} on"
     )

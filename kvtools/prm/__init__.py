@@ -184,7 +184,7 @@ def load(
     made = family(tokenizer, quirks=reference_quirks)
     head = made.head(model, reference)
     read = [vars(head)[name] for name in ("layer", "reference") if name in vars(head)]
-    if not isinstance(head, StepHead) and any(is_part(layer.weight) for layer in read):
+    if not isinstance(head, StepHead) and any(map(is_part, read)):
         made.refuse(
             "its head looks at the whole vocabulary, of which each rank has a part",
             "load the model without a tp_plan",

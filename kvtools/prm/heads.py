@@ -33,28 +33,35 @@ class StepHead:
             first = next(self.body.parameters())
             hidden_tm = self.body(hidden_tm.index_select(0, read_s).to(first.dtype))
             read_s = torch.arange(len(read_s), device=hidden_tm.device)
-        weight, bias = self.layer.weight, self.layer.bias
-        margin_s, _, _ = step_scores(
-            hidden_tm, read_s, read_s.new_tensor([0, len(read_s)]), _of(weight, self.rows),
-            None if bias is None else _of(bias[:, None], self.rows)[:, 0],
-        )  # fmt: skip
+        if _plain(self.layer) or is_part(self.layer):
+            weight, bias = (
+                None if x is None else _of(x, self.rows)
+                for x in (self.layer.weight, self.layer.bias)
+            )
+        else:
+            hidden_tm = self.layer(hidden_tm.index_select(0, read_s))[:, self.rows]
+            read_s = torch.arange(len(read_s), device=hidden_tm.device)
+            weight, bias = torch.eye(len(self.rows)).to(hidden_tm), None
+        ends = read_s.new_tensor([0, len(read_s)])
+        margin_s, _, _ = step_scores(hidden_tm.contiguous(), read_s, ends, weight, bias)
         return margin_s * self.sign
 
 
-def is_part(weight: Tensor) -> bool:
-    """Whether other ranks have the rest of it (a DTensor)."""
-    return hasattr(weight, "full_tensor")
+def is_part(layer: nn.Module) -> bool:
+    """Whether other ranks have the rest of its matrix (a DTensor)."""
+    return hasattr(getattr(layer, "weight", None), "full_tensor")
 
 
-def _of(weight: Tensor, rows: list[int]) -> Tensor:
-    """Some rows of a matrix; of one that lies on several ranks, without the others of its rows."""
-    if not is_part(weight):
-        return weight[rows]
+def _of(x: Tensor, rows: list[int]) -> Tensor:
+    """Some rows of a matrix or a bias; of what lies on several ranks, without the other rows."""
+    if not hasattr(x, "full_tensor"):
+        return x[rows]
     from torch.distributed.tensor import DTensor, Replicate
 
-    index = torch.tensor(rows, device=weight.device)
-    index = DTensor.from_local(index, weight.device_mesh, [Replicate()], run_check=False)
-    return nn.functional.embedding(index, weight).full_tensor()
+    index = torch.tensor(rows, device=x.device)
+    index = DTensor.from_local(index, x.device_mesh, [Replicate()], run_check=False)
+    found = nn.functional.embedding(index, x if x.ndim > 1 else x[:, None]).full_tensor()
+    return found if x.ndim > 1 else found[:, 0]
 
 
 @dataclass
@@ -67,9 +74,7 @@ class TokenHead:
 
     def __call__(self, hidden: list[Tensor], read_s: Tensor, target_s: Tensor) -> Tensor:
         target = torch.full_like(target_s, self.token)
-        logprob_s, _ = token_logprobs(
-            hidden[0].index_select(0, read_s), self.layer.weight, target, self.layer.bias
-        )
+        logprob_s = _logprobs(self.layer, hidden[0].index_select(0, read_s), target)
         return logprob_s - torch.log(-torch.expm1(logprob_s))
 
 
@@ -84,8 +89,24 @@ class LogRatio:
 
     def __call__(self, hidden: list[Tensor], read_s: Tensor, target_s: Tensor) -> Tensor:
         policy_tm, reference_tm = (x.index_select(0, read_s) for x in hidden)
+        if not (_plain(self.layer) and _plain(self.reference)):
+            ratio_s = _logprobs(self.layer, policy_tm, target_s)
+            return (ratio_s - _logprobs(self.reference, reference_tm, target_s)) * self.coef
         ratio_s, _ = token_logprobs(
             policy_tm, self.layer.weight, target_s, self.layer.bias, ref_hidden_tm=reference_tm,
             ref_weight_vm=self.reference.weight, ref_bias_v=self.reference.bias,
         )  # fmt: skip
         return ratio_s * self.coef
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer has a matrix that operators read; one that a package has quantised is asked
+    itself, for all of its rows."""
+    weight = getattr(layer, "weight", None)
+    return type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()
+
+
+def _logprobs(layer: nn.Module, hidden_tm: Tensor, target_t: Tensor) -> Tensor:
+    if _plain(layer):
+        return token_logprobs(hidden_tm, layer.weight, target_t, layer.bias)[0]
+    return layer(hidden_tm).float().log_softmax(-1).gather(1, target_t[:, None].long())[:, 0]

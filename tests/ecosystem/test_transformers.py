@@ -1,6 +1,7 @@
 """transformers' own doors to `generate`, with what they give without kvtools beside it."""
 
 import functools
+import inspect
 import threading
 
 import pytest
@@ -125,16 +126,9 @@ def test_streaming(door, model, tokenizer, calls, record):
     record("transformers", f"TextIteratorStreamer: by {door}", "as without")
 
 
-@pytest.mark.parametrize("kind", ["Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
-def test_quantised_weights(kind, model, tokenizer, words, calls, record):
-    """Tokens are those of plain `generate` with the same weights."""
-    torchao = pytest.importorskip("torchao")
-    torchao.quantize_(model, getattr(torchao.quantization, kind)())
-    inputs = tokenizer(words(40, 31), return_tensors="pt", padding=True)
-    inputs.pop("token_type_ids", None)
-    options = dict(inputs, max_new_tokens=10, do_sample=False)
-    wanted = model.generate(**options)
-    with kvtools.patch(model):
-        found = model.generate(**options)
-    assert torch.equal(found, wanted) and calls
-    record("torchao", f"int8 weights: {kind}", "tokens of plain `generate`")
+def test_serve_takes_no_model(record):
+    """Nor a loop: docs/ecosystem.md says so."""
+    serve = pytest.importorskip("transformers.cli.serve")
+    options = inspect.signature(serve.Serve.__init__).parameters
+    assert "force_model" in options and not {"model", "custom_generate"} & options.keys()
+    record("transformers", "`transformers serve`", "takes no patched model, and no loop")

@@ -1,10 +1,8 @@
 """trl: trainers that sample through kvtools, beside the same ones without it."""
 
 import copy
-import importlib.util
 import time
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 
 from datasets import Dataset  # noqa: E402
+from examples import example  # noqa: E402
 
 import kvtools  # noqa: E402
 from kvtools import CacheConfig  # noqa: E402
@@ -31,6 +30,9 @@ def trainer(tmp_path, tokenizer, words, model):
 
     def make(kind="GRPO", tokens=8, length=60, model=model, steps=2, peft_config=None, **options):
         cls, config = TRAINERS[kind]
+        if options.get("beta") and peft_config is None:  # the reference is loaded by name
+            model.save_pretrained(tmp_path / "reference")
+            model.config._name_or_path = str(tmp_path / "reference")
         prompts = words(*range(length, length + 2 * steps))
         defaults = dict(
             output_dir=str(tmp_path), max_steps=steps, num_generations=8, bf16=False,
@@ -155,6 +157,7 @@ def test_samples_and_a_compressed_cache(trainer, monkeypatch, record):
     record("trl", "GRPO with preset `balanced`", "trains")
 
 
+@pytest.mark.long
 def test_generation_is_faster(trainer, larger, monkeypatch, record):
     """Two prompts of 512 tokens, encoded and read once for eight samples each."""
     seconds = {}
@@ -168,6 +171,91 @@ def test_generation_is_faster(trainer, larger, monkeypatch, record):
     )
     record("trl", what, f"{ratio:.1f}", ratio, 4)
     assert ratio > 2.5, seconds  # 4 and more where nothing else runs
+
+
+SCORES = "_get_per_token_logps_and_entropies"
+
+
+@pytest.mark.parametrize(
+    "kind, lora, options",
+    [
+        ("GRPO", None, dict(beta=0.1, steps_per_generation=2, temperature=0.7)),
+        ("GRPO", LORA, dict(beta=0.1)),  # the reference is the model without adapters
+        ("RLOO", None, dict(beta=0.1, bf16=True, mask_truncated_completions=True, tokens=64)),
+    ],
+    ids=["grpo", "grpo-lora", "rloo-autocast"],
+)
+def test_log_probabilities_are_those_of_the_trainer(kind, lora, options, trainer, record):
+    """Old ones and those of the reference, beside the trainer's own of the same completions; and
+    the trainer's own alone where there are gradients."""
+    options = dict(tokens=8) | options
+    made = trainer(
+        kind, length=40, peft_config=lora and peft.LoraConfig(**lora), learning_rate=1e-2, **options
+    )
+    asked, loops, stock = [], [], getattr(made, SCORES)
+    module = __import__("sys").modules["kvtools.integrations.trl"]
+
+    def beside(*args, **kwargs):
+        before = len(loops)
+        found = ours(*args, **kwargs)
+        asked.append((torch.is_grad_enabled(), len(loops) - before))
+        if not torch.is_grad_enabled():
+            close = dict(rtol=0, atol=0.1 if made.args.bf16 else 1e-4)
+            kwargs |= dict(compute_entropy=args[0] is made.model)  # a reference has none
+            wanted, again = stock(*args, **kwargs), ours(*args, **kwargs)
+            assert torch.equal(again[0], found[0])
+            torch.testing.assert_close(again[:2], wanted[:2], **close)
+            assert (found[0] != 0).any()
+        return found
+
+    likelihood = module.likelihood
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(
+            module, "likelihood",
+            lambda *a, **k: loops.append(torch.is_autocast_enabled("cpu")) or likelihood(*a, **k),
+        )  # fmt: skip
+        with patch(made, logprobs=True):
+            ours = getattr(made, SCORES)
+            setattr(made, SCORES, beside)
+            made.train()
+    assert SCORES not in vars(made)
+    assert {(True, 0), (False, 1)} == set(asked) and {*loops} == {made.args.bf16}
+    said = ", ".join([kind, *(["LoRA"] if lora else []), *(f"{k}={v}" for k, v in options.items())])
+    record("trl", f"logprobs=True: {said}", "log-probabilities as without")
+
+
+@pytest.mark.long
+def test_log_probabilities_are_faster(trainer, larger, record):
+    """A prompt of 512 tokens is encoded once for its eight completions."""
+    made = trainer(model=larger, length=512, tokens=16)
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(97, 123, (16, 528), generator=rng)
+    ids[:8, :512], ids[8:, :512] = ids[0, :512], ids[8, :512]
+    args = made.model, ids, torch.ones_like(ids), 16
+    found, seconds = [], []
+    with torch.no_grad(), patch(made, logprobs=True):
+        for score in (type(made).__dict__[SCORES].__get__(made), getattr(made, SCORES)) * 3:
+            begin = time.process_time()
+            found.append(score(*args)[0])
+            seconds.append(time.process_time() - begin)
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-4)
+    ratio = min(seconds[::2]) / min(seconds[1::2])
+    what = (
+        "logprobs=True, GRPO, 8 completions of 16 tokens after each of two prompts of 512, time of "
+        "the trainer's own over that with kvtools (4 layers of 384)"
+    )
+    record("trl", what, f"{ratio:.1f}", ratio, 4)
+    assert ratio > 3, seconds
+
+
+def test_log_probabilities_that_cannot_be_taken_are_refused(trainer, model):
+    made = trainer(cast_lm_head_to_fp32=True)
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32"), patch(made, logprobs=True):
+        pass
+    other = type("Trainer", (), dict(accelerator=made.accelerator, model=model, args=made.args))()
+    refused = pytest.raises(ValueError, match="logprobs=True: a Trainer has no")
+    with refused, patch(other, logprobs=True):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -209,11 +297,3 @@ def test_example(tmp_path, tokenizer, model):
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert len(example("grpo").main(str(tmp_path), steps=2, tokens=4, n=2)) == 2
-
-
-def example(name):
-    path = Path(__file__).parents[2] / "docs/examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
