@@ -413,7 +413,7 @@ def follow(
 
     parameters = bytes(launch)[: launch.parameter_bytes]
     issued = Lane(function, parameters, memory).run(500_000)
-    [loop] = function.loops()
+    [loop] = [x for x in function.loops() if x.begin in issued]
     heads = [i for i, at in enumerate(issued) if at == loop.begin]
     middle = len(heads) // 2
     return launch, [function.code[at] for at in issued[heads[middle] : heads[middle + 1]]]

@@ -268,19 +268,32 @@ def test_plan():
     assert forest.plan([0, 0, 0])["item"].shape == (0, 6)
 
 
-def test_plan_is_cut_into_items():
+@pytest.mark.parametrize(
+    ("rows", "shared", "own", "items"),
+    [(8, 1000, 100, 9), (64, 8192, 256, 33), (8, 3000, 700, 20), (64, 2048, 128, 67)],
+)
+def test_plan_is_cut_into_items(rows, shared, own, items):
+    forest = Forest(7000, 4)
+    forest.insert(shared, copies=rows)
+    forest.append([own] * rows)
+    # Two tiles of the shared node, and what each row has: kernels of two launches may take them.
+    item = forest.plan([1] * rows, tile=rows // 2, items=items)["item"]
+    slots = item[:, 4] - item[:, 3]
+    assert slots.tolist() == sorted(slots, reverse=True)
+    several = item[:, 2] - item[:, 1] > 1
+    for of in (slots[several], slots[~several]):
+        ends = [0] * items
+        for n in of:
+            ends[np.argmin(ends)] += n
+        even = max(sum(of) / items, min(128, max(of)))
+        assert max(ends) <= 1.15 * even
+
+
+def test_items_have_least_slots():
     forest = Forest(600, 4)
     forest.insert(1000, copies=8)
     forest.append([100] * 8)
     ones = [1] * 8
-    # Nine at once: two tiles of a shared node, a slot of which takes twice as long as a row's own.
-    item = forest.plan(ones, tile=4, items=9)["item"]
-    slots = item[:, 4] - item[:, 3]
-    assert slots.tolist() == sorted(slots, reverse=True)
-    ends = [0] * 9
-    for (_, first, last, *_), n in zip(item, slots, strict=True):
-        ends[np.argmin(ends)] += n * (1 + (last - first > 1))
-    assert max(ends) <= 1.15 * sum(ends) / 9
     # Cuts lie on page borders, and no item is shorter than 128 slots but a node's last.
     item = forest.plan(ones, tile=4, items=10**6)["item"]
     slots = item[:, 4] - item[:, 3]

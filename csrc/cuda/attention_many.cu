@@ -1,7 +1,6 @@
 // Attention of many query rows, as of a prefix that rows share. A block has up to 128 rows at once
 // and tiles of four pieces; each warp brings one of them, and brings its codes to 16 bits, once
-// for all rows. Of rows a warp has 32. Where there are fewer than four warps' worth, two of them
-// share the slots of each tile, and merge what they found.
+// for all rows. Of rows a warp has 32, or 16 where there are no more than 64.
 #include <cfloat>
 
 #include "pieces.h"
@@ -9,7 +8,7 @@
 namespace kvtools::cuda {
 namespace {
 
-constexpr int kTiles = 2, kWarpRows = 16 * kTiles, kBlockRows = kWarps * kWarpRows;
+constexpr int kTileRows = 16, kBlockRows = 2 * kTileRows * kWarps;
 
 // Operands of products in shared memory: a piece of 16-bit numbers, codes or not.
 template <int D>
@@ -28,10 +27,9 @@ struct Memory {
   static constexpr int kBytes = kNumbersAt + (L::kCoded ? kWarps * kPiece * 8 : 0);
 };
 
-// What 32 rows of a warp have found: with lane 4 i + j, of rows i and i + 8 of each 16.
-template <int D>
+// What the rows of a warp have found: with lane 4 i + j, of rows i and i + 8 of each 16.
+template <int D, int kTiles>
 struct Sums {
-  static constexpr int kNumbers = kTiles * (D / 2 + 4) + 1;
   float sum[kTiles][D / 8][4];
   float base[kTiles][2], mass[kTiles][2];
   float unit;
@@ -46,70 +44,39 @@ struct Sums {
         for (int m = 0; m < 4; ++m) sum[r][n][m] = 0;
     }
   }
-
-  // For the same lane of another warp, in numbers a warp apart.
-  __device__ void give(float* to) const {
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-#pragma unroll
-      for (int n = 0; n < D / 2; ++n, to += kWarp) *to = sum[r][n / 4][n % 4];
-#pragma unroll
-      for (int c = 0; c < 2; ++c, to += 2 * kWarp) to[0] = base[r][c], to[kWarp] = mass[r][c];
-    }
-    *to = unit;
-  }
-
-  __device__ void merge(const float* from) {
-    const float other_unit = from[(kNumbers - 1) * kWarp];
-#pragma unroll
-    for (int r = 0; r < kTiles; ++r) {
-      const float* numbers = from + D / 2 * kWarp;
-      float here[2], there[2];
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float other = numbers[2 * c * kWarp], both = fmaxf(base[r][c], other);
-        here[c] = exp2_approximately(base[r][c] - both);
-        there[c] = exp2_approximately(other - both);
-        base[r][c] = both;
-        mass[r][c] = fmaf(mass[r][c], here[c], numbers[(2 * c + 1) * kWarp] * there[c]);
-        here[c] *= unit, there[c] *= other_unit;
-      }
-#pragma unroll
-      for (int n = 0; n < D / 2; ++n, from += kWarp) {
-        float& x = sum[r][n / 4][n % 4];
-        x = fmaf(x, here[n % 4 / 2], *from * there[n % 4 / 2]);
-      }
-      from += 4 * kWarp;
-    }
-    unit = 1;
-  }
 };
 
 // Rows of codes of a piece as rows of fp16.
 template <int D, class F>
 __device__ void unpack(const char* codes, int pitch, char* to) {
   constexpr int kRow = PieceLayout<D, F>::kRow, kChunks = kRow / 8;  // of eight bytes
+  constexpr int kRows = kWarp / kChunks;                             // at once
+  const int row = lane_index() / kChunks, chunk = lane_index() % kChunks;
+  uint2 all[kPiece / kRows];
 #pragma unroll
-  for (int n = 0; n < kPiece * kChunks / kWarp; ++n) {
-    const int row = (n * kWarp + lane_index()) / kChunks, chunk = lane_index() % kChunks;
-    const uint2 code = *reinterpret_cast<const uint2*>(codes + row * pitch + chunk * 8);
+  for (int n = 0; n < kPiece; n += kRows)
+    all[n / kRows] = *reinterpret_cast<const uint2*>(codes + row * pitch + chunk * 8 + n * pitch);
+#pragma unroll
+  for (int n = 0; n < kPiece; n += kRows) {
+    const uint2 code = all[n / kRows];
     // As bytes 0, 2, 1, 3: neighbours go to the halves of a pair.
     uint32_t y[2][2 * F::kParts];
     F::expand(__byte_perm(code.x, code.x, 0x3120), y[0]);
     F::expand(__byte_perm(code.y, code.y, 0x3120), y[1]);
 #pragma unroll
     for (int part = 0; part < F::kParts; ++part)
-      *reinterpret_cast<uint4*>(to + swizzled<D>(row, chunk + part * kChunks)) = {
-          y[0][2 * part], y[0][2 * part + 1], y[1][2 * part], y[1][2 * part + 1]};
+      *reinterpret_cast<uint4*>(to + swizzled<D>(row, chunk + part * kChunks, n % 8) +
+                                n * 2 * D) = {y[0][2 * part], y[0][2 * part + 1], y[1][2 * part],
+                                              y[1][2 * part + 1]};
   }
 }
 
 // Of a power of two.
 __device__ inline float inverse(unsigned power) { return __uint_as_float(0x7f000000 - power); }
 
-// Output of 32 rows of a warp from `row` on, of what they have found.
-template <int D, class F>
-__device__ void write(const Attention& o, int row, const Sums<D>& found) {
+// Output of the rows of a warp from `row` on, of what they have found.
+template <int D, class F, int kTiles>
+__device__ void write(const Attention& o, int row, const Sums<D, kTiles>& found) {
   const Item item(o);
   const int i = lane_index() / 4, j = lane_index() % 4;
 #pragma unroll
@@ -131,7 +98,7 @@ __device__ void write(const Attention& o, int row, const Sums<D>& found) {
 }
 
 // The rows of an item from row0 on.
-template <int D, class F>
+template <int D, class F, int kTiles>
 __device__ void attend(const Attention& o, int row0, char* queries) {
   using L = PieceLayout<D, F>;
   using M = Memory<D, F>;
@@ -147,17 +114,15 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
   auto seen_of = [&](int row) {
     return reinterpret_cast<int2*>(queries + row * M::kQueryPitch + 2 * D);
   };
-  // Warps stand side by side over rows, and behind one another over slots.
-  const int left = min(item.rows - row0, kBlockRows);
-  const int side = left <= kWarpRows ? 1 : left <= 2 * kWarpRows ? 2 : 4;
-  const int deep = side == 4 ? 1 : 2, depth = warp / side, row = warp % side * kWarpRows;
+  constexpr int kWarpRows = kTileRows * kTiles;
+  const int left = min(item.rows - row0, kWarps * kWarpRows), row = warp * kWarpRows;
   Pieces<D, F> pieces(item, warp, kWarps);
   // Numbers of 16 bits alternate between two tiles, codes are brought to the first.
   auto buffer = [&](int n) { return queries + M::kTileAt + (L::kCoded ? 0 : n % 2 * M::kTile); };
   auto own = [&](int n) { return buffer(n) + warp * Operands<D>::kBytes; };
   pieces.copy(o, item.number, L::kCoded ? mine : own(0));
   // The last row stands for those that there are not.
-  for (int n = warp; n < side * kWarpRows; n += kWarps) {
+  for (int n = warp; n < kWarps * kWarpRows; n += kWarps) {
     const int from = row0 + min(n, left - 1);
     prepare<D>(o, store.k.format, item.token(from), item.head_q(from), queries + n * M::kQueryPitch,
                L::kCoded ? Type::f16 : store.k.type);
@@ -171,7 +136,7 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
     common = {max(common.x, seen.x), min(common.y, seen.y)};
   }
   const Window window(item, common);
-  Sums<D> found(L::kCoded ? kLeastScale : 1);
+  Sums<D, kTiles> found(L::kCoded ? kLeastScale : 1);
   for (int step = 0; step < pieces.stretch; ++step) {
     wait_for_copies<0>();
     __syncwarp();
@@ -197,7 +162,6 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
         numbers[warp * kPiece + lane] = {0, 0};
       }
       __syncwarp();
-      pieces.copy(o, item.number, mine);
     }
     if (mine_first < item.begin || mine_first + kPiece > item.end) {
       // What lies there may be no number.
@@ -213,31 +177,13 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
       }
     }
     __syncthreads();
-    if constexpr (!L::kCoded) pieces.copy(o, item.number, own(step + 1));
+    pieces.copy(o, item.number, L::kCoded ? mine : own(step + 1));
 
     // Two pieces at a time.
-    for (int pair = depth; pair < 2 && depth < deep; pair += deep) {
+    if (row >= left) continue;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
       const char* const two = buffer(step) + 2 * pair * Operands<D>::kBytes;
-      // Of scores x[r][t][m], what is not seen: bit 16 r + 4 t + m.
-      uint32_t hidden = 0;
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const int first = pieces.first + ((2 * pair + p) * pieces.stretch + step) * kPiece;
-        if (window.whole(first)) continue;
-        const auto* position =
-            reinterpret_cast<const int*>(two + p * Operands<D>::kBytes + Operands<D>::kPositionAt);
-#pragma unroll 1
-        for (int n = 0; n < 4; ++n) {
-          const int at = n / 2 * 8 + 2 * j + n % 2, slot = first + at;
-          const int key = placed ? position[at] : slot;
-#pragma unroll
-          for (int c = 0; c < 2 * kTiles; ++c) {
-            const int2 seen = *seen_of(row + 8 * c + i);
-            if (key < seen.x || key > seen.y)
-              hidden |= 1u << (c / 2 * 16 + (2 * p + n / 2) * 4 + c % 2 * 2 + n % 2);
-          }
-        }
-      }
       float x[kTiles][4][4];
 #pragma unroll
       for (int r = 0; r < kTiles; ++r)
@@ -270,37 +216,48 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
                                                 2 * j);
       };
       float largest = 0;  // of the scales
-      float scale[4][2];
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        scale[t][0] = scale[t][1] = factor;
+        float scale[2] = {factor, factor};
         if constexpr (L::kCoded) {
           const float4 both = known(t);
-          scale[t][0] = both.x, scale[t][1] = both.z;
+          scale[0] = both.x, scale[1] = both.z;
           largest = fmaxf(largest, fmaxf(both.y, both.w));
         }
+#pragma unroll
+        for (int r = 0; r < kTiles; ++r)
+#pragma unroll
+          for (int m = 0; m < 4; ++m) x[r][t][m] *= scale[m % 2];
       }
       bool stays = !L::kCoded || largest <= found.unit;
 #pragma unroll
-      for (int t = 0; t < 4; ++t)
+      for (int p = 0; p < 2; ++p) {
+        const int first = pieces.first + ((2 * pair + p) * pieces.stretch + step) * kPiece;
+        if (window.whole(first)) continue;
+        const auto* position =
+            reinterpret_cast<const int*>(two + p * Operands<D>::kBytes + Operands<D>::kPositionAt);
 #pragma unroll
-        for (int r = 0; r < kTiles; ++r)
+        for (int c = 0; c < 2 * kTiles; ++c) {
+          const int2 seen = *seen_of(row + 8 * c + i);
 #pragma unroll
-          for (int m = 0; m < 4; ++m) x[r][t][m] *= scale[t][m % 2];
-      if (hidden)
+          for (int n = 0; n < 4; ++n) {
+            const int at = n / 2 * 8 + 2 * j + n % 2, key = placed ? position[at] : first + at;
+            if (key < seen.x || key > seen.y)
+              x[c / 2][2 * p + n / 2][c % 2 * 2 + n % 2] = -INFINITY;
+          }
+        }
+      }
+      float peak[kTiles][2];
 #pragma unroll
-        for (int t = 0; t < 4; ++t)
+      for (int r = 0; r < kTiles; ++r)
 #pragma unroll
-          for (int r = 0; r < kTiles; ++r)
+        for (int c = 0; c < 2; ++c) {
+          peak[r][c] = found.base[r][c];
 #pragma unroll
-            for (int m = 0; m < 4; ++m)
-              if (hidden >> (16 * r + 4 * t + m) & 1) x[r][t][m] = -INFINITY;
-#pragma unroll
-      for (int t = 0; t < 4; ++t)
-#pragma unroll
-        for (int r = 0; r < kTiles; ++r)
-#pragma unroll
-          for (int m = 0; m < 4; ++m) stays &= x[r][t][m] - found.base[r][m / 2] <= kMargin;
+          for (int t = 0; t < 4; ++t)
+            peak[r][c] = fmaxf(peak[r][c], fmaxf(x[r][t][2 * c], x[r][t][2 * c + 1]));
+          stays &= peak[r][c] - found.base[r][c] <= kMargin;
+        }
       if (!__all_sync(kAll, stays)) {
         float rescale = 1;
         if constexpr (L::kCoded) {
@@ -313,11 +270,8 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
           float shrink[2];
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
-            float base = found.base[r][c];
-#pragma unroll
-            for (int t = 0; t < 4; ++t)
-              base = fmaxf(base, fmaxf(x[r][t][2 * c], x[r][t][2 * c + 1]));
-            base = fmaxf(base, across(base, 1)), base = fmaxf(base, across(base, 2));
+            float base = fmaxf(peak[r][c], across(peak[r][c], 1));
+            base = fmaxf(base, across(base, 2));
             shrink[c] = exp2_approximately(found.base[r][c] - base);
             found.base[r][c] = base, found.mass[r][c] *= shrink[c];
             shrink[c] *= rescale;
@@ -378,22 +332,19 @@ __device__ void attend(const Attention& o, int row0, char* queries) {
         found.mass[r][c] += across(found.mass[r][c], distance);
   wait_for_copies<0>();
   __syncthreads();
-  if (deep == 2) {
-    float* given =
-        reinterpret_cast<float*>(queries) + warp % side * Sums<D>::kNumbers * kWarp + lane;
-    if (depth == 1) found.give(given);
-    __syncthreads();
-    if (depth == 0) found.merge(given);
-    __syncthreads();
-  }
-  if (depth == 0) write<D, F>(o, row0 + row, found);
+  write<D, F>(o, row0 + row, found);
 }
 
 template <int D, class F>
 __global__ void __launch_bounds__(kThreads, 2) many_kernel(__grid_constant__ const Attention o) {
   KVTOOLS_SHARED(char, shared);
   if (Item(o).rows <= kFewRows || !is_mine(o)) return;
-  for (int row0 = 0; row0 < Item(o).rows; row0 += kBlockRows) attend<D, F>(o, row0, &shared);
+  const int rows = Item(o).rows;
+  for (int row0 = 0; row0 < rows; row0 += kBlockRows)
+    if (rows - row0 > kBlockRows / 2)
+      attend<D, F, 2>(o, row0, &shared);
+    else
+      attend<D, F, 1>(o, row0, &shared);
 }
 
 template <int D>

@@ -38,7 +38,7 @@ struct Packed {
       for (int part = 0; part < kParts; ++part) {
         const int at = 2 + Bits * part;
         const uint32_t mask = ((1u << Bits) - 1) << at, power = (25 - at) << 10;  // 2^(10 - at)
-        __half2 c = __hsub2(halves((shifted & mask * kHalves) | power * kHalves),
+        __half2 c = __hsub2(halves(masked(shifted, mask * kHalves, power * kHalves)),
                             __float2half2_rn((1 << (10 - at)) + L::kTop));
         if constexpr (L::kBend > 0) c = __hmul2(c, __hfma2(c, c, __float2half2_rn(1 / L::kCubic)));
         y[2 * part + byte] = bits(c);

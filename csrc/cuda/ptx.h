@@ -30,6 +30,17 @@ __device__ inline float reciprocal_approximately(float x) {
 #endif
 }
 
+// (x & mask) | more in one instruction; of two constants the compiler makes two.
+__device__ inline uint32_t masked(uint32_t x, uint32_t mask, uint32_t more) {
+#ifdef __CUDACC__
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(x), "r"(mask), "r"(more));
+  return y;
+#else
+  return (x & mask) | more;
+#endif
+}
+
 // Copy `Bytes`, of which `valid` are read and the others are zero, to shared memory. They are
 // there once the group that they are committed in has been waited for, by the thread that copied.
 template <int Bytes>

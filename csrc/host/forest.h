@@ -57,8 +57,8 @@ struct PlanView {
 std::vector<int64_t> check_plan(const PlanView& plan, const Ints& page_sizes);
 
 // Most query tokens and most slots of one work item; 0 is no limit. Without a `chunk`, work is cut
-// such that the last of it ends soonest where so many `items` run at once, and the longest is
-// first.
+// such that the last of it ends soonest where so many `items` run at once, of nodes that tokens
+// share and of others each; the longest is first.
 struct Limits {
   int32_t tile, chunk, items;
 };

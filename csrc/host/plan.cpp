@@ -3,6 +3,7 @@
 #include <array>
 #include <numeric>
 #include <queue>
+#include <tuple>
 
 #include "forest.h"
 
@@ -102,7 +103,7 @@ int32_t even_chunk(const Run& run, int64_t most, int32_t page_size) {
 }
 
 // When the last of items of about `most` slots ends, in slots, if `places` run at once; and how
-// many there are. A tile of several tokens takes twice as long for a slot as one of a token.
+// many there are.
 std::pair<int64_t, int64_t> span(const std::vector<Run>& runs, const std::vector<int64_t>& tokens,
                                  int64_t most, int32_t page_size, Limits limits) {
   std::vector<std::pair<int64_t, int64_t>> alike;  // what an item costs, how many there are
@@ -111,10 +112,10 @@ std::pair<int64_t, int64_t> span(const std::vector<Run>& runs, const std::vector
     const int64_t tile = limits.tile > 0 ? limits.tile : tokens[i];
     const int64_t tiles = (tokens[i] + tile - 1) / tile;
     const int64_t chunk = even_chunk(runs[i], most, page_size);
-    const int64_t each = tokens[i] > 1 ? 2 : 1, end = int64_t{runs[i].first} + runs[i].capacity;
+    const int64_t end = int64_t{runs[i].first} + runs[i].capacity;
     for (int64_t slot = runs[i].first; slot < end; slot = (slot / chunk + 1) * chunk) {
       const int64_t slots = std::min(end, (slot / chunk + 1) * chunk) - slot;
-      alike.emplace_back(kItem + each * slots, tiles);
+      alike.emplace_back(kItem + slots, tiles);
     }
   }
   std::sort(alike.begin(), alike.end(), std::greater<>());
@@ -138,30 +139,29 @@ std::pair<int64_t, int64_t> span(const std::vector<Run>& runs, const std::vector
 int64_t choose_chunk(const std::vector<Run>& runs, const std::vector<int64_t>& tokens,
                      int32_t page_size, Limits limits) {
   int64_t work = 0;
-  bool shared = false;
   for (size_t i = 0; i < runs.size(); ++i) {
     const int64_t tile = limits.tile > 0 ? limits.tile : std::max<int64_t>(tokens[i], 1);
-    work += (tokens[i] + tile - 1) / tile * (tokens[i] > 1 ? 2 : 1) * int64_t{runs[i].capacity};
-    shared |= tokens[i] > 1;
+    work += (tokens[i] + tile - 1) / tile * int64_t{runs[i].capacity};
   }
-  // A kernel for a token's rows alone takes fewer registers: half as many again run at once.
-  if (!shared) limits.items += limits.items / 2;
-  struct Cut {
-    int64_t chunk, last;
-  };
-  std::vector<Cut> cuts;
+  std::vector<std::pair<int64_t, int64_t>> cuts;  // chunk, when the last ends
   for (int64_t rounds = 1; rounds <= 6; ++rounds) {
     const int64_t items = limits.items * rounds;
-    const int64_t chunk = std::max(kLeastChunk, (work + items - 1) / items);
-    const auto [last, count] = span(runs, tokens, chunk, page_size, limits);
-    cuts.push_back({chunk, last});
-    if (chunk == kLeastChunk || count > kRounds * limits.items) break;
+    const int64_t least = std::max(kLeastChunk, (work + items - 1) / items);
+    int64_t last, count = items + 1;
+    // A few more than there are places take a round more: somewhat longer ones may do.
+    for (int64_t chunk = least; count > items && chunk < 5 * least / 4;
+         chunk += (chunk + 15) / 16) {
+      std::tie(last, count) = span(runs, tokens, chunk, page_size, limits);
+      cuts.emplace_back(chunk, last);
+      if (count > items + items / 4) break;
+    }
+    if (least == kLeastChunk || count > kRounds * limits.items) break;
   }
-  const auto best = std::min_element(cuts.begin(), cuts.end(),
-                                     [](const Cut& a, const Cut& b) { return a.last < b.last; });
-  const int64_t bound = best->last + best->last / 50;
-  return std::find_if(cuts.rbegin(), cuts.rend(), [&](const Cut& x) { return x.last <= bound; })
-      ->chunk;
+  int64_t best = INT64_MAX, chunk = INT64_MAX;
+  for (const auto& cut : cuts) best = std::min(best, cut.second);
+  for (const auto& cut : cuts)
+    if (cut.second <= best + best / 50) chunk = std::min(chunk, cut.first);
+  return chunk;
 }
 
 // `leaf` is the last run of each row, -1 for a row that holds nothing.
@@ -182,7 +182,15 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   }
 
   const bool cut = limits.items > 0 && limits.chunk == 0;
-  const int64_t most = cut ? choose_chunk(runs, tokens, page_size, limits) : 0;
+  int64_t most[2] = {};  // of what a token has alone, of what several share
+  if (cut) {
+    std::vector<int64_t> alone(tokens), shared(tokens);
+    for (size_t i = 0; i < runs.size(); ++i) (tokens[i] > 1 ? alone : shared)[i] = 0;
+    most[1] = choose_chunk(runs, shared, page_size, limits);
+    // A kernel for a token's rows alone takes fewer registers: half as many again run at once.
+    if (shared == std::vector<int64_t>(runs.size())) limits.items += limits.items / 2;
+    most[0] = choose_chunk(runs, alone, page_size, limits);
+  }
   Plan plan;
   plan.page_indptr = plan.token_indptr = {0};
   Ints number(runs.size(), -1);
@@ -200,7 +208,7 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     plan.length.push_back(run.length);
     plan.base.push_back(run.base);
     plan.own.push_back(rows[i] == 1 && !run.sealed);
-    if (cut) limits.chunk = even_chunk(run, most, page_size);
+    if (cut) limits.chunk = even_chunk(run, most[tokens[i] > 1], page_size);
     add_items(plan, parts, number[i], run, static_cast<int32_t>(tokens[i]), limits);
     plan.token_indptr.push_back(static_cast<int32_t>(attended));
   }
