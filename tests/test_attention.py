@@ -386,12 +386,13 @@ def test_tree_attention_splits_over_threads(format, dtype, most, impl):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("values", ["greatest", "uneven"])
+@pytest.mark.parametrize("values", ["greatest", "uneven", "queries"])
 @pytest.mark.parametrize("format,G,D", [("int8", 1, 64), ("int4", 3, 64), ("int4", 8, 128),
                                         ("int2", 2, 128)])  # fmt: skip
 def test_tree_attention_of_values(format, G, D, values, dtype, impl):
-    """Weights may be rounded with those beside them: all alike on the greatest codes, where sums
-    are as large as can be; or such that few slots count, of values great and small."""
+    """Weights and queries may be rounded with those beside them: all alike on the greatest codes,
+    where sums are as large as can be; or such that few slots count, of values great and small, or
+    few elements of a query."""
     generator = torch.Generator().manual_seed(D)
     forest = _host.Forest(8, 16)
     forest.insert(101, 0, 1)
@@ -399,9 +400,12 @@ def test_tree_attention_of_values(format, G, D, values, dtype, impl):
     slot = torch.from_numpy(forest.row_slots(0).astype(np.int64))
     k, v = torch.randn(2, len(slot), 1, D, generator=generator)
     q = 3 * torch.randn(1, G, D, generator=generator)
+    back = quant.rotation(D, v.dtype, v.device).T
     if values == "greatest":
-        q.zero_()
-        v = torch.full_like(v, 30) @ quant.rotation(D, v.dtype, v.device).T
+        q = torch.ones_like(q) @ back
+        k = v = torch.full_like(v, 30) @ back
+    elif values == "queries":
+        q = q * 4 ** (4 * torch.rand(D, generator=generator) - 2) @ back
     else:
         v *= 4 ** (8 * torch.rand(len(slot), 1, 1, generator=generator) - 4)
     pages = KVPages.empty(forest.num_pages, 1, 16, D, k_format=format, v_format=format, dtype=dtype)

@@ -6,8 +6,10 @@
 
 namespace kvtools::KVTOOLS_ISA {
 
-// Weights of a chunk as integers of 16 bits; a row may take several, each of which adds what the
-// ones before left.
+// Numbers are integers of 16 bits, of which one may take several: each adds what the ones before
+// left.
+
+// Weights of a chunk.
 struct Weights {
   static constexpr int kMostPieces = 2;  // as many come up to fp32
   int pieces;
@@ -45,20 +47,37 @@ struct WholeLevels {
     return kBent ? n * (450 + n * n) : n;
   }
   static constexpr int kGreatest = of((1 << Bits) - 1);
-  // Sums of weights times levels stay within 32 bits while those of weights stay within this; of
-  // which rounding takes at most half a unit for each.
-  static constexpr int kMostWeight = INT32_MAX / kGreatest - kChunk;
-  // So many bits more has the second piece of a weight: it is at most half of the first's unit.
+  // Sums of integers times levels stay within 32 bits while those of integers stay within this; of
+  // which rounding takes at most half a unit for each of kChunk.
+  static constexpr int kMost = INT32_MAX / kGreatest - kChunk;
+  // So many bits more has the second piece of a number: it is at most half of the first's unit.
   static constexpr int kMore = 12;
-  static_assert(int64_t{kChunk} << (kMore - 1) < kMostWeight);
+  static_assert(int64_t{kChunk} << (kMore - 1) < kMost);
+
+  // What a one stands for in numbers of which these are the greatest and the sum. A NaN is in the
+  // sum, and so in the unit.
+  static float unit(float most, float all) {
+    // Of a NaN and a number the first is taken.
+    return std::max(std::max(all / kMost, most / 32767), 0x1p-100f);
+  }
+  // Call f(piece, integers) for numbers in that unit.
+  template <int Pieces, class F>
+  static void in_pieces(f32 x, F f) {
+    for (int i = 0; i < Pieces; ++i) {
+      const __m512i whole = _mm512_cvtps_epi32(x);
+      f(i, whole);
+      if (i + 1 < Pieces) x = (x - f32(_mm512_cvtepi32_ps(whole))) * static_cast<float>(1 << kMore);
+    }
+  }
 
   template <int... I>
   static i16 table(std::integer_sequence<int, I...>) {
     return i16{int16_t(of(I % (1 << Bits)))...};
   }
-  // Codes may carry other bits above their own, but for 8 bits.
-  static i16 look_up(i16 codes) {
-    if constexpr (Bits == 8) return codes + codes - 255;
+  // Of the codes that lie `bit` bits up in each word of 16.
+  static i16 look_up(__m512i words, int bit) {
+    const i16 codes = bit_cast<i16>(_mm512_srli_epi16(words, bit));
+    if constexpr (Bits == 8) return (bit ? codes : codes & 255) * 2 - 255;
     const i16 all = table(std::make_integer_sequence<int, 32>{});
     return bit_cast<i16>(
         _mm512_permutexvar_epi16(bit_cast<__m512i>(codes), bit_cast<__m512i>(all)));
@@ -87,130 +106,199 @@ inline void turn(const char* const* rows, int64_t size, uint32_t* words) {
 
 template <int Bits>
 struct Packed<ReadPlanes<Bits, 0>> {
+  using L = WholeLevels<Bits>;
   static constexpr bool kHas = true;
-  static constexpr int kParts = 8 / Bits;  // elements of a byte, d / kParts apart
+  static constexpr int kParts = 8 / Bits;               // elements of a byte, d / kParts apart
+  static constexpr int kShifts = 16 / Bits;             // elements of half a word
+  static constexpr int kPieces = Weights::kMostPieces;  // of a query: scores come up to fp32
+  static constexpr int kBlock = kChunk;  // elements of a query in a unit of their own
 
   // Of 8 bits, words are as many as elements are, and to turn them costs more than it saves.
   static bool scores_whole(int64_t d) { return Bits < 8 && d / kParts % 16 == 0; }
   static bool values_whole(int64_t d) { return d / kParts % (2 * kLanes) == 0; }
 
-  // x[r][s] = q[r] · k[s], s < n rounded up to kLanes (so many `rows` must be readable). Slots lie
-  // along the vectors, so that nothing is summed across them. `words` has room for a chunk.
-  static void scores(const float* q, int rows_of_q, int64_t d, const char* const* rows,
+  // Words that a row of `round_q` takes.
+  static int64_t size_of_q(int64_t d) { return kPieces * d / 2 + (d + kBlock - 1) / kBlock; }
+
+  // A query as integers: pairs of elements that lie in one word, in the order in which `score`
+  // finds them, [d / 2][kPieces]; then the unit of each block.
+  static void round_q(const float* q, int64_t d, int32_t* to) {
+    const int64_t run = d / kParts;
+    float* unit = reinterpret_cast<float*>(to + kPieces * d / 2);
+    for (int64_t begin = 0; begin < run; begin += kBlock / kParts) {
+      const int64_t end = std::min(begin + kBlock / kParts, run);
+      auto each = [&](auto f) {  // f(vector, first byte, part)
+        for (int part = 0; part < kParts; ++part)
+          for (int64_t byte = begin; byte < end; byte += kLanes)
+            f(load(q + part * run + byte), byte, part);
+      };
+      f32 most{}, all{};
+      each([&](f32 x, int64_t, int) { most = max(most, abs(x)), all += abs(x); });
+      const float one = L::unit(max_lanes(most)[0], sum_lanes(all)[0]);
+      *unit++ = one * L::kUnit;
+      each([&](f32 x, int64_t byte, int part) {
+        L::template in_pieces<kPieces>(x * (1 / one), [&](int piece, __m512i whole) {
+          // Bytes 0 and 2 of a word make a pair, and 1 and 3.
+          const __m512i low = _mm512_and_si512(whole, _mm512_set1_epi32(0xffff));
+          const __m512i high = _mm512_slli_epi32(_mm512_shuffle_epi32(whole, _MM_PERM_DCDC), 16);
+          const i32 pairs = bit_cast<i32>(_mm512_or_si512(low, high));
+          int32_t* first = to + (byte / 4 * kShifts + part) * kPieces + piece;
+          for (int i = 0; i < kLanes; i += 4, first += kShifts * kPieces)
+            first[0] = pairs[i], first[kParts * kPieces] = pairs[i + 1];
+        });
+      });
+    }
+  }
+
+  // x[r][s] = q[r] · k[s], s < n rounded up to kLanes (so many `rows` must be readable); q is what
+  // `round_q` made of so many rows. Slots lie along the vectors, so that nothing is summed across
+  // them. `words` has room for a chunk.
+  static void scores(const int32_t* q, int rows_of_q, int64_t d, const char* const* rows,
                      const char* const* next, int n, uint32_t* words, float* x) {
     const int64_t run = d / kParts;
-    for (int s = 0; s < n; s += kLanes) {
-      for (int i = 0; i < kLanes; ++i) fetch(next[s + i], run);
-      turn(rows + s, run, words + s);
-    }
+    for (int s = 0; s < n; s += kLanes) turn(rows + s, run, words + s);
     in_groups<4>(rows_of_q, [&](auto count, int r) {
       constexpr int R = count.value;
       in_groups<R == 1 ? 4 : 2>((n + kLanes - 1) / kLanes, [&](auto vectors, int first) {
         const int64_t s = first * kLanes;
-        score<R, vectors.value>(q + r * d, d, words + s, x + r * kChunk + s);
+        score<R, vectors.value>(q + r * size_of_q(d), d, words + s, x + r * kChunk + s,
+                                r ? nullptr : next + s);
       });
     });
   }
 
   // Weights [rows][kChunk] of n slots, which are 0 behind them up to a whole vector, to integers;
-  // `most` and `all` are their greatest and their sum. A NaN is in the sum, and so in the unit.
+  // `most` and `all` are their greatest and their sum.
   static void round(const float* x, const float* most, const float* all, int rows, int n,
                     Weights& to) {
-    using L = WholeLevels<Bits>;
-    for (int r = 0; r < rows; ++r, x += kChunk) {
-      // Of a NaN and a number the first is taken.
-      const float unit = std::max(std::max(all[r] / L::kMostWeight, most[r] / 32767), 0x1p-100f);
-      const float inverse = 1 / unit;
-      for (int s = 0; s < n; s += kLanes) {
-        f32 left = load(x + s) * inverse;
-        for (int i = 0; i < to.pieces; ++i) {
-          const __m512i whole = _mm512_cvtps_epi32(left);
-          const __m256i words = _mm512_cvtepi32_epi16(whole);
-          std::memcpy(to.of + (r * to.pieces + i) * kChunk + s, &words, sizeof words);
-          left = (left - f32(_mm512_cvtepi32_ps(whole))) * static_cast<float>(1 << L::kMore);
-        }
+    in_groups<Weights::kMostPieces>(to.pieces, [&](auto pieces, int) {
+      constexpr int P = pieces.value;
+      for (int r = 0; r < rows; ++r) {
+        const float unit = L::unit(most[r], all[r]), inverse = 1 / unit;
+        for (int s = 0; s < n; s += kLanes)
+          L::template in_pieces<P>(load(x + r * kChunk + s) * inverse, [&](int i, __m512i whole) {
+            const __m256i words = _mm512_cvtepi32_epi16(whole);
+            std::memcpy(to.of + (r * P + i) * kChunk + s, &words, sizeof words);
+          });
+        for (int i = 0; i < P; ++i)
+          to.unit[r * P + i] = unit * L::kUnit / static_cast<float>(1 << i * L::kMore);
       }
-      for (int i = 0; i < to.pieces; ++i)
-        to.unit[r * to.pieces + i] = unit * L::kUnit / static_cast<float>(1 << i * L::kMore);
-    }
+    });
   }
 
   // out[r] += sum over s of p[r][s] v[s], by pairs of slots.
   static void add(const char* const* rows, const char* const* next, int n, const Weights& p,
                   int count_of_rows, float* out, int64_t d) {
-    constexpr int kAtOnce = kParts == 1 ? 1 : 2;  // parts of a byte
-    const int64_t run = d / kParts;
-    for (int64_t byte = 0; byte < run; byte += 2 * kLanes)
-      for (int part = 0; part < kParts; part += kAtOnce)
-        in_groups<6>(count_of_rows * p.pieces, [&](auto count, int first) {
-          add_some<count.value, kAtOnce>(rows, part + first == 0 ? next : nullptr, n, p, first, out,
-                                         d, byte, part);
+    for (int64_t byte = 0; byte < d / kParts; byte += 2 * kLanes)
+      add_parts(std::make_integer_sequence<int, kParts / kAtOnce>{}, [&](auto turn) {
+        constexpr int part = turn.value * kAtOnce;
+        in_groups<6 / kAtOnce>(count_of_rows * p.pieces, [&](auto count, int first) {
+          add_some<count.value, part>(rows, part + first == 0 ? next : nullptr, n, p, first, out, d,
+                                      byte);
         });
+      });
   }
 
  private:
-  // R rows of `scores`, for V vectors of slots. Sums of few elements are summed, as a sum of all,
-  // one by one, would be rounded more often.
-  template <int R, int V>
-  static void score(const float* q, int64_t d, const uint32_t* words, float* x) {
-    constexpr int kWords = Bits / 2;  // with 16 elements
-    const int64_t run = d / kParts;
-    f32 all[R][V] = {};
-    for (int64_t byte = 0; byte < run; byte += 4 * kWords, words += kWords * kChunk) {
-      f32 sum[R][V] = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < 32 * kWords; i += Bits) {
-        const int word = i / 32, bit = i % 32;
-        const float* element = q + byte + 4 * word + bit / 8 + bit % 8 / Bits * run;
-        f32 k[V];
-        for (int v = 0; v < V; ++v)
-          k[v] = level<Bits>(load_bits<u32>(words + word * kChunk + v * kLanes) >> bit);
-        for (int r = 0; r < R; ++r)
-          for (int v = 0; v < V; ++v) sum[r][v] += element[r * d] * k[v];
-      }
-      for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) all[r][v] += sum[r][v];
-    }
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) store(x + r * kChunk + v * kLanes, all[r][v]);
+  static constexpr int kAtOnce = kParts == 1 ? 1 : 2;  // parts of a byte that `add_some` takes
+
+  template <int... I, class F>
+  static void add_parts(std::integer_sequence<int, I...>, F f) {
+    (f(std::integral_constant<int, I>{}), ...);
   }
 
-  // For R pieces of weights and `Parts` of 2 kLanes bytes.
-  template <int R, int Parts>
-  static void add_some(const char* const* rows, const char* const* next, int n, const Weights& p,
-                       int first, float* out, int64_t d, int64_t byte, int part) {
-    using L = WholeLevels<Bits>;
-    i32 sum[R][Parts][2] = {};
-    const int16_t* weight = p.of + first * kChunk;
-    for (int s = 0; s < n; s += 2) {
-      auto load = [&](int slot) {
-        return _mm512_cvtepu8_epi16(load_bits<__m256i>(rows[slot] + byte));
-      };
-      const __m512i a = load(s), b = load(s + 1);  // rows behind the last repeat it
-      if (next) fetch(next[s] + byte, 32), fetch(next[s + 1] + byte, 32);
-      const __m512i pair[] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
-      for (int half = 0; half < 2; ++half)
-        for (int i = 0; i < Parts; ++i) {
-          const i16 v = L::look_up(bit_cast<i16>(_mm512_srli_epi16(pair[half], (part + i) * Bits)));
-          for (int r = 0; r < R; ++r) {
-            int32_t both;
-            std::memcpy(&both, weight + r * kChunk + s, sizeof both);
-            sum[r][i][half] = dot_words(sum[r][i][half], v, bit_cast<i16>(i32{} + both));
-          }
+  // R rows of `scores`, for V vectors of slots; the keys of `next` are fetched meanwhile.
+  template <int R, int V>
+  static void score(const int32_t* q, int64_t d, const uint32_t* words, float* x,
+                    const char* const* next) {
+    constexpr int kWords = kBlock * Bits / 32;
+    const int64_t row = size_of_q(d), all = d * Bits / 32;  // words of a slot
+    int64_t ahead = 0;
+    const float* unit = reinterpret_cast<const float*>(q + kPieces * d / 2);
+    for (int64_t left = all, first = true; left > 0; left -= kWords, first = false) {
+      i32 sum[R][kPieces][V] = {};
+      for (int64_t i = std::min<int64_t>(left, kWords); i > 0; --i) {
+        const int32_t* of[R];
+        for (int r = 0; r < R; ++r) of[r] = q + r * row;
+#pragma GCC unroll 8
+        for (int shift = 0; shift < kShifts; ++shift) {
+          i16 k[V];
+          for (int v = 0; v < V; ++v)
+            k[v] = L::look_up(load_bits<__m512i>(words + v * kLanes), shift * Bits);
+          for (int r = 0; r < R; ++r)
+            for (int p = 0; p < kPieces; ++p) {
+              const i16 pair = bit_cast<i16>(i32{} + of[r][shift * kPieces + p]);
+              for (int v = 0; v < V; ++v) sum[r][p][v] = dot_words(sum[r][p][v], k[v], pair);
+            }
         }
+        words += kChunk, q += kShifts * kPieces;
+        for (ahead += V * kLanes; next && ahead >= all; ahead -= all) fetch(*next++, d / kParts);
+      }
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) {
+          f32 y{};
+          for (int p = kPieces - 1; p >= 0; --p)
+            y = y * (1.0f / (1 << L::kMore)) +
+                f32(_mm512_cvtepi32_ps(bit_cast<__m512i>(sum[r][p][v])));
+          y *= unit[r * row];
+          float* to = x + r * kChunk + v * kLanes;
+          store(to, first ? y : load(to) + y);
+        }
+      ++unit;
     }
+  }
+
+  // For R pieces of weights and 2 kLanes bytes; four slots at a time.
+  template <int R, int Part>
+  static void add_some(const char* const* rows, const char* const* next, int n, const Weights& p,
+                       int first, float* out, int64_t d, int64_t byte) {
+    i32 sum[R][kAtOnce][2][2] = {};  // [part][byte of two][half of words]
+    const int16_t* weight = p.of + first * kChunk;
+    int s = 0;
+    do {                           // rows behind the last repeat it
+      auto load = [&](int slot) {  // and the one two behind it
+        const __m512i x = _mm512_castsi256_si512(load_bits<__m256i>(rows[slot] + byte));
+        return _mm512_inserti64x4(x, load_bits<__m256i>(rows[slot + 2] + byte), 1);
+      };
+      const __m512i a = load(s), b = load(s + 1);
+      for (int i = 0; next && i < 4; ++i) fetch(next[s + i] + byte, 2 * kLanes);
+      const __m512i pair[] = {_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b)};
+      i16 both[R];
+      for (int r = 0; r < R; ++r) {
+        int32_t w, later;
+        std::memcpy(&w, weight + r * kChunk + s, sizeof w);
+        std::memcpy(&later, weight + r * kChunk + s + 2, sizeof later);
+        both[r] = bit_cast<i16>(_mm512_mask_set1_epi32(_mm512_set1_epi32(w), 0xff00, later));
+      }
+      for (int i = 0; i < kAtOnce; ++i)
+        for (int second = 0; second < 2; ++second)
+          for (int half = 0; half < 2; ++half) {
+            const i16 v = L::look_up(pair[half], (Part + i) * Bits + 8 * second);
+            for (int r = 0; r < R; ++r) {
+              i32& to = sum[r][i][second][half];
+              to = dot_words(to, v, both[r]);
+            }
+          }
+      s += 4;
+    } while (s < n);
     for (int r = 0; r < R; ++r) {
       float* row = out + (first + r) / p.pieces * d;
-      for (int i = 0; i < Parts; ++i) {
-        float* to = row + byte + (part + i) * (d / kParts);
-        // Four lanes of the first half, four of the second, and so on.
-        const __m512i low = bit_cast<__m512i>(sum[r][i][0]), high = bit_cast<__m512i>(sum[r][i][1]);
+      for (int i = 0; i < kAtOnce; ++i) {
+        float* to = row + byte + (Part + i) * (d / kParts);
+        // Of first and second bytes, words 0 to 3 and 8 to 11; and all others.
+        __m512i x[2];
+        for (int half = 0; half < 2; ++half) {
+          const __m512i even = bit_cast<__m512i>(sum[r][i][0][half]);
+          const __m512i odd = bit_cast<__m512i>(sum[r][i][1][half]);
+          x[half] = _mm512_add_epi32(_mm512_shuffle_i64x2(even, odd, 0x44),
+                                     _mm512_shuffle_i64x2(even, odd, 0xee));
+        }
         const __m512i order =
-            _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-        const __m512i later = _mm512_or_si512(order, _mm512_set1_epi32(8));
+            _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 16, 24, 17, 25, 18, 26, 19, 27);
+        const __m512i later = _mm512_or_si512(order, _mm512_set1_epi32(4));
         auto put = [&](float* at, __m512i which) {
-          const f32 x = _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(low, which, high));
-          store(at, kvtools::KVTOOLS_ISA::load(at) + x * p.unit[first + r]);
+          const f32 y = _mm512_cvtepi32_ps(_mm512_permutex2var_epi32(x[0], which, x[1]));
+          store(at, kvtools::KVTOOLS_ISA::load(at) + y * p.unit[first + r]);
         };
         put(to, order), put(to + kLanes, later);
       }

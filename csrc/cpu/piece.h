@@ -25,9 +25,15 @@ class Tile {
         pairs_(kDotsPairs && !few_ && problem.in_pairs(pages_)) {
     whole_.pieces = problem.p.out.type == Type::f32 ? 2 : 1;
     const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
-    q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows);
+    const int64_t whole_size = few_ ? q_size / o_.width * size_of_whole_q() : 0;
+    q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows + whole_size);
     k_tile_ = q_ + q_size, v_tile_ = k_tile_ + kChunk * o_.width;
     x_ = v_tile_ + kChunk * o_.width;
+    whole_q_ = reinterpret_cast<int32_t*>(x_ + kChunk * kTileRows);
+    with_reader(pages_.k, o_.d, [&](auto read) { k_bytes_ = read.bytes(o_.d); });
+    with_reader(pages_.v, o_.d, [&](auto read) { v_bytes_ = read.bytes(o_.d); });
+    for (int i = 0; i < kPointers; ++i)
+      k_steps_[i] = i * pages_.k.codes.slot, v_steps_[i] = i * pages_.v.codes.slot;
     load_queries();
     load_bounds();
     std::fill_n(partial.sum + piece.at * o_.width, piece.results() * o_.width, 0.0f);
@@ -57,15 +63,24 @@ class Tile {
   }
 
  private:
+  static constexpr int kPaddedRows = std::max(kFewRows, kLanes);
+  static constexpr int kPointers = kLanes / 2;  // of a vector
+  static_assert(sizeof(char*) == sizeof(uint64_t));
+
   // A chunk of one KV head. Rows behind the last repeat it: they are read, not used.
   struct Slots {
     int64_t begin;
     int n;
-    const char *k[kChunk], *v[kChunk];
-    float k_scale[kChunk], v_scale[kChunk];
-    int32_t key[kChunk];
+    // Written by whole vectors.
+    alignas(64) const char* k[kChunk + kPointers], *v[kChunk + kPointers];
+    alignas(64) float k_scale[kChunk], v_scale[kChunk];
+    alignas(64) int32_t key[kChunk];
+    int32_t least, most;  // and those of the keys
   };
 
+  template <class F>
+  void with_turned(F f) const;
+  int64_t size_of_whole_q() const;
   void load_queries();
   void take_gain(float* q, int64_t t, int64_t head) const;
   void load_bounds();
@@ -84,16 +99,35 @@ class Tile {
   const Partial& partial_;
   const bool few_, pairs_;        // many rows in bf16 go two elements, or slots, at a time
   float *q_, *k_tile_, *v_tile_;  // queries [heads][rows][width], or [d][kTileRows] for many rows
+  int32_t* whole_q_;              // queries as integers, where `Packed` takes their products
   float* x_;                      // scores, then weights: [rows][kChunk], or [kChunk][kTileRows]
   float* logits_ = nullptr;
+  int64_t k_bytes_, v_bytes_;  // of a slot
   int64_t head_ = 0, at_ = 0;  // of this step
   float shrink_[kTileRows];    // what a new greatest score takes off older results
   // A row sees the positions above `lower` up to `upper`.
   int32_t upper_[kTileRows], lower_[kTileRows];
   int32_t upper_least_, upper_most_, lower_least_, lower_most_;
-  float most_[kFewRows], all_[kFewRows];  // of the weights of a row
+  u64 k_steps_, v_steps_;                       // from slot to slot, of a vector of pointers
+  float most_[kPaddedRows], all_[kPaddedRows];  // of the weights of a row
   Weights whole_;
 };
+
+// Call f with the form for packed keys, if it serves these.
+template <class F>
+void Tile::with_turned(F f) const {
+  with_reader(pages_.k, o_.d, [&](auto read) {
+    using Turned = Packed<decltype(read)>;
+    if constexpr (Turned::kHas)
+      if (few_ && Turned::scores_whole(o_.d)) f(Turned{});
+  });
+}
+
+inline int64_t Tile::size_of_whole_q() const {
+  int64_t size = 0;
+  with_turned([&](auto turned) { size = turned.size_of_q(o_.d); });
+  return size;
+}
 
 inline void Tile::load_queries() {
   const TreeAttention& p = o_.p;
@@ -119,6 +153,10 @@ inline void Tile::load_queries() {
         if (!few_)
           for (int64_t e = 0; e < o_.d; ++e) q_[e * kTileRows + r] = one[e];
       }
+  });
+  with_turned([&](auto turned) {
+    for (int64_t i = 0; i < piece_.heads * piece_.rows; ++i)
+      turned.round_q(q_ + i * o_.width, o_.d, whole_q_ + i * turned.size_of_q(o_.d));
   });
   if (!few_)
     for (int64_t e = 0; e < (pairs_ ? o_.d / 2 : o_.d); ++e)
@@ -176,9 +214,10 @@ inline void Tile::read(int64_t step, Slots& slots) const {
   o_.walk(piece_.item, begin, begin + slots.n,
           [&](int64_t page, int64_t offset, int64_t count, int64_t slot) {
             const int64_t s = slot - begin;
-            auto point = [&](const Paged& x, const char** rows) {
-              const char* row = x.at(page, head, offset);
-              for (int64_t j = 0; j < count; ++j, row += x.slot) rows[s + j] = row;
+            auto point = [&](const Paged& x, u64 steps, const char** rows) {
+              u64 row = steps + reinterpret_cast<uint64_t>(x.at(page, head, offset));
+              for (int64_t j = 0; j < count; j += kPointers, row += kPointers * x.slot)
+                std::memcpy(rows + s + j, &row, sizeof row);
             };
             auto copy = [&](const Paged& x, auto* to) {
               const char* from = x.at(page, head, offset);
@@ -186,15 +225,20 @@ inline void Tile::read(int64_t step, Slots& slots) const {
               for (int64_t j = 0; x.slot != sizeof *to && j < count; ++j, from += x.slot)
                 std::memcpy(to + s + j, from, sizeof *to);
             };
-            point(pages.k.codes, slots.k), point(pages.v.codes, slots.v);
+            point(pages.k.codes, k_steps_, slots.k), point(pages.v.codes, v_steps_, slots.v);
             if (in_words)
               split_words(pages.k.scale.at(page, head, offset), count, k_scale + s, v_scale + s);
             if (!in_words && pages.k.scale.data) copy(pages.k.scale, k_scale);
             if (!in_words && pages.v.scale.data) copy(pages.v.scale, v_scale);
-            if (pages.position.data) return copy(pages.position, slots.key);
-            for (int64_t j = 0; j < count; ++j)
-              slots.key[s + j] = static_cast<int32_t>(o_.p.base[node] + slot + j);
+            if (pages.position.data) copy(pages.position, slots.key);
           });
+  if (!pages.position.data)
+    for (int s = 0; s < kChunk; ++s)
+      slots.key[s] = static_cast<int32_t>(o_.p.base[node] + begin + s);
+  slots.least = slots.key[0], slots.most = slots.key[slots.n - 1];
+  for (int s = 0; pages.position.data && s < slots.n; ++s)
+    slots.least = std::min(slots.least, slots.key[s]),
+    slots.most = std::max(slots.most, slots.key[s]);
   std::fill(slots.k + slots.n, slots.k + kChunk, slots.k[slots.n - 1]);
   std::fill(slots.v + slots.n, slots.v + kChunk, slots.v[slots.n - 1]);
   std::fill(v_scale + slots.n, v_scale + whole_vectors(slots.n), f16{});  // their weight is 0
@@ -208,11 +252,8 @@ inline void Tile::attend(Slots& now, const Slots& next) {
   const Pages& pages = pages_;
   const int64_t d = o_.d, width = o_.width;
   const int n = now.n, rows = piece_.rows, vectors = piece_.padded() / kLanes;
-  int32_t least = now.key[0], most = least;
-  for (int s = 1; s < n; ++s)
-    least = std::min(least, now.key[s]), most = std::max(most, now.key[s]);
-  const bool dark = least > upper_most_ || most <= lower_least_;
-  const bool clear = most <= upper_least_ && least > lower_most_;
+  const bool dark = now.least > upper_most_ || now.most <= lower_least_;
+  const bool clear = now.most <= upper_least_ && now.least > lower_most_;
   if (dark && !logits_) return;
 
   // Few rows are dotted with keys as they are stored, and scaled below. Else keys are decoded to a
@@ -229,13 +270,8 @@ inline void Tile::attend(Slots& now, const Slots& next) {
   auto plain = [&](const Content& x) {
     return x.format == Format::none && x.type == Type::f32 && d % kLanes == 0;
   };
-  auto bytes = [&](const Content& x) {
-    int64_t size = 0;
-    with_reader(x, d, [&](auto read) { size = read.bytes(d); });
-    return size;
-  };
   // Once is enough, so for the first vectors alone.
-  const Ahead ahead[] = {{next.k, next.v, bytes(pages.k), bytes(pages.v)}, {next.k, next.v, 0, 0}};
+  const Ahead ahead[] = {{next.k, next.v, k_bytes_, v_bytes_}, {next.k, next.v, 0, 0}};
   with_reader(pages.k, d, [&](auto read) {
     auto few_rows = [&](const auto& reader) {
       in_groups<4>(rows, [&](auto count, int r) {
@@ -246,8 +282,8 @@ inline void Tile::attend(Slots& now, const Slots& next) {
     using Turned = Packed<decltype(read)>;
     if constexpr (Turned::kHas)
       if (few_ && Turned::scores_whole(d))
-        return Turned::scores(q_ + head_ * rows * width, rows, d, now.k, next.k, n,
-                              reinterpret_cast<uint32_t*>(k_tile_), x_);
+        return Turned::scores(whole_q_ + head_ * rows * Turned::size_of_q(d), rows, d, now.k,
+                              next.k, n, reinterpret_cast<uint32_t*>(k_tile_), x_);
     if (few_ && read.whole(d)) return few_rows(read);
     if (pairs_)
       return in_groups<kTileVectors>(vectors, [&](auto count, int v) {
@@ -334,40 +370,64 @@ inline void Tile::add_pairs_of(const Slots& now, float* sum) {
 inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled,
                               bool v_whole) {
   const float octave = o_.unit * kLog2e;
-  const int64_t all = o_.slots(piece_.item);
-  float *peak = partial_.peak + at_, *mass = partial_.mass + at_;
-  for (int r = 0; r < piece_.rows; ++r) {
+  constexpr int kMost = std::min(kFewRows, kLanes);
+  const bool simple = clear && o_.p.softcap == 0;
+  const int rows = piece_.rows;
+  f32 tops[kFewRows], totals[kFewRows], mosts[kFewRows], alls[kFewRows];  // across the lanes
+  float safe[kPaddedRows];
+  for (int r = 0; r < rows; ++r) {
     float* x = x_ + r * kChunk;
-    f32 top = splat(peak[r]);
-    for (int s = 0; s < now.n; s += kLanes) {
-      f32 y = load(x + s);
-      if (!k_scaled) y *= load(now.k_scale + s);
-      y = capped(y);
-      if (!clear || s + kLanes > now.n) {
-        const i32 key = load_bits<i32>(now.key + s);
-        i32 hidden = bit_cast<i32>(lane_index() >= static_cast<uint32_t>(now.n - s));
-        if (!clear) hidden |= (key > upper_[r]) | (key <= lower_[r]);
-        y = select(hidden, splat(-kInfinity), y);
-      }
+    f32 top = splat(-kInfinity);
+    int s = 0;
+    for (; simple && s + kLanes <= now.n; s += kLanes) {
+      const f32 y = k_scaled ? load(x + s) : load(x + s) * load(now.k_scale + s);
       store(x + s, y);
       top = max(top, y);
     }
-    top = max_lanes(top);
-    const f32 safe = select(top == -kInfinity, f32{}, top);
-    f32 total{}, most{}, sum{};
+    for (; s < now.n; s += kLanes) {
+      f32 y = load(x + s);
+      if (!k_scaled) y *= load(now.k_scale + s);
+      const i32 key = load_bits<i32>(now.key + s);
+      i32 hidden = bit_cast<i32>(lane_index() >= static_cast<uint32_t>(now.n - s));
+      if (!clear) hidden |= (key > upper_[r]) | (key <= lower_[r]);
+      y = select(hidden, splat(-kInfinity), capped(y));
+      store(x + s, y);
+      top = max(top, y);
+    }
+    tops[r] = top;
+  }
+  if (logits_) {
+    const int64_t all = o_.slots(piece_.item);
+    for (int r = 0; r < rows; ++r)
+      std::memcpy(logits_ + r * all, x_ + r * kChunk, now.n * sizeof *x_);
+  }
+  for (int64_t v = 0; v < piece_.padded(); v += kLanes) {
+    float* peak = partial_.peak + at_ + v;
+    const f32 old = load(peak), top = max(old, max_each<kMost>(tops + v, rows - v));
+    const f32 base = select(top == -kInfinity, f32{}, top);
+    store(safe + v, base);
+    store(shrink_ + v, exp2((old - base) * octave));
+    store(peak, top);
+  }
+  for (int r = 0; r < rows; ++r) {
+    float* x = x_ + r * kChunk;
+    const f32 base = splat(safe[r]);
+    f32 all{}, most{}, sum{};
     for (int s = 0; s < now.n; s += kLanes) {
-      const f32 y = load(x + s);
-      if (logits_) store_part(logits_ + r * all + s, y, std::min(kLanes, now.n - s));
-      f32 w = exp2((y - safe) * octave);
-      total += w;
+      f32 w = exp2((load(x + s) - base) * octave);
+      all += w;
       if (!v_scaled) w *= load(now.v_scale + s);
       most = max(most, w), sum += w;
       store(x + s, w);
     }
-    if (v_whole) most_[r] = max_lanes(most)[0], all_[r] = sum_lanes(sum)[0];
-    shrink_[r] = exp2((splat(peak[r]) - safe) * octave)[0];
-    mass[r] = mass[r] * shrink_[r] + sum_lanes(total)[0];
-    peak[r] = top[0];
+    totals[r] = all, mosts[r] = most, alls[r] = sum;
+  }
+  for (int64_t v = 0; v < piece_.padded(); v += kLanes) {
+    float* mass = partial_.mass + at_ + v;
+    store(mass, load(mass) * load(shrink_ + v) + sum_each<kMost>(totals + v, rows - v));
+    if (!v_whole) continue;
+    store(most_ + v, max_each<kMost>(mosts + v, rows - v));
+    store(all_ + v, sum_each<kMost>(alls + v, rows - v));
   }
 }
 

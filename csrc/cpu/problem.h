@@ -64,11 +64,12 @@ struct Problem {
   template <class F>
   void walk(int64_t i, int64_t begin, int64_t end, F f) const {
     const int64_t node = item(i)[0], size = pages(i).page_size;
-    const int32_t* page = p.page + p.page_indptr[node];
-    for (int64_t slot = begin; slot < end;) {
-      const int64_t at = p.first[node] + slot, offset = at % size;
+    const int64_t at = p.first[node] + begin;
+    const int32_t* page = p.page + p.page_indptr[node] + at / size;
+    int64_t offset = at % size;
+    for (int64_t slot = begin; slot < end; offset = 0) {
       const int64_t count = std::min(size - offset, end - slot);
-      f(page[at / size], offset, count, slot);
+      f(*page++, offset, count, slot);
       slot += count;
     }
   }

@@ -9,8 +9,8 @@
 namespace kvtools::KVTOOLS_ISA {
 namespace {
 
-constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
-constexpr int kMostTries = Levels<2>::kTries;
+constexpr float kTiny = 0x1p-24f;                                 // the least scale in fp16
+constexpr int kMostTries = Levels<2>::kTries, kPaddedTries = 16;  // of whole vectors
 
 // What one thread needs for a head. Its vectors are whole: zero behind d.
 struct Scratch {
@@ -38,7 +38,7 @@ void convert(const char* from, Type from_type, char* to, Type to_type, int64_t d
   });
 }
 
-// Scales as fp16 holds them. All lanes are alike here and below.
+// Scales as fp16 holds them.
 f32 to_scale(f32 x) {
   f16 rounded[kLanes];
   store(rounded, min(max(x, splat(kTiny)), splat(65504)));
@@ -51,6 +51,7 @@ bool is_finite(const float* x, int64_t d) {
   return sum_lanes(zero)[0] == 0;
 }
 
+// In all lanes.
 f32 peak_of(const float* x, int64_t d) {
   f32 peak{};
   for (int64_t i = 0; i < d; i += kLanes) peak = max(peak, abs(load(x + i)));
@@ -60,70 +61,139 @@ f32 peak_of(const float* x, int64_t d) {
 // The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
 // lower.
 template <int Bits>
-f32 nearest(f32 v) {
+struct Nearest {
   using G = Grid<Bits>;
-  v = min(v, splat(G::kGreatest));
-  // The border below level r lies at r (1 + 3/4 kCubic + kCubic r²). A polynomial inverts this to
-  // less than half a step; then one comparison decides.
-  f32 guess = v;
-  if constexpr (G::kBend > 0) {
-    const f32 t = v * (1 / G::kGreatest), t2 = t * t;
-    guess = G::kTop * t * (1.4393f + t2 * (-0.7805f + t2 * 0.3477f));
+  // The border below level r.
+  static constexpr float border(float r) { return r * (1 + G::kCubic * (0.75f + r * r)); }
+
+#if defined(__AVX512F__)
+  // Between two integers lies one border at most, so that v's integer part decides all but this.
+  static constexpr bool kTable = Bits <= 4;
+  struct Table {
+    alignas(64) float border[kLanes], count[2][kLanes], level[2][kLanes];  // below it, and above
+  };
+  static constexpr Table table() {
+    Table t{};
+    for (int i = 0, below = 0; i < kLanes; ++i) {
+      const bool here = below < 1 << (Bits - 1) && border(below) < i + 1;
+      t.border[i] = here ? border(below) : kInfinity;
+      for (int above = 0; above < 2; ++above) {
+        const float k = below - 1 + above, c = k + 0.5f;
+        t.count[above][i] = k, t.level[above][i] = c * (1 + G::kCubic * (c * c));
+      }
+      below += here;
+    }
+    return t;
   }
-  const f32 shift = splat(0x1.8p23f), r = (guess + shift) - shift;
-  const f32 border = G::kBend > 0 ? r * (1 + G::kCubic * (0.75f + r * r)) : r;
-  return select(border < v, r, r - 1);
+  static constexpr Table kAll = table();
+
+  static f32 look_up(f32 v, const float (&of)[2][kLanes]) {
+    const __m512i cell = _mm512_cvttps_epi32(min(v, splat(G::kGreatest)));
+    const f32 border = _mm512_permutexvar_ps(cell, load(kAll.border));
+    const __mmask16 above = _mm512_cmp_ps_mask(border, v, _CMP_LT_OQ);
+    const __m512i which = _mm512_mask_add_epi32(cell, above, cell, _mm512_set1_epi32(kLanes));
+    return _mm512_permutex2var_ps(load(of[0]), which, load(of[1]));
+  }
+#else
+  static constexpr bool kTable = false;
+#endif
+
+  static f32 count(f32 v) {
+#if defined(__AVX512F__)
+    if constexpr (kTable) return look_up(v, kAll.count);
+#endif
+    v = min(v, splat(G::kGreatest));
+    // A polynomial inverts `border` to less than half a step; then one comparison decides.
+    f32 guess = v;
+    if constexpr (G::kBend > 0) {
+      const f32 t = v * (1 / G::kGreatest), t2 = t * t;
+      guess = G::kTop * t * (1.4393f + t2 * (-0.7805f + t2 * 0.3477f));
+    }
+    const f32 shift = splat(0x1.8p23f), r = (guess + shift) - shift;
+    const f32 border = G::kBend > 0 ? r * (1 + G::kCubic * (0.75f + r * r)) : r;
+    return select(border < v, r, r - 1);
+  }
+
+  static f32 level(f32 v) {
+#if defined(__AVX512F__)
+    if constexpr (kTable) return look_up(v, kAll.level);
+#endif
+    return G::level(count(v) + 0.5f);
+  }
+};
+
+// Call f(j, whole) for vectors j, ... of d elements; the last may not be whole.
+template <class F>
+void each_vector(int64_t d, F f) {
+  int64_t j = 0;
+  for (; j + kLanes <= d; j += kLanes) f(j, std::true_type{});
+  if (j < d) f(j, std::false_type{});
 }
 
 // Integer codes and scale of rotated x: of a few ranges, that with the least error.
 template <int Bits>
 f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
   using G = Grid<Bits>;
-  constexpr int kTries = G::kTries;
+  constexpr int kTries = G::kTries, kAtOnce = kLanes < 16 ? 3 : 7;  // as registers allow
   const f32 peak = peak_of(x, d);
-  // One loop per stage, so that the tries do not wait for one another.
-  f32 inverse[kTries], scale[kTries], error[kTries];
-  for (int i = 0; i < kTries; ++i) {
-    const float reach = Bits == 8 ? 1 : (17 - i) / 16.0f;
-    inverse[i] = 1 / (peak * (reach / G::kGreatest) + kTiny);
-    float* levels = scratch.levels.data() + i * scratch.x.size();
-    // Magnitudes will do: levels lie symmetrically.
-    f32 product{}, square{};
-    for (int64_t j = 0; j < d; j += kLanes) {
+  float inverse[kPaddedTries], scale[kPaddedTries], error[kPaddedTries];
+  auto each_try = [](auto f) {  // f(i) for vectors of tries
+    for (int i = 0; i < kTries; i += kLanes) f(i);
+  };
+  each_try([&](int i) {
+    const i32 which = bit_cast<i32>(lane_index()) + (Bits == 8 ? 1 : i);
+    const f32 reach = (17 - __builtin_convertvector(which, f32)) / 16;
+    store(inverse + i, 1 / (peak * (reach / G::kGreatest) + kTiny));
+  });
+  f32 products[kTries], squares[kTries];
+  in_groups<kAtOnce>(kTries, [&](auto count, int first) {
+    f32 product[count.value] = {}, square[count.value] = {};
+    each_vector(d, [&](int64_t j, auto whole) {
+      // Magnitudes will do: levels lie symmetrically.
       const f32 magnitude = abs(load(x + j));
-      f32 y = G::level(nearest<Bits>(magnitude * inverse[i]) + 0.5f);
-      if (j + kLanes > d) y = select(bit_cast<i32>(lane_index()) < int(d - j), y, f32{});
-      product += magnitude * y;
-      square += y * y;
-      store(levels + j, y);
-    }
-    // For these codes, the best scale.
-    scale[i] = to_scale(sum_lanes(product) / sum_lanes(square));
-  }
-  for (int i = 0; i < kTries; ++i) {
-    const float* levels = scratch.levels.data() + i * scratch.x.size();
-    f32 squares{};
-    for (int64_t j = 0; j < d; j += kLanes) {
-      const f32 difference = load(levels + j) * scale[i] - abs(load(x + j));
-      squares += difference * difference;
-    }
-    error[i] = sum_lanes(squares);
-  }
-  f32 least = error[0], best_inverse = inverse[0], best_scale = scale[0];
-  for (int i = 1; i < kTries; ++i) {
-    const i32 better = error[i] < least;
-    least = select(better, error[i], least);
-    best_inverse = select(better, inverse[i], best_inverse);
-    best_scale = select(better, scale[i], best_scale);
-  }
+      for (int i = 0; i < count.value; ++i) {
+        f32 y = Nearest<Bits>::level(magnitude * inverse[first + i]);
+        if (!whole.value) y = select(bit_cast<i32>(lane_index()) < int(d - j), y, f32{});
+        product[i] += magnitude * y;
+        square[i] += y * y;
+        store(scratch.levels.data() + j * kTries + (first + i) * kLanes, y);
+      }
+    });
+    for (int i = 0; i < count.value; ++i)
+      products[first + i] = product[i], squares[first + i] = square[i];
+  });
+  // For these codes, the best scale.
+  each_try([&](int i) {
+    const f32 product = sum_each(products + i, kTries - i),
+              square = sum_each(squares + i, kTries - i);
+    store(scale + i, to_scale(product / square));
+  });
+  if (kTries > 1)
+    in_groups<kAtOnce>(kTries, [&](auto count, int first) {
+      f32 square[count.value] = {};
+      for (int64_t j = 0; j < d; j += kLanes) {
+        const f32 magnitude = abs(load(x + j));
+        for (int i = 0; i < count.value; ++i) {
+          const float* levels = scratch.levels.data() + j * kTries + (first + i) * kLanes;
+          const f32 difference = load(levels) * scale[first + i] - magnitude;
+          square[i] += difference * difference;
+        }
+      }
+      for (int i = 0; i < count.value; ++i) squares[first + i] = square[i];
+    });
+  each_try([&](int i) { store(error + i, sum_each(squares + i, kTries - i)); });
+  int best = 0;
+  float least = error[0];
+  for (int i = 1; i < kTries; ++i)
+    best = error[i] < least ? i : best, least = std::min(least, error[i]);
   for (int64_t j = 0; j < d; j += kLanes) {
     const f32 y = load(x + j);
-    const f32 k = nearest<Bits>(abs(y) * best_inverse);
+    const f32 k = Nearest<Bits>::count(abs(y) * inverse[best]);
     const f32 code = select(y < 0.0f, (G::kTop - 0.5f) - k, (G::kTop + 0.5f) + k);
     store_bytes(&scratch.codes[j], bit_cast<u32>(__builtin_convertvector(code, i32)));
   }
   pack<Bits>(scratch.codes.data(), d, packed);
-  return best_scale;
+  return splat(scale[best]);
 }
 
 f32 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {

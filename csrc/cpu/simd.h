@@ -267,6 +267,51 @@ inline f32 max_lanes(f32 x) {
   return max(x, exchange<1>(x));
 }
 
+template <int Offset, int... I>
+inline f32 zip_pairs(f32 a, f32 b, std::integer_sequence<int, I...>) {
+  return shuffle(
+      a, b, std::integer_sequence<int, ((I & ~3) + Offset + (I & 3) / 2 + (I & 1) * kLanes)...>{});
+}
+template <int Offset, int... I>
+inline f32 zip_halves(f32 a, f32 b, std::integer_sequence<int, I...>) {
+  return shuffle(
+      a, b,
+      std::integer_sequence<int, ((I & ~3) + Offset + (I & 1) + ((I & 2) ? kLanes : 0))...>{});
+}
+
+// What f makes of the lanes of each of four vectors; again in every four lanes.
+template <class F>
+inline f32 fold(f32 a, f32 b, f32 c, f32 d, F f) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+  f32 ab = f(zip_pairs<0>(a, b, lanes), zip_pairs<2>(a, b, lanes));
+  f32 cd = f(zip_pairs<0>(c, d, lanes), zip_pairs<2>(c, d, lanes));
+  f32 x = f(zip_halves<0>(ab, cd, lanes), zip_halves<2>(ab, cd, lanes));
+  if constexpr (kLanes > 8) x = f(x, exchange<8 % kLanes>(x));
+  if constexpr (kLanes > 4) x = f(x, exchange<4 % kLanes>(x));
+  return x;
+}
+
+// Lane i is what f makes of the lanes of x[i], for i < n; of at most Most.
+template <int Most = kLanes, class F>
+inline f32 fold_each(const f32* x, int n, F f) {
+  auto at = [&](int i) { return x[i < n ? i : n - 1]; };
+  f32 all = fold(at(0), at(1), at(2), at(3), f);
+  for (int i = 4; i < Most && i < n; i += 4) {
+    const i32 here = bit_cast<i32>((lane_index() & ~3u) == static_cast<uint32_t>(i));
+    all = select(here, fold(at(i), at(i + 1), at(i + 2), at(i + 3), f), all);
+  }
+  return all;
+}
+
+template <int Most = kLanes>
+inline f32 sum_each(const f32* x, int n) {
+  return fold_each<Most>(x, n, [](f32 a, f32 b) { return a + b; });
+}
+template <int Most = kLanes>
+inline f32 max_each(const f32* x, int n) {
+  return fold_each<Most>(x, n, [](f32 a, f32 b) { return max(a, b); });
+}
+
 // 2^x to 1 ulp; 0 below -126, and for -inf; NaN for NaN, whatever its bits.
 inline f32 exp2(f32 x) {
   const f32 shift = splat(0x1.8p23f);  // to the nearest integer, which then sits in the low bits
@@ -347,6 +392,16 @@ template <bool Second>
 inline u32 zip(u32 a, u32 b) {
   return bit_cast<u32>(
       zip<Second>(bit_cast<f32>(a), bit_cast<f32>(b), std::make_integer_sequence<int, kLanes>{}));
+}
+
+// Call f(constant, first) for groups of at most Most rows that make up `rows`.
+template <int Most, class F>
+inline void in_groups(int rows, F f) {
+  int r = 0;
+  for (; r + Most <= rows; r += Most) f(std::integral_constant<int, Most>{}, r);
+  const int left = rows - r;
+  if constexpr (Most > 1)
+    if (left) in_groups<Most - 1>(left, [&](auto count, int i) { f(count, r + i); });
 }
 
 }  // namespace kvtools::KVTOOLS_ISA

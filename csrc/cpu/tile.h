@@ -16,29 +16,6 @@ constexpr int kTileRows = kTileVectors * kLanes;  // rows of a tile at most
 constexpr int kFewRows = 8;                       // up to so many the first form is faster
 constexpr int kChunk = 64;                        // slots at a time, so that a chunk stays in L1
 
-template <int Offset, int... I>
-inline f32 zip_pairs(f32 a, f32 b, std::integer_sequence<int, I...>) {
-  return shuffle(
-      a, b, std::integer_sequence<int, ((I & ~3) + Offset + (I & 3) / 2 + (I & 1) * kLanes)...>{});
-}
-template <int Offset, int... I>
-inline f32 zip_halves(f32 a, f32 b, std::integer_sequence<int, I...>) {
-  return shuffle(
-      a, b,
-      std::integer_sequence<int, ((I & ~3) + Offset + (I & 1) + ((I & 2) ? kLanes : 0))...>{});
-}
-
-// The sums of four vectors.
-inline void store_sums(float* out, f32 a, f32 b, f32 c, f32 d) {
-  constexpr std::make_integer_sequence<int, kLanes> lanes{};
-  f32 ab = zip_pairs<0>(a, b, lanes) + zip_pairs<2>(a, b, lanes);
-  f32 cd = zip_pairs<0>(c, d, lanes) + zip_pairs<2>(c, d, lanes);
-  f32 x = zip_halves<0>(ab, cd, lanes) + zip_halves<2>(ab, cd, lanes);
-  if constexpr (kLanes > 8) x += exchange<8 % kLanes>(x);
-  if constexpr (kLanes > 4) x += exchange<4 % kLanes>(x);
-  std::memcpy(out, &x, 4 * sizeof(float));
-}
-
 // Bring bytes [0, bytes) of a row that is read soon into the cache.
 inline void fetch(const char* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(row + b);
@@ -61,8 +38,10 @@ inline void few_scores(const Read& read, const float* q, int64_t width, const ch
         for (int i = 0; i < 4; ++i) sum[r][i] += qr * k[i];
       }
     }
-    for (int r = 0; r < R; ++r)
-      store_sums(x + r * kChunk + s, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+    for (int r = 0; r < R; ++r) {
+      const f32 four = sum_each<4>(sum[r], 4);
+      std::memcpy(x + r * kChunk + s, &four, 4 * sizeof(float));
+    }
   }
 }
 
@@ -166,16 +145,6 @@ inline void add_pairs(const uint32_t* v, int pairs, const uint32_t* p, float* ou
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i) store(out + r * width + i * kLanes, sum[r][i]);
-}
-
-// Call f(constant, first) for groups of at most Most rows that make up `rows`.
-template <int Most, class F>
-inline void in_groups(int rows, F f) {
-  int r = 0;
-  for (; r + Most <= rows; r += Most) f(std::integral_constant<int, Most>{}, r);
-  const int left = rows - r;
-  if constexpr (Most > 1)
-    if (left) in_groups<Most - 1>(left, [&](auto count, int i) { f(count, r + i); });
 }
 
 }  // namespace kvtools::KVTOOLS_ISA
