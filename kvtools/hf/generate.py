@@ -64,8 +64,9 @@ def generate(
     With `return_dict_in_generate` the cache that is returned keeps all rows, and another call goes
     on from it, given as `past_key_values` (`cache` in transformers 5.24): more samples of its
     prompts, or prompts that begin with texts that it holds, prompt and answer, of which only the
-    rest is run. It then holds the new rows instead. `save_cache` and `load_cache` keep one in a
-    file.
+    rest is run. It then holds the new rows instead; after a call that fails half-way, or without
+    `return_dict_in_generate`, none that can be gone on from. `save_cache` and `load_cache` keep one
+    in a file.
 
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact, or that of the

@@ -31,7 +31,7 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
     """Write a cache that `generate` has returned to a file (safetensors), for `load_cache`.
 
     Args:
-        model: that it is of.
+        model: that it is of, with the adapters (peft) on that it was filled with.
         cache: its rows, texts, and all that a step looks at; of its pools, the pages in use.
         path: of the file. It is written whole or not at all, over a file that is there.
 
@@ -78,7 +78,8 @@ def load_cache(
     on from it as from the one that was saved.
 
     Args:
-        model: with the weights of the one that it was saved of, in the same dtype.
+        model: with the weights of the one that it was saved of, in the same dtype, and the same
+            adapters (peft) on.
         path: of the file.
         config: what it must have been kept with, but for `impl`, which may be another; default
             what it was.
