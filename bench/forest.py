@@ -39,8 +39,8 @@ class Scale:
     prompts: int = 64
     preamble: int = 1200
     own: tuple[int, int] = (40, 80)
-    batch: int = 16  # prompts that plain `generate` gets at a time
-    new: int = 3  # tokens that are compared
+    batch: int = 1  # prompts that plain `generate` gets at a time; with padding it is slower
+    new: int = 4  # tokens that are compared
     samples: int = 4000
     prompt: int = 200
     most: int = 20  # tokens of a sample
