@@ -39,16 +39,16 @@ class Scale:
     prompts: int = 64
     preamble: int = 1200
     own: tuple[int, int] = (40, 80)
-    batch: int = 16  # prompts that plain `generate` gets at a time
+    batch: int = 1  # prompts that plain `generate` gets at a time; with padding it is slower
     new: int = 4  # tokens that are compared
     samples: int = 4000
     prompt: int = 200
-    most: int = 24  # tokens of a sample
+    most: int = 20  # tokens of a sample
     completions: int = 8
     length: int = 256
     before: int = 1024
-    judged: int = 2  # completions whose log-probabilities are also computed in float64
-    rounds: int = 2
+    judged: int = 1  # completions whose log-probabilities are also computed in float64
+    rounds: int = 1  # in which completions are timed; memory is measured in the first
 
 
 @contextmanager
@@ -79,6 +79,13 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     begin = time.perf_counter()
     out = run()
     return time.perf_counter() - begin, out
+
+
+def step(name: str, run: Callable[[], Any]) -> Any:
+    """`run()`, and a line that says what it took."""
+    seconds, out = timed(run)
+    print(f"{name}: {seconds:.1f} s", file=sys.stderr, flush=True)
+    return out
 
 
 def peak(run: Callable[[], Any]) -> tuple[float | None, Any]:
@@ -145,7 +152,7 @@ def few_shot(model: PreTrainedModel, tokenizer: Any, scale: Scale) -> dict:
     stems = {tuple(x[:n]) for x in prompts for n in range(1, len(x) + 1)}
     rows, want = {"distinct tokens": len(stems)}, None
     for name, run in (("kvtools", ours), ("apart", apart), ("generate", plain)):
-        seconds, new, tokens = run()
+        seconds, new, tokens = step(f"few-shot prompts, {name}", run)
         want = new if want is None else want
         same = float(np.mean([a == b for a, b in zip(new, want, strict=True)]))
         rows[name] = {"prefill_s": seconds, "tokens": tokens, "same": same}
@@ -179,26 +186,29 @@ def many(scale: Scale) -> dict:
     model, prompt = small(), [random.Random(1).randrange(3, 250) for _ in range(scale.prompt)]
     rows: dict[str, Any] = {}
     want = None
-    for flying in (64, 16, 256):
-        runs = kvtools.Rollouts(model, seed=1)
-        peak, drawn, begin = 0, {}, time.perf_counter()
+
+    def draw(flying: int) -> tuple[dict[int, list[int]], int]:
+        runs, peak, drawn = kvtools.Rollouts(model, seed=1), 0, {}
         for x in runs.sample([prompt], scale.samples, rows=flying, max_new_tokens=scale.most):
             drawn[x.number] = x.tokens
             peak = max(peak, runs.kv.memory()["total"])
-        seconds = time.perf_counter() - begin
+        return drawn, peak
+
+    for flying in (64, 16, 256):
+        title = f"{scale.samples:,} samples, {flying} rows"
+        seconds, (drawn, peak) = step(title, lambda flying=flying: timed(lambda: draw(flying)))
         want = drawn if want is None else want
         rows[f"{flying} rows"] = {
             "tokens/s": sum(map(len, drawn.values())) / seconds, "peak_bytes": peak,
             "samples": len(drawn), "same": sum(drawn[i] == x for i, x in want.items()) / len(want),
         }  # fmt: skip
-    rates, totals = [], []
+    rates = []
     for seed in range(12):
         runs = kvtools.Rollouts(model, seed=seed)
         begin = time.perf_counter()
         runs.prefill([prompt], 64)
         new = runs.generate(scale.most)
         rates.append(sum(map(len, new)) / (time.perf_counter() - begin))
-        totals.append(runs.kv.memory()["total"])
     full = kvtools.Rollouts(model, eos_token_id=())
     full.prefill([prompt], 64)
     full.generate(scale.most)
@@ -230,24 +240,29 @@ def given(model: PreTrainedModel, tokenizer: Any, scale: Scale) -> dict:
     runs = {"kvtools": ours, "padded, full logits": padded}
     for run in runs.values():  # weights that are read for the first time belong to neither
         run(model, [new[0][:2]])
-    rows: dict[str, Any] = {}
-    for name, run in runs.items():
-        rows[name] = {"seconds": [], "peak_bytes": peak(lambda run=run: run(model, new))[0]}
-    for _ in range(scale.rounds):
+    rows: dict[str, Any] = {name: {"seconds": [], "peak_bytes": None} for name in runs}
+    found = {}
+    for i in range(scale.rounds):
         for name, run in runs.items():
-            rows[name]["seconds"].append(timed(lambda run=run: run(model, new))[0])
+            title = f"completions, {name}, {i + 1} of {scale.rounds}"
+            most, (seconds, found[name]) = peak(
+                lambda title=title, run=run: step(title, lambda: timed(lambda: run(model, new)))
+            )
+            rows[name]["seconds"].append(seconds)
+            if i == 0:  # later, memory that was given back is there again
+                rows[name]["peak_bytes"] = most
     # Sums in another order differ: the truth tells by how much they may.
-    some, double = new[: scale.judged], copy.deepcopy(model).double()
-    truth = torch.cat([padded(double, [x]) for x in some])
-    truth = torch.cat([truth[::2], truth[1::2]])
-    for name, run in runs.items():
-        error = run(model, some) - truth
+    n, double = scale.judged, copy.deepcopy(model).double()
+    truth = step("completions, padded, float64", lambda: padded(double, new[:n]))
+    for name, out in found.items():
+        error = torch.cat([out[:n], out[len(new) :][:n]]) - truth
         rows[name] |= {
             "seconds": float(np.median(rows[name]["seconds"])),
             "error": float(error.abs().max()),
             "rms_error": float(error.square().mean().sqrt()),
         }
-    rows["kvtools"]["float64_error"] = float((ours(double, some) - truth).abs().max())
+    error = step("completions, kvtools, float64", lambda: ours(double, new[:n])) - truth
+    rows["kvtools"]["float64_error"] = float(error.abs().max())
     return rows
 
 

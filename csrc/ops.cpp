@@ -501,22 +501,28 @@ LanguageHead language_head(const Tensor& hidden, const Tensor& weight, const Opt
   return {strided<2>(hidden), strided<2>(weight), strided<1>(bias), weight.size(0), weight.size(1)};
 }
 
-std::tuple<Tensor, Tensor> token_logprobs(Tensor hidden, Tensor weight, Tensor target,
-                                          Optional bias, double softcap, Optional cu_seqlens,
-                                          Optional ref_hidden, Optional ref_weight,
-                                          Optional ref_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor hidden, Tensor weight,
+                                                          Tensor target, Optional bias,
+                                                          double softcap, Optional cu_seqlens,
+                                                          Optional ref_hidden, Optional ref_weight,
+                                                          Optional ref_bias, bool entropies) {
   const int64_t t = target.size(0), x = cu_seqlens ? cu_seqlens->size(0) - 1 : 0;
+  const int64_t told = entropies ? t : 0;
   Tensor logprob = torch::stable::new_empty(hidden, {t}, ScalarType::Float);
   Tensor sum = torch::stable::new_empty(hidden, {x}, ScalarType::Float);
+  Tensor entropy = torch::stable::new_empty(hidden, {told}, ScalarType::Float);
+  Tensor greedy = torch::stable::new_empty(hidden, {told}, ScalarType::Bool);
   KVTOOLS_RUN(
       token_logprobs,
       {language_head(hidden, weight, bias),
        ref_hidden ? language_head(*ref_hidden, *ref_weight, ref_bias) : LanguageHead{},
        vector_of_integers(target), cu_seqlens ? vector_of_integers(*cu_seqlens) : Integers{},
        static_cast<float>(softcap), static_cast<float*>(logprob.data_ptr()),
-       static_cast<float*>(sum.data_ptr()), t, x},
+       static_cast<float*>(sum.data_ptr()),
+       entropies ? static_cast<float*>(entropy.data_ptr()) : nullptr,
+       entropies ? static_cast<bool*>(greedy.data_ptr()) : nullptr, t, x},
       pool());
-  return {logprob, sum};
+  return {logprob, sum, entropy, greedy};
 }
 
 std::string cpu_isa(std::string name) {

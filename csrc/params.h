@@ -221,6 +221,8 @@ struct TokenLogprobs {
   Integers target, cu_seqlens;  // [t], [x + 1]
   float softcap;
   float *logprob, *sum;  // [t], [x], contiguous
+  float* entropy;        // [t], contiguous; or null, then `greedy` is too
+  bool* greedy;
   int64_t t, x;
 };
 

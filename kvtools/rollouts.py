@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ._host import PoolExhausted
 from .cache import Index
-from .config import CacheConfig
+from .config import CacheConfig, is_int
 from .hf import Decoder, Flight, Graph, PagedCache, Session, config_of, plugged, usable
-from .ops.sampling import drawn, row_seeds
+from .ops.sampling import check_filters, drawn, row_seeds
 from .ops.upload import on_device, seed_words, seeds_of
 from .samples import Sample, Until, samples
 from .transaction import Transaction
@@ -92,6 +92,12 @@ class Rollouts:
         probe: bool = True,
         graph: Graph = "auto",
     ) -> None:
+        # All options before anything is taken: a cache is the caller's while one of them is bad.
+        self.filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        check_filters(**self.filters)
+        seed = _whole_number("seed", seed)
+        if processor is not None and not callable(processor):
+            raise TypeError(f"processor={processor!r}: expected a function (tokens, logits)")
         config = config_of(model, cache, config, ("cache", "config"))
         if cache is not None and pages is not None:
             raise ValueError(f"pages={pages}: the pools of cache are what they are: leave it out")
@@ -103,10 +109,10 @@ class Rollouts:
         self._graph, self._decoder = graph, None  # with what it was made for
         self._flights: list[Flight] = []  # launched, not yet read
         self.kv, self.device = self._session.kv, self._session.device
-        self.filters = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         if eos_token_id is None:
             eos_token_id = model.generation_config.eos_token_id
-        self.eos = set(np.atleast_1d([] if eos_token_id is None else eos_token_id).tolist())
+        eos = np.atleast_1d([] if eos_token_id is None else eos_token_id).tolist()
+        self.eos = {_whole_number("eos_token_id", x) for x in eos}
         self._processor, self._seed, self._seeded = processor, seed, 0  # rows that got a seed
         self.tokens: list[list[int]] = []
         self.logprobs: list[list[float]] = []
@@ -667,6 +673,12 @@ class Rollouts:
         if until is None:
             return False
         return bool(until(new)) if callable(until) else new[-1] in until
+
+
+def _whole_number(name: str, x: Any) -> int:
+    if not is_int(x) and not isinstance(x, np.integer):
+        raise TypeError(f"{name}={x!r}: expected a whole number")
+    return int(x)
 
 
 @dataclass

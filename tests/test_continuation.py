@@ -1,5 +1,6 @@
 """generate goes on from the cache that it returned."""
 
+import numpy as np
 import pytest
 import torch
 from models import Counter, fresh_model, padded_prompts, random_ids, tiny_model
@@ -145,6 +146,57 @@ def test_what_cannot_be_gone_on_from():
     assert generate(model, longer, lossy).sequences.shape[1] == longer.shape[1] + NEW
     again = generate(model, ids, cache)
     assert again.sequences.shape == (1, 48)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        dict(temperature=-1.0), dict(temperature="hot"), dict(top_k=-1), dict(top_k=1.5),
+        dict(top_p=0.0), dict(min_p=2.0), dict(min_p=None), dict(eos_token_id="."),
+        dict(eos_token_id=[5, 6.5]), dict(seed=None), dict(seed=1.5), dict(processor=3),
+        dict(graph="never"), dict(config=dict(bits=4)), dict(pages=3),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_are_refused_before_a_cache_is_taken(option):
+    model = tiny_model()
+    cache = cache_of(generate(model, random_ids(1, 40)))
+    with pytest.raises((ValueError, TypeError), match=next(iter(option))):
+        kvtools.Rollouts(model, cache=cache, **option)
+    with pytest.raises((ValueError, TypeError), match=next(iter(option))):
+        kvtools.Rollouts(model, cache=cache, **option)  # as before, not for what became of it
+    assert kvtools.Rollouts(model, cache=cache, seed=np.int64(3)).rows == 1
+
+
+def test_options_of_generate_are_refused_before_a_cache_is_changed():
+    model, ids = tiny_model(), random_ids(1, 40)
+    cache = cache_of(generate(model, ids))
+    before = cache.kv.lengths.tolist(), [list(x) for x in cache.texts]
+    said = torch.cat([ids, random_ids(1, 3, seed=7)], 1)
+    for option in (dict(graph="never"), dict(rows=0), dict(kv_config=CacheConfig(bits=8))):
+        for scores in (False, True):
+            with pytest.raises(ValueError, match=next(iter(option))):
+                generate(model, said, cache, output_scores=scores, **option)
+    assert (cache.kv.lengths.tolist(), cache.texts) == before
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_cache_that_was_used_up_says_so(fails):
+    """By a call that failed half-way, or that returns none: it does not hold what it says."""
+    model, ids = tiny_model(), random_ids(1, 40)
+    cache = cache_of(generate(model, ids, do_sample=True))
+    how = dict(do_sample=True, return_dict_in_generate=False)
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            generate(model, ids, cache, logits_processor=[lambda ids, scores: 1 / 0], **how)
+    else:
+        generate(model, ids, cache, **how)
+    for go_on in (
+        lambda: generate(model, ids, cache), lambda: kvtools.Rollouts(model, cache=cache),
+        lambda: kvtools.save_cache(model, cache, "nowhere"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="does not know its texts"):
+            go_on()
 
 
 def test_a_pool_that_ends_changes_nothing(monkeypatch):

@@ -430,6 +430,13 @@ def test_streamer():
     through("patch", model, ids, max_new_tokens=6, streamer=patched)
     assert plain.ended and direct.ended and patched.ended
     assert direct.got == patched.got == plain.got
+    # And to generate, too, which puts the prompts there itself.
+    both, other = Recorder(), Recorder()
+    loop = functools.partial(kvtools.generate, streamer=both)
+    model.generate(ids, max_new_tokens=6, custom_generate=loop, streamer=both)
+    assert both.ended and both.got == plain.got
+    with pytest.raises(ValueError, match="streamer is another one in generate"):
+        model.generate(ids, max_new_tokens=6, custom_generate=loop, streamer=other)
 
 
 TIGHT = dict(budget=24, recent=4, prompt_budget=24)

@@ -5,7 +5,9 @@ import pytest
 import torch
 from models import Counter, fresh_model, random_ids, tiny_model
 from test_door import MODELS
+from torch.nn.utils import parametrize
 from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 import kvtools
 from kvtools import CacheConfig
@@ -138,6 +140,77 @@ def test_a_model_that_is_changed_after_its_head_was_run_by_itself(change):
     change(model)
     found = kvtools.logprobs(model, prompts[:1], texts[:1])
     check(found, model, prompts[:1], texts[:1], 2e-4)
+
+
+class Masked(LlamaForCausalLM):
+    """Writes to its logits, where they lie."""
+
+    def forward(self, input_ids=None, **how):
+        out = super().forward(input_ids=input_ids, **how)
+        out.logits[..., 3:9] = -99.0
+        return out
+
+
+class Scaled(LlamaForCausalLM):
+    def forward(self, input_ids=None, **how):
+        out = super().forward(input_ids=input_ids, **how)
+        out.logits = out.logits / 4
+        return out
+
+
+class Wider(LlamaForCausalLM):
+    """Its head is given something else than hidden states."""
+
+    def forward(self, input_ids=None, logits_to_keep=0, **how):
+        how.pop("use_cache", None)
+        hidden = self.model(input_ids=input_ids, **how).last_hidden_state[:, -logits_to_keep:]
+        return CausalLMOutput(logits=self.lm_head(3 * hidden))
+
+
+def parametrized(model):
+    parametrize.register_parametrization(model.lm_head, "weight", torch.nn.Tanh())
+
+
+def biased(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(len(model.lm_head.weight)))
+
+
+def into(kind):
+    return lambda model: setattr(model, "__class__", kind)
+
+
+def hooked(model):
+    model.lm_head.register_forward_hook(lambda module, args, out: out - out[..., :1].abs())
+
+
+def wrapped(model):
+    model.lm_head.forward = lambda x, stock=model.lm_head.forward: 2 * stock(x)
+
+
+@pytest.mark.parametrize("change, made", [
+    (lambda model: None, False), (biased, False), (into(Wider), False), (into(Masked), True),
+    (into(Scaled), True), (hooked, True), (wrapped, True), (parametrized, True),
+    (lambda model: model.double(), True), (lambda model: model.bfloat16(), True),
+], ids=["plain", "bias", "wider", "masked", "scaled", "hook", "forward", "parametrized",
+        "float64", "bfloat16"])  # fmt: skip
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_logits_are_left_out_where_a_product_is_last(change, made, mode, monkeypatch):
+    model, (prompts, texts) = fresh_model(), case()
+    change(model)
+    seen, op = [], heads.token_logprobs
+    monkeypatch.setattr(heads, "token_logprobs", lambda *a, **how: seen.append(1) or op(*a, **how))
+    with mode():
+        found = kvtools.logprobs(model, prompts[:1], texts[:1], temperature=0.7)
+    assert bool(seen) != made and check_model(model).apart
+    check(found, model, prompts[:1], texts[:1], 0.1 if model.dtype == torch.bfloat16 else 2e-4, 0.7)
+
+
+def test_logits_under_autocast_are_those_of_autocast():
+    model, (prompts, texts) = fresh_model(), case()
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = kvtools.logprobs(model, prompts[:1], [texts[0][:1]]).logprobs[0]
+        want = plain(model, prompts[0], texts[0][0])[0]
+    torch.testing.assert_close(got, want, atol=0.05, rtol=0.05)
 
 
 def test_as_near_to_the_truth_as_torch():

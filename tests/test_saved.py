@@ -254,3 +254,47 @@ def test_weights_that_are_no_parameters(tmp_path):
             load_cache(model, path)
         layer.load_state_dict(before)
     assert load_cache(model, path).kv.rows == 1
+
+
+class Adapted(torch.nn.Linear):
+    """A layer with adapters, as peft has them."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight, self.merged_adapters = linear.weight, []
+        self.active_adapters, self.disable_adapters = ["one"], False
+        self.scaling = {"one": 2.0, "two": 2.0}
+        self.lora = torch.nn.Parameter(torch.randn(2, linear.out_features))
+
+    def forward(self, x):
+        on = [] if self.disable_adapters else self.active_adapters
+        extra = sum(self.scaling[name] * self.lora[int(name == "two")] for name in on)
+        return super().forward(x) + extra
+
+
+def test_adapters_count(tmp_path):
+    """Which are on, and how much each counts, which weights do not tell."""
+    model, path = fresh_model(), tmp_path / "cache"
+    part = model.model.layers[1].self_attn
+    part.k_proj = layer = Adapted(part.k_proj)
+    save_cache(model, cache_of(generate(model, random_ids(1, 20))), path)
+    assert load_cache(model, path).kv.rows == 1
+    for change, words in (
+        (dict(disable_adapters=True), "adapters='one', not 'off'"),
+        (dict(active_adapters=["two"]), "adapters='one', not 'two'"),
+        (dict(active_adapters=["one", "two"]), "adapters='one', not 'one, two'"),
+        (dict(scaling={"one": 1.0, "two": 2.0}), "weights="),
+    ):
+        before = dict(vars(layer))
+        vars(layer).update(change)
+        with pytest.raises(ValueError, match=f"another model: {words}"):
+            load_cache(model, path)
+        off = tmp_path / "off"
+        save_cache(model, cache_of(generate(model, random_ids(1, 20))), off)
+        vars(layer).update(before)
+        with pytest.raises(ValueError, match="was saved of another model"):
+            load_cache(model, off)
+    with pytest.raises(ValueError, match="another model: adapters='one', not None"):
+        load_cache(fresh_model(), path)
+    layer.scaling["two"] = 7.0  # is not on
+    assert load_cache(model, path).kv.rows == 1

@@ -212,6 +212,59 @@ def test_token_logprobs(T, M, V, dtype, softcap, device, impl):
     assert_within_budget("logprob", actual_t, exact_t, eager_t)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0], ids="softcap={}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T,M,V", TOKENS)
+def test_token_logprobs_with_entropies(T, M, V, dtype, softcap, device, impl):
+    hidden_tm, weight_vm, target_t, bias_v = make_tokens(T, M, V, dtype, device)
+    hidden_tm, bias_v = hidden_tm / M**0.5, bias_v.float()
+    bias_v[: V // 2] = -torch.inf  # softcap brings it back
+    bias_v[V // 2 :] += torch.linspace(0, 9, V - V // 2, device=device)  # the peak comes late
+    if impl == "triton":
+        with pytest.raises(RuntimeError, match="has no entropies: use impl='auto'"):
+            token_logprobs(hidden_tm, weight_vm, target_t, bias_v, entropies=True, impl=impl)
+        return
+
+    def plain(dtype):
+        logits_tv = hidden_tm.to(dtype) @ weight_vm.to(dtype).T + bias_v.to(dtype)
+        if softcap:
+            logits_tv = softcap * (logits_tv / softcap).tanh()
+        logp_tv = logits_tv.log_softmax(-1)
+        return torch.special.entr(logp_tv.exp()).sum(-1), logits_tv.argmax(-1)
+
+    ignored_t = target_t == -100
+    target_t[::2] = plain(torch.float64)[1][::2].masked_fill(ignored_t[::2], -100)
+    args, how = (hidden_tm, weight_vm, target_t, bias_v), dict(softcap=softcap, impl=impl)
+    logprob_t, sum_x, entropy_t, greedy_t = token_logprobs(*args, **how, entropies=True)
+    for ours, alone in zip((logprob_t, sum_x), token_logprobs(*args, **how), strict=True):
+        assert torch.equal(ours, alone)
+    exact_t, eager_t = (
+        plain(d)[0].masked_fill(ignored_t, 0) for d in (torch.float64, torch.float32)
+    )
+    assert entropy_t.dtype == torch.float32 and greedy_t.dtype == torch.bool
+    assert_within_budget("entropy", entropy_t, exact_t, eager_t)
+    if not softcap:  # which brings the highest so near together that they change places
+        assert torch.equal(greedy_t, plain(torch.float64)[1] == target_t)
+
+
+def test_entropies_of_equal_logits(device, impl):
+    """The first of them is the most likely, wherever it stands."""
+    if impl == "triton":
+        return
+    for v in (7, 20, 2000, 9000):
+        for at in (0, v // 2, v - 1):
+            bias_v = torch.full((v,), -torch.inf, device=device)
+            bias_v[[at, v - 1]] = 2.0
+            target_t = torch.tensor([at, v - 1], device=device)
+            found = token_logprobs(
+                torch.ones(2, 1, device=device), torch.zeros(v, 1, device=device), target_t, bias_v,
+                entropies=True, impl=impl,
+            )  # fmt: skip
+            sizes = 1 + (at < v - 1)
+            assert found[2].tolist() == pytest.approx([math.log(sizes)] * 2, abs=1e-6)
+            assert found[3].tolist() == [True, at == v - 1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_logprobs_against_a_reference_model(dtype, device, impl):
     hidden_tm, weight_vm, target_t, bias_v = make_tokens(70, 16, 333, dtype, device)
@@ -322,11 +375,11 @@ def test_step_scores_of_a_row_depend_on_neither_batch_nor_threads(device, impl):
 
 def test_token_logprobs_tiles_do_not_show(device, monkeypatch):
     args = make_tokens(70, 16, 333, torch.float64, device)
-    expected_t, _ = reference.token_logprobs(*args, 0.0, None, None, None, None)
+    how = 2.0, None, None, None, None, True
+    expected = reference.token_logprobs(*args, *how)
     monkeypatch.setattr(reference, "TILE_T", 9)
     monkeypatch.setattr(reference, "TILE_V", 50)
-    actual_t, _ = reference.token_logprobs(*args, 0.0, None, None, None, None)
-    torch.testing.assert_close(actual_t, expected_t)
+    torch.testing.assert_close(reference.token_logprobs(*args, *how), expected)
 
 
 def test_token_logprobs_never_holds_the_logits(device):
@@ -335,8 +388,9 @@ def test_token_logprobs_never_holds_the_logits(device):
     cu_seqlens = torch.tensor([0, T], dtype=torch.int32, device=device)
     with Largest() as largest:
         reference.token_logprobs(
-            hidden_tm, weight_vm, target_t, bias_v, 2.0, cu_seqlens, hidden_tm, weight_vm, bias_v
-        )
+            hidden_tm, weight_vm, target_t, bias_v, 2.0, cu_seqlens, hidden_tm, weight_vm, bias_v,
+            True,
+        )  # fmt: skip
     assert largest.numel == reference.TILE_T * reference.TILE_V < T * V
 
 
@@ -421,9 +475,9 @@ def test_indices_that_nobody_read(device, impl):
     assert want.isfinite().all() and score.isnan().tolist() == [True, False]
     if impl == "triton":
         target = torch.tensor([1, 0, 99, 2], device=device)
-        logprob, total = ops.scoring._token_logprobs(
+        logprob, total, *_ = ops.scoring._token_logprobs(
             impl, hidden[:4], weight, target, None, 0.0, torch.tensor([0, 2, 9], device=device),
-            None, None, None,
+            None, None, None, False,
         )  # fmt: skip
         assert logprob.isnan().tolist() == [False, False, True, True] and total[1].isnan()
 
@@ -456,8 +510,8 @@ def test_token_logprobs_opcheck(device, opcheck):
     hidden_tm, weight_vm, target_t, bias_v = make_tokens(7, 8, 50, torch.float32, device)
     cu_seqlens = torch.tensor([0, 3, 7], dtype=torch.int32, device=device)
     optional = cu_seqlens, hidden_tm, weight_vm, bias_v
-    opcheck("token_logprobs", (hidden_tm, weight_vm, target_t, bias_v, 2.0, *optional))
-    opcheck("token_logprobs", (hidden_tm, weight_vm, target_t, None, 0.0) + (None,) * 4)
+    opcheck("token_logprobs", (hidden_tm, weight_vm, target_t, bias_v, 2.0, *optional, False))
+    opcheck("token_logprobs", (hidden_tm, weight_vm, target_t, None, 0.0, *(None,) * 4, False))
 
 
 def test_token_logprobs_contract(device):

@@ -134,3 +134,15 @@ def test_retries_refuse(strategy, how, message):
     with pytest.raises((ValueError, TypeError), match=message):
         getattr(search, strategy)(rollouts, QUESTIONS, by_text, TOKENS, **how)
     assert rollouts.rows == 0
+
+
+@pytest.mark.parametrize("said", [None, 3, b"x", [0.5], {"input_ids": [5]}, [[5]], [5, 10**6]],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["trigger", "critique", "revision"])
+def test_prompts_that_say_something_else(name, said):
+    """What a function returns is known only when it is called."""
+    rollouts = policy()
+    strategy = search.deepen if name == "trigger" else search.revise
+    with pytest.raises((ValueError, TypeError), match=f"{name} returned "):
+        strategy(rollouts, QUESTIONS[:1], by_text, TOKENS, n=1, **{name: lambda *_: said})
+    assert rollouts.rows == 0

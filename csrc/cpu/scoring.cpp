@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -189,14 +190,22 @@ struct Panels {
   }
 };
 
-// What is known of some tokens' logits: sum e^(logit - peak).
+// What is known of some tokens' logits: sum e^x of x = logit - peak; and where entropies are wanted
+// sum x e^x, and the first id with the peak.
 struct Partial {
-  std::vector<float> peak, sum;
+  std::vector<float> peak, sum, weighted;
+  std::vector<int32_t> best;
 
-  explicit Partial(int64_t size) : peak(size, std::numeric_limits<float>::lowest()), sum(size) {}
+  Partial(int64_t size, bool entropies)
+      : peak(size, std::numeric_limits<float>::lowest()),
+        sum(size),
+        weighted(entropies ? size : 0),
+        best(weighted.size()) {}
 
-  // Add the n ids of a tile to the vector of tokens at `offset`; the tile becomes final logits.
-  void add(const float* bias, float softcap, int n, float* tile, int64_t width, int64_t offset) {
+  // Add the n ids from `first` on, of a tile, to the vector of tokens at `offset`; the tile becomes
+  // final logits.
+  void add(const float* bias, float softcap, int32_t first, int n, float* tile, int64_t width,
+           int64_t offset) {
     const f32 before = load(&peak[offset]);
     f32 most = before, total = {};
     for (int r = 0; r < n; ++r) {
@@ -205,18 +214,38 @@ struct Partial {
       store(tile + r * width, logit);
       most = max(logit, most);
     }
-    for (int r = 0; r < n; ++r) total += exp2((load(tile + r * width) - most) * kLog2e);
-    store(&sum[offset], load(&sum[offset]) * exp2((before - most) * kLog2e) + total);
+    const f32 moved = exp2((before - most) * kLog2e);
+    if (weighted.empty()) {
+      for (int r = 0; r < n; ++r) total += exp2((load(tile + r * width) - most) * kLog2e);
+    } else {
+      // Of ids that are ruled out x e^x is 0, not NaN.
+      auto finite = [](f32 x) { return max(x, splat(-1e30f)); };
+      i32 id;
+      std::memcpy(&id, &best[offset], sizeof id);
+      f32 highest = before, sum_x = {};
+      for (int r = 0; r < n; ++r) {
+        const f32 logit = load(tile + r * width), x = logit - most, mass = exp2(x * kLog2e);
+        id = logit > highest ? i32{} + (first + r) : id;
+        highest = max(logit, highest);
+        total += mass;
+        sum_x += mass * finite(x);
+      }
+      const f32 old = load(&weighted[offset]) + load(&sum[offset]) * finite(before - most);
+      store(&weighted[offset], old * moved + sum_x);
+      std::memcpy(&best[offset], &id, sizeof id);
+    }
+    store(&sum[offset], load(&sum[offset]) * moved + total);
     store(&peak[offset], most);
   }
 };
 
-// out[t] += sign * log softmax(logits)[target], for `size` tokens that are at most kTokens.
+// out[t] += sign * log softmax(logits)[target], for `size` tokens that are at most kTokens; and if
+// `entropies`, what else is wanted of the model.
 void add_logprobs(const LanguageHead& head, const TokenLogprobs& p, const int64_t* token,
-                  int64_t size, float sign, const Pool& pool) {
+                  int64_t size, float sign, bool entropies, const Pool& pool) {
   const Panels panels(head.hidden, token, size, head.m, pool);
   const int64_t segments = (head.v + kSegment - 1) / kSegment;
-  std::vector<Partial> partials(segments, Partial(Panels::vectors(size) * kLanes));
+  std::vector<Partial> partials(segments, Partial(Panels::vectors(size) * kLanes, entropies));
   std::vector<float> chosen(size);
   pool.run(segments, [&](int64_t segment) {
     std::vector<float> buffer(kTile * head.m), tile(kTile * kPanel);
@@ -234,7 +263,7 @@ void add_logprobs(const LanguageHead& head, const TokenLogprobs& p, const int64_
         const int64_t first = panel * kPanel, width = panels.width(panel);
         multiply(width / kLanes, weight, &panels.x[first * head.m], head.m, tile.data());
         for (int64_t c = 0; c < width; c += kLanes)
-          partials[segment].add(bias, p.softcap, n, &tile[c], width, first + c);
+          partials[segment].add(bias, p.softcap, v, n, &tile[c], width, first + c);
         for (int64_t t = first; t < std::min(size, first + width); ++t) {
           const int64_t r = p.target[token[t]] - v;
           if (0 <= r && r < n) chosen[t] = tile[r * width + t - first];
@@ -243,10 +272,22 @@ void add_logprobs(const LanguageHead& head, const TokenLogprobs& p, const int64_
     }
   });
   for (int64_t t = 0; t < size; ++t) {
-    double peak = -kInfinity, sum = 0;
-    for (const Partial& part : partials) peak = std::max<double>(peak, part.peak[t]);
-    for (const Partial& part : partials) sum += part.sum[t] * std::exp(part.peak[t] - peak);
+    double peak = -kInfinity, sum = 0, weighted = 0;
+    const Partial* highest = nullptr;
+    for (const Partial& part : partials)
+      if (part.peak[t] > peak) {
+        highest = &part;
+        peak = part.peak[t];
+      }
+    for (const Partial& part : partials) {
+      const double x = part.peak[t] - peak, mass = std::exp(x);
+      sum += part.sum[t] * mass;
+      if (entropies) weighted += mass * (part.weighted[t] + part.sum[t] * x);
+    }
     p.logprob[token[t]] += sign * static_cast<float>(chosen[t] - (peak + std::log(sum)));
+    if (!entropies) continue;
+    p.entropy[token[t]] = std::log(sum) - weighted / sum;
+    p.greedy[token[t]] = highest->best[t] == p.target[token[t]];
   }
 }
 
@@ -275,13 +316,17 @@ void step_scores(const StepScores& p, const Pool& pool) {
 
 void token_logprobs(const TokenLogprobs& p, const Pool& pool) {
   std::fill_n(p.logprob, p.t, 0.0f);
+  if (p.entropy) {
+    std::fill_n(p.entropy, p.t, 0.0f);
+    std::fill_n(p.greedy, p.t, false);
+  }
   std::vector<int64_t> token;
   for (int64_t t = 0; t < p.t; ++t)
     if (p.target[t] != kIgnored) token.push_back(t);
   for (size_t first = 0; first < token.size(); first += kTokens) {
     const int64_t size = std::min<int64_t>(kTokens, token.size() - first);
-    add_logprobs(p.model, p, &token[first], size, 1, pool);
-    if (p.reference.hidden.data) add_logprobs(p.reference, p, &token[first], size, -1, pool);
+    add_logprobs(p.model, p, &token[first], size, 1, p.entropy, pool);
+    if (p.reference.hidden.data) add_logprobs(p.reference, p, &token[first], size, -1, false, pool);
   }
   for (int64_t x = 0; x < p.x; ++x) {
     double sum = 0;

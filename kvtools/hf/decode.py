@@ -40,10 +40,14 @@ def capturer(device: torch.device) -> Callable[[Callable[[], None]], Callable[[]
     return capture
 
 
-def usable(session: Session, graph: Graph) -> bool:
-    """Whether steps of `session` may run ahead of the host; a model that cannot is named, once."""
+def check_graph(graph: Graph) -> None:
     if graph not in ("auto", False):
         raise ValueError(f"graph={graph!r}: expected 'auto' or False")
+
+
+def usable(session: Session, graph: Graph) -> bool:
+    """Whether steps of `session` may run ahead of the host; a model that cannot is named, once."""
+    check_graph(graph)
     door = session.door
     if not graph or door.uncaptured or capturer(session.device) is None:
         return False

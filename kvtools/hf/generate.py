@@ -29,7 +29,7 @@ from transformers.generation import (
 
 from ..config import CacheConfig, is_int
 from ..ops.sampling import drawn, row_seeds
-from .decode import Decoder, Graph, usable
+from .decode import Decoder, Graph, check_graph, usable
 from .door import device_of, door_of
 from .plug import CACHE, PagedCache, plugged
 from .session import Session, check_model, config_of
@@ -64,8 +64,9 @@ def generate(
     With `return_dict_in_generate` the cache that is returned keeps all rows, and another call goes
     on from it, given as `past_key_values` (`cache` in transformers 5.24): more samples of its
     prompts, or prompts that begin with texts that it holds, prompt and answer, of which only the
-    rest is run. It then holds the new rows instead. `save_cache` and `load_cache` keep one in a
-    file.
+    rest is run. It then holds the new rows instead; after a call that fails half-way, or without
+    `return_dict_in_generate`, none that can be gone on from. `save_cache` and `load_cache` keep one
+    in a file.
 
     Args:
         kv_config: how keys and values are kept; default `CacheConfig()`, exact, or that of the
@@ -101,21 +102,28 @@ def generate(
             "generate does not hand streamer to a custom loop: pass custom_generate="
             "functools.partial(kvtools.generate, streamer=streamer), or use kvtools.patch"
         )
+    told = asked.get("streamer") is not None  # what prompts there are, by generate
+    if told and streamer is not asked["streamer"]:
+        raise ValueError(
+            "streamer is another one in generate than in kvtools.generate, and tokens go to one: "
+            "leave out that of generate"
+        )
     door_of(model)
     _refuse(model, generation_config, model_kwargs, asked)
     if rows is not None and (not is_int(rows) or rows < 1):
         raise ValueError(f"rows={rows!r} must be a whole number of at least 1, or None for all")
+    check_graph(graph)
     with plugged(check_model(model, probe=probe)):
         return _generate(
             model, input_ids, logits_processor, stopping_criteria, generation_config, kv_config,
-            streamer, graph, rows, model_kwargs,
+            streamer, told, graph, rows, model_kwargs,
         )  # fmt: skip
 
 
 def _lost() -> dict[str, Any]:
     """Arguments of the `generate` that called us, some of which it drops on the way.
 
-    There is no public way to see them; they are looked at to be refused, never used.
+    There is no public way to see them; they are looked at to be refused, or done already.
     """
     frame = sys._getframe(2)
     while frame is not None:
@@ -135,6 +143,7 @@ def _generate(
     config: GenerationConfig,
     kv_config: CacheConfig | None,
     streamer: Any,
+    told: bool,
     graph: Graph,
     most: int | None,
     model_kwargs: dict[str, Any],
@@ -153,8 +162,6 @@ def _generate(
         )
     input_ids = input_ids.to(device)
     prompts, row_prompt = _distinct(input_ids, model_kwargs)
-    if streamer is not None:
-        streamer.put(input_ids.cpu())
 
     def text(row: int) -> list[int]:
         if row < first:
@@ -175,8 +182,11 @@ def _generate(
     # Where rows wait that need not be kept, one for each prompt stands before those that grow.
     first = 0 if keeps or most == rows else len(prompts)
     fill = session.prefill if cache is None else session.resume
+    if streamer is not None and not told:
+        streamer.put(input_ids.cpu())
     copies = np.ones(first, np.int64) if first else np.bincount(row_prompt)
     logits_pv = torch.stack(fill(prompts, copies))
+    session.cache.texts = None  # until it holds the new rows, if it is to: no error may hide it
     if not first:
         session.kv.gather(np.argsort(np.argsort(row_prompt, kind="stable")))
 

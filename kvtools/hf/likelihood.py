@@ -45,7 +45,8 @@ def logprobs(
     """Log-probabilities and entropies of given completions, of any number of them for a prompt.
 
     A prompt is encoded once for all its completions, and what prompts have in common once for all
-    of them. Logits are made for some tokens at a time and never kept.
+    of them. Logits are made for some tokens at a time and never kept; in float32 on a CPU, where a
+    matrix product is the last that the model does, they are not made at all.
 
     In float32 the error is that of the model's own forward: sums in another order differ by some
     1e-5 from it, as it does from float64. A float64 model's are its own to 1e-5.

@@ -31,7 +31,7 @@ def save_cache(model: Any, cache: PagedCache, path: str | os.PathLike) -> None:
     """Write a cache that `generate` has returned to a file (safetensors), for `load_cache`.
 
     Args:
-        model: that it is of.
+        model: that it is of, with the adapters (peft) on that it was filled with.
         cache: its rows, texts, and all that a step looks at; of its pools, the pages in use.
         path: of the file. It is written whole or not at all, over a file that is there.
 
@@ -78,7 +78,8 @@ def load_cache(
     on from it as from the one that was saved.
 
     Args:
-        model: with the weights of the one that it was saved of, in the same dtype.
+        model: with the weights of the one that it was saved of, in the same dtype, and the same
+            adapters (peft) on.
         path: of the file.
         config: what it must have been kept with, but for `impl`, which may be another; default
             what it was.
@@ -174,14 +175,35 @@ def _model(model: Any) -> dict[str, Any]:
             # And all of it, where it lies: the sum of its bits, whatever the order.
             bits = x.detach().view(BITS[x.element_size()]).sum(dtype=torch.int64)
             found.update(int(bits).to_bytes(8, "little", signed=True))
+    adapters = _adapters(core)
+    found.update(repr(adapters).encode() if adapters else b"")
+    on = sorted({name for _, scales in adapters for name in scales})
     about = {name: x for name, x in config.items() if name not in ASIDE and name[0] != "_"}
     return {
         "class": type(core).__name__,
         "vocabulary": core.get_input_embeddings().weight.shape[0],
         "dtype": str(core.dtype),
+        **({"adapters": ", ".join(on) or "off"} if adapters else {}),
         **{f"config.{name}": x for name, x in json.loads(json.dumps(about, default=str)).items()},
         "weights": found.hexdigest()[:16],
     }
+
+
+def _adapters(core: torch.nn.Module) -> list[tuple[str, dict[str, float | None]]]:
+    """Of each layer that has adapters, as peft puts them there, those that count and how much: what
+    its weights do not tell."""
+    found = []
+    for prefix, part in core.named_modules():
+        if not hasattr(part, "active_adapters") or not hasattr(part, "disable_adapters"):
+            continue
+        if not isinstance(part.disable_adapters, bool):
+            continue  # transformers' models have methods of these names
+        scaling = getattr(part, "scaling", {})
+        merged = list(getattr(part, "merged_adapters", ()))
+        off = part.disable_adapters and not merged
+        names = [] if off else list(dict.fromkeys([*merged, *part.active_adapters]))
+        found.append((prefix, {name: scaling.get(name) for name in names}))
+    return found
 
 
 def _weights(core: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

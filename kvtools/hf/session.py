@@ -18,7 +18,7 @@ from ..ops.sampling import sample
 from ..ops.upload import on_device
 from ..policy import Policy
 from .door import Door, Unsupported, device_of, door_of, eager_of, inner, refusal
-from .heads import likelihood, split
+from .heads import Head, likelihood, split
 from .parallel import Ranks, head_tokens, own_head
 from .plug import CACHE, Forward, PagedCache, plugged, running
 from .prefixes import alike, branches
@@ -427,11 +427,16 @@ class Session:
                 )
                 target = np.concatenate([texts[i][a + 1 : b + 1] for i, a, b in spans])
                 target = torch.from_numpy(target).to(self.device)
-                seen = [
-                    likelihood(self.whole(part if head is None else head(part)), each, temperature)
-                    for part, each in zip(x.split(piece), target.split(piece), strict=True)
-                ]
-                for i, each in zip(live, torch.cat(seen).split(width.tolist()), strict=True):
+                seen = None if head is None else head.likelihood(x, target, temperature)
+                if seen is None:
+                    pieces = [
+                        likelihood(
+                            self.whole(part if head is None else head(part)), each, temperature
+                        )
+                        for part, each in zip(x.split(piece), target.split(piece), strict=True)
+                    ]
+                    seen = torch.cat(pieces)
+                for i, each in zip(live, seen.split(width.tolist()), strict=True):
                     stats[i].append(each)
                 fed[live] += width
         nothing = torch.zeros(0, 3, dtype=self.float, device=self.device)
@@ -439,9 +444,9 @@ class Session:
         logprobs, entropies, best = ([x[:, i] for x in out] for i in range(3))
         return logprobs, entropies, [x > 0 for x in best]
 
-    def _split(self) -> tuple["Session", Callable[[Tensor], Tensor] | None]:
-        """A session over the same cache of the model without its head, and what makes logits [t, v]
-        of hidden states [t, m]; itself and None where one cannot be run without the other."""
+    def _split(self) -> tuple["Session", Head | None]:
+        """A session over the same cache of the model without its head, and that; itself and None
+        where one cannot be run without the other."""
         body, head = split(self._runner, self.door, self.device)
         if head is None:
             return self, None

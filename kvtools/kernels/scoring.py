@@ -58,7 +58,10 @@ def token_logprobs(
     ref_hidden_tm: Tensor | None,
     ref_weight_vm: Tensor | None,
     ref_bias_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    entropies: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if entropies:
+        raise RuntimeError("impl='triton' of token_logprobs has no entropies: use impl='auto'")
     t, device = len(target_t), target_t.device
     segments = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     logprob_t = torch.empty(t, dtype=torch.float32, device=device)
@@ -75,7 +78,7 @@ def token_logprobs(
             cu_seqlens, 0 if cu_seqlens is None else cu_seqlens.stride(0),
             logprob_t, sum_x, t, BLOCK_T=block_t, BLOCK_X=64, enable_fp_fusion=True,
         )  # fmt: skip
-    return logprob_t, sum_x
+    return logprob_t, sum_x, logprob_t.new_empty(0), target_t.new_empty(0, dtype=torch.bool)
 
 
 class Partial(NamedTuple):

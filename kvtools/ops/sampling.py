@@ -159,6 +159,23 @@ def drawn(
     )
 
 
+def check_filters(**filters: float | Tensor) -> None:
+    """Raise as `sample` would for `temperature`, `top_k`, `top_p` and `min_p` that are numbers, by
+    name; tensors it looks at itself."""
+    for name, value in filters.items():
+        if not isinstance(value, Tensor):
+            _check_number(name, value)
+
+
+def _check_number(name: str, value: float) -> None:
+    # Not `check`: a graph can format no symbolic float, so the message waits for the failure.
+    expected, holds = RANGES[name]
+    if isinstance(value, str) or value is None or (name == "top_k" and isinstance(value, float)):
+        raise ValueError(f"{name}={value!r}: expected {expected}")
+    if not holds(value):
+        raise ValueError(f"{name}={value}: expected {expected}")
+
+
 def _on_host(name: str, values: Tensor | Sequence[int]) -> list[int]:
     if not isinstance(values, Tensor):
         return [int(x) for x in values]
@@ -189,11 +206,8 @@ def _per_row(
     expected, holds = RANGES[name]
     dtype = torch.int32 if dtypes is INTEGERS else torch.float32
     if not isinstance(value, Tensor):
-        # Not `check`: a graph can format no symbolic float, so the message waits for the failure.
-        whole = dtype == torch.int32
-        if not holds(value) or (whole and isinstance(value, float)):
-            raise ValueError(f"{name}={value}: expected {expected}")
-        value = min(value, MOST) if whole else value
+        _check_number(name, value)
+        value = min(value, MOST) if dtype == torch.int32 else value
         return torch.full((logits_bv.shape[0],), value, dtype=dtype, device=logits_bv.device)
     _check_rows(name, value, logits_bv, dtypes)
     if value.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -17,9 +17,13 @@ def _fake_step_scores(hidden_tm, step_s, cu_steps, *_):
     return tuple(hidden_tm.new_empty(size, dtype=torch.float32) for size in sizes)
 
 
-def _fake_token_logprobs(hidden_tm, weight_vm, target_t, bias_v, softcap, cu_seqlens, *_):
-    sizes = target_t.shape[0], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return tuple(hidden_tm.new_empty(size, dtype=torch.float32) for size in sizes)
+def _fake_token_logprobs(
+    hidden_tm, weight_vm, target_t, bias_v, softcap, cu_seqlens, *reference_and_entropies
+):
+    t, segments = target_t.shape[0], 0 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    told = t if reference_and_entropies[-1] else 0
+    sizes = ((t, torch.float32), (segments, torch.float32), (told, torch.float32))
+    return tuple(hidden_tm.new_empty(n, dtype=x) for n, x in (*sizes, (told, torch.bool)))
 
 
 _step_scores = Op(
@@ -32,8 +36,8 @@ _step_scores = Op(
 _token_logprobs = Op(
     "token_logprobs",
     "(Tensor hidden_tm, Tensor weight_vm, Tensor target_t, Tensor? bias_v, float softcap, "
-    "Tensor? cu_seqlens, Tensor? ref_hidden_tm, Tensor? ref_weight_vm, Tensor? ref_bias_v) "
-    "-> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, Tensor? ref_hidden_tm, Tensor? ref_weight_vm, Tensor? ref_bias_v, "
+    "bool entropies) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_token_logprobs,
     reference=reference.token_logprobs,
 )
@@ -129,8 +133,9 @@ def token_logprobs(
     ref_hidden_tm: Tensor | None = None,
     ref_weight_vm: Tensor | None = None,
     ref_bias_v: Tensor | None = None,
+    entropies: bool = False,
     impl: Impl = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Log-probabilities of given tokens without ever holding their logits.
 
     Equivalent to:
@@ -149,11 +154,14 @@ def token_logprobs(
         ref_hidden_tm: hidden states of a reference model, of any width, for the same targets.
         ref_weight_vm: its LM head; given if and only if `ref_hidden_tm` is.
         ref_bias_v: bias of its LM head, or None.
+        entropies: tell of the model's distributions, too, how uncertain they are.
         impl: "auto" takes Triton on a CUDA device, the C++ kernel on a CPU, the reference elsewhere
-            and for fp64.
+            and for fp64. Triton has no entropies: with them "auto" is the reference there.
 
     Returns:
         logprob_t and sum_x, fp32; sum_x is empty without `cu_seqlens`, and 0 for an empty segment.
+        With `entropies` also entropy_t, fp32, in nats, and greedy_t, bool: whether the target has
+        the highest logit, and no id before it has the same. They are 0 and False of ignored ones.
 
     Numerics: logits and their log-sum-exp are fp32, in tiles of at most 1,024 tokens by 8,192 ids.
         In the kernels a row's bits depend on neither its batch nor the number of threads.
@@ -193,7 +201,9 @@ def token_logprobs(
         )
     if cu_seqlens is not None:
         _check_offsets("cu_seqlens", cu_seqlens, t, hidden_tm)
-    return _token_logprobs(
+    if entropies and impl == "auto" and hidden_tm.is_cuda:
+        impl = "reference"
+    logprob_t, sum_x, *told = _token_logprobs(
         impl,
         hidden_tm,
         weight_vm,
@@ -204,7 +214,9 @@ def token_logprobs(
         ref_hidden_tm,
         ref_weight_vm,
         ref_bias_v,
+        bool(entropies),
     )
+    return (logprob_t, sum_x, *told) if entropies else (logprob_t, sum_x)
 
 
 def _check_head(

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+from torch.special import entr
 
 # A tile of logits has at most this many rows and columns, whatever the number of tokens.
 TILE_T, TILE_V = 1024, 8192
@@ -78,21 +79,39 @@ def token_logprobs(
     ref_hidden_tm: Tensor | None,
     ref_weight_vm: Tensor | None,
     ref_bias_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target, less the reference model's where given, and segment sums."""
-    logprob_t = _token_logprobs(hidden_tm, weight_vm, target_t, bias_v, softcap)
+    entropies: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of each target, less the reference model's where given, and segment sums;
+    entropies, and whether the target is the most likely id, or neither."""
+    logprob_t, entropy_t, best_t = _token_logprobs(
+        hidden_tm, weight_vm, target_t, bias_v, softcap, entropies
+    )
     if ref_hidden_tm is not None:
-        logprob_t -= _token_logprobs(ref_hidden_tm, ref_weight_vm, target_t, ref_bias_v, softcap)
-    logprob_t.masked_fill_(target_t == IGNORED, 0)
-    if cu_seqlens is None:
-        return logprob_t, logprob_t.new_zeros(0)
-    return logprob_t, _segments(logprob_t, "sum", cu_seqlens)
+        ref = _token_logprobs(ref_hidden_tm, ref_weight_vm, target_t, ref_bias_v, softcap, False)
+        logprob_t -= ref[0]
+    ignored_t = target_t == IGNORED
+    logprob_t.masked_fill_(ignored_t, 0)
+    sum_x = logprob_t.new_zeros(0)
+    if cu_seqlens is not None:
+        sum_x = _segments(logprob_t, "sum", cu_seqlens)
+    if not entropies:
+        return logprob_t, sum_x, entropy_t, best_t.bool()
+    return logprob_t, sum_x, entropy_t.masked_fill_(ignored_t, 0), best_t == target_t
 
 
 def _token_logprobs(
-    hidden_tm: Tensor, weight_vm: Tensor, target_t: Tensor, bias_v: Tensor | None, softcap: float
-) -> Tensor:
+    hidden_tm: Tensor,
+    weight_vm: Tensor,
+    target_t: Tensor,
+    bias_v: Tensor | None,
+    softcap: float,
+    entropies: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities; and entropies and the most likely ids, or two empty tensors."""
     dtype = _accumulator(hidden_tm)
+    told = len(hidden_tm) if entropies else 0
+    entropy_t = torch.zeros(told, dtype=dtype, device=hidden_tm.device)
+    peak_t, best_t = torch.full_like(entropy_t, -torch.inf), torch.zeros_like(entropy_t).long()
     lse_t = torch.full((len(hidden_tm),), -torch.inf, dtype=dtype, device=hidden_tm.device)
     chosen_t = torch.zeros_like(lse_t)
     # Rows inside columns, so that a tile of the head is read and widened once.
@@ -104,12 +123,26 @@ def _token_logprobs(
             logits_tv = _head(hidden_tm[rows].to(dtype), tile_vm, bias_tile_v)
             if softcap > 0:
                 logits_tv.div_(softcap).tanh_().mul_(softcap)
-            lse_t[rows] = torch.logaddexp(lse_t[rows], logits_tv.logsumexp(-1))
+            tile_lse_t, before_t = logits_tv.logsumexp(-1), lse_t[rows].clone()
+            lse_t[rows] = torch.logaddexp(before_t, tile_lse_t)
+            if entropies:  # of a mixture: of its parts, and of which part it is
+                # By their difference: lse is rounded, and they are to be one together.
+                new_t = (tile_lse_t - before_t).sigmoid()
+                new_t = torch.where(tile_lse_t == -torch.inf, 0, new_t)
+                old_t = 1 - new_t
+                own_t = entr(logits_tv.softmax(-1)).sum(-1).where(new_t > 0, 0)  # not of -inf alone
+                mixed_t = entr(old_t) + entr(new_t)
+                entropy_t[rows] = mixed_t + old_t * entropy_t[rows] + new_t * own_t
+                tile_peak_t, tile_best_t = logits_tv.max(-1)
+                best_t[rows] = torch.where(
+                    tile_peak_t > peak_t[rows], v + tile_best_t, best_t[rows]
+                )
+                peak_t[rows] = torch.maximum(peak_t[rows], tile_peak_t)
             column_t = target_t[rows].long() - v
             here_t = (column_t >= 0) & (column_t < len(tile_vm))
             column_t1 = torch.where(here_t, column_t, 0).unsqueeze(1)
             chosen_t[rows] += logits_tv.gather(1, column_t1).squeeze(1).where(here_t, 0)
-    return chosen_t - lse_t
+    return chosen_t - lse_t, entropy_t, best_t
 
 
 def _accumulator(hidden_tm: Tensor) -> torch.dtype:

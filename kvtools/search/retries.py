@@ -55,7 +55,7 @@ def deepen(
                 for c in (c for some in copies for c in some):
                     run.cut(c, max(0, len(c.steps) - depth))
                 run.rewind(every)
-                run.give(copies, trigger)
+                run.give(copies, "trigger", trigger)
 
             rows = _retry(run, rows, again, enough, reduce, f"{depth} steps back")
         return run.result(rows)
@@ -101,9 +101,9 @@ def revise(
     with Run(rollouts, questions, scorer, steps, n, seed, keep=True) as run:
 
         def again(copies: Rows, every: Rows) -> None:
-            run.give(copies, critique)
+            run.give(copies, "critique", critique)
             said = run.say(copies, critique_tokens)
-            run.give(copies, revision, said)
+            run.give(copies, "revision", revision, said)
             for c in (c for some in copies for c in some):
                 run.begin(c)
             run.rewind(every)

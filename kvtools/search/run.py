@@ -241,23 +241,38 @@ class Run:
         del c.tokens[c.ends[-1] if steps else c.start :]
         c.text, c.finished = self._text(c.tokens[c.start :]), ""
 
-    def give(self, rows: Rows, prompt: Prompt, texts: dict[int, str] | None = None) -> None:
+    def give(
+        self, rows: Rows, name: str, prompt: Prompt, texts: dict[int, str] | None = None
+    ) -> None:
         """Append what a prompt says to each of some rows, which then go on. It becomes the
         beginning of their next step, unless a new solution begins there.
 
         Args:
+            name: what the caller's caller calls the prompt.
             texts: by id of a candidate, what a prompt that is a function is called with; default
                 its text.
+
+        Raises:
+            TypeError: the function returns neither a text nor a list of token ids.
+            ValueError: the model has no such token.
         """
         with self._timed("policy"):
             for question, row, c in self._cached(rows):
                 text = c.text if texts is None else texts[id(c)]
                 found = prompt(self.questions[question], text) if callable(prompt) else prompt
                 encode = self.steps.tokenizer.encode
-                tokens = list(encode(found) if isinstance(found, str) else found)
-                self.rollouts.append([tokens], [row])
+                tokens = encode(found) if isinstance(found, str) else found
+                before = len(self.rollouts.tokens[row])
+                try:
+                    self.rollouts.append([tokens], [row])
+                except TypeError:
+                    raise TypeError(
+                        f"{name} returned {found!r}: a text or a list of token ids is needed"
+                    ) from None
+                except ValueError as error:
+                    raise ValueError(f"{name} returned {found!r}: {error}") from None
                 self.rollouts.finished[row], c.finished = False, ""
-                c.tokens += tokens
+                c.tokens += self.rollouts.tokens[row][before:]
 
     def say(self, rows: Rows, most: int) -> dict[int, str]:
         """Let some rows, of which alone any may grow, say up to `most` tokens that are no steps;

@@ -125,3 +125,32 @@ def test_wrapper_by_door(name, model, group, record):
     result = "refused: pass its `.module`" if name in REFUSED else "tokens of plain `generate`"
     package = "peft" if "Peft" in name else "accelerate" if "ccelerat" in name else "torch"
     record(package, f"by {', '.join(DOORS)}: {name}", result)
+
+
+def test_a_saved_cache_knows_its_adapters(model, tmp_path):
+    """Of peft: which are on, and how much each counts."""
+    wrapped, path = lora(copy.deepcopy(model)), tmp_path / "cache"
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    wrapped.add_adapter("other", config)
+    how = dict(custom_generate=kvtools.generate, return_dict_in_generate=True)
+    out = wrapped.generate(IDS, max_new_tokens=NEW, do_sample=False, **how)
+    base = wrapped.get_base_model()  # which ran
+    kvtools.save_cache(base, out[kvtools.hf.CACHE], path)
+    assert kvtools.load_cache(base, path).kv.rows == 1
+    with (
+        wrapped.disable_adapter(),
+        pytest.raises(ValueError, match="adapters='default', not 'off'"),
+    ):
+        kvtools.load_cache(base, path)
+    wrapped.set_adapter("other")
+    with pytest.raises(ValueError, match="adapters='default', not 'other'"):
+        kvtools.load_cache(base, path)
+    wrapped.set_adapter("default")
+    layer = base.model.layers[0].self_attn.q_proj
+    layer.scale_layer(0.5)
+    with pytest.raises(ValueError, match="another model: weights="):
+        kvtools.load_cache(base, path)
+    layer.scale_layer(2)
+    assert kvtools.load_cache(base, path).kv.rows == 1
+    with pytest.raises(ValueError, match="adapters='default', not None"):
+        kvtools.load_cache(model, path)
