@@ -526,6 +526,8 @@ class Rollouts:
         with self._change():
             self.kv.gather(index)
             index = [int(i) for i in index]
+            if index:  # an iterator that is closed drops its rows, whenever that is
+                self._session.note(index)
             seeds = self.seeds[index]
             copies = np.setdiff1d(np.arange(len(index)), np.unique(index, return_index=True)[1])
             seeds[copies] = row_seeds(self._seed, len(copies), self._seeded)
@@ -561,6 +563,7 @@ class Rollouts:
         fed = np.where(at_prompt, lengths, lengths - 1)
         with self._change():
             self.kv.crop(np.minimum(np.where(cut, fed, present), self.kv.lengths.numpy()))
+            self._session.note(lengths.tolist())
             tokens, logprobs, ready = list(self.tokens), list(self.logprobs), list(self._ready)
             given = list(self.given)
             for row in np.flatnonzero(cut):

@@ -214,6 +214,14 @@ def other_calls(rank):
     one.prefill(PROMPTS)
     one.seeds[:] = [4, 5, 6]
     assert r.generate(3) == one.generate(3)
+    r.gather([0, 1 + rank.number])
+    raises(RuntimeError, "different tokens or rows", r.step)
+    alike = Rollouts(part)
+    alike.prefill(PROMPTS[:1], n=3)
+    alike.gather([0, 1 + rank.number])  # other rows, of the same tokens
+    alike.seeds[:] = [1, 2]
+    alike.step()
+    raises(RuntimeError, "different tokens or rows", alike.step)
 
 
 def likelihoods(rank):
@@ -317,7 +325,7 @@ def main(folder, number, size, *names):
     folder, rank, failed = Path(folder), int(number), None
     dist.init_process_group(
         "gloo", init_method=(folder / "rendezvous").as_uri(), rank=rank, world_size=int(size),
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=180),
     )  # fmt: skip
     given = Rank(folder, rank)
     for name in names:

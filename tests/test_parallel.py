@@ -58,7 +58,7 @@ def run(folder, *names):
         for rank in range(RANKS)
     ]  # fmt: skip
     try:
-        said = [rank.communicate(timeout=300)[0] for rank in ranks]
+        said = [rank.communicate(timeout=500)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()

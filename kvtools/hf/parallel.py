@@ -49,7 +49,7 @@ class Ranks:
 
     def agree(self, what: str, device: torch.device, *given: Any) -> None:
         """Raise RuntimeError on all ranks unless all have come here with the same."""
-        found = torch.tensor([_sum(*given)], device=device)
+        found = torch.tensor([checksum(*given)], device=device)
         self._same(what, self.each(found)[:, 0])
 
     def draw(
@@ -76,7 +76,7 @@ class Ranks:
             x.double() for x in sample(logits_bv, seed_b[own], position_b[own], **each)
         ])  # fmt: skip
         # One message, in which numbers and tokens are exact: the draws, and what they were of.
-        said = drawn.new_tensor([_sum(seed_b, position_b, *options.items())])
+        said = drawn.new_tensor([checksum(seed_b, position_b, *options.items())])
         part = torch.nn.functional.pad(drawn, (0, most - drawn.shape[1])).flatten()
         every = self.each(torch.cat([part, said]))
         self._same("seeds, positions or filters", every[:, -1])
@@ -200,7 +200,7 @@ def _sharded() -> tuple[type, ...]:
     return () if module is None else (module.DTensor,)
 
 
-def _sum(*given: Any) -> int:
+def checksum(*given: Any) -> int:
     """A checksum of tensors, and of other things by what they print."""
     found = 0
     for x in given:

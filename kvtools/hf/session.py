@@ -19,7 +19,7 @@ from ..ops.upload import on_device
 from ..policy import Policy
 from .door import Door, Unsupported, device_of, door_of, eager_of, inner, refusal
 from .heads import Head, likelihood, split
-from .parallel import Ranks, head_tokens, own_head
+from .parallel import Ranks, checksum, head_tokens, own_head
 from .plug import CACHE, Forward, PagedCache, plugged, running
 from .prefixes import alike, branches
 from .probe import compare, output, whole
@@ -160,6 +160,7 @@ class Session:
     ) -> "Session":
         self._model, self.door, self.head, self._texts = runner, door, head, texts
         self._tokens: list[int] = []  # whose logits each rank makes; all make all where it is empty
+        self._noted = 0
         self._config = config
         self._runner = eager_of(runner)
         self._decode = runner if compiled is None else compiled
@@ -617,6 +618,11 @@ class Session:
         if self.door.ranks is not None:
             self.door.ranks.agree(what, self.device, *given)
 
+    def note(self, *given: Any) -> None:
+        """What ranks have to do alike, and compare with the tokens that they run next."""
+        if self.door.ranks is not None:
+            self._noted = checksum(self._noted, *given)
+
     def modules(self) -> Iterator[torch.nn.Module]:
         """Of the model."""
         return inner(self._model).modules()
@@ -668,7 +674,7 @@ class Session:
             options["attention_mask"] = mask
         if self.head:
             options["logits_to_keep"] = keep  # 0 keeps all
-        self.agree("tokens or rows", ids, positions)
+        self.agree("tokens or rows", ids, positions, self._noted)
         self.door.renew()
         run = self._runner if forward.filling or ids.shape[1] > 1 else self._decode
         if run is not self._runner:  # one graph for any number of rows and tokens
