@@ -42,7 +42,7 @@ def main() -> None:
     run = json.load(sys.stdin)
     engine = sglang.Engine(
         device="cpu", skip_tokenizer_init=True, dtype="float32", log_level="info", random_seed=0,
-        mem_fraction_static=0.2, disable_cuda_graph=True, **run["engine"],
+        mem_fraction_static=0.9, disable_cuda_graph=True, **run["engine"],
     )  # fmt: skip
     try:
         rounds = [

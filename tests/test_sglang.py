@@ -508,6 +508,13 @@ def test_draws_follow_the_filtered_distribution(srt, sampler, sampling):
     assert statistic < free + 5 * (2 * free) ** 0.5 + 5
 
 
+def test_greedy_rows_among_others_take_the_first_of_equals(srt, sampler):
+    rows = [Request([], 0, rid=str(i), sampling=dict(temperature=0)) for i in range(20)]
+    rows.append(Request([], 0, rid="another"))
+    token_b = draw(sampler, info_of(srt, rows), torch.zeros(21, 12), torch.full((21,), 3))
+    assert not token_b[:20].any()
+
+
 def test_rows_from_which_none_can_be_drawn(srt, sampler):
     """Take what is greatest; and an SGLang of several ranks has the same seeds on all."""
     logits_bv = torch.randn(3, 12)

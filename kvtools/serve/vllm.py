@@ -25,6 +25,7 @@ from vllm.v1.kv_cache_interface import (
 from ..ops.attention import limits, tree_attention
 from ..ops.quant import KVPages, append_kv, width
 from . import SETTING
+from .interface import refuse
 from .steps import Step, step_from_block_table
 
 # What kvtools stores where vLLM is asked for a scale per token and head: formats of its own.
@@ -261,9 +262,4 @@ def _of_config(config: VllmConfig) -> dict[str, bool]:
 
 
 def _refuse(found: dict[str, bool]) -> None:
-    asked = [name for name, is_asked in found.items() if is_asked]
-    if asked:
-        raise NotImplementedError(
-            f"kvtools' attention does not do {'; nor '.join(asked)}. Unset {SETTING} to run with "
-            "vLLM's own"
-        )
+    refuse(found, "vLLM", f"Unset {SETTING}")
