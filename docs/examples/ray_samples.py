@@ -72,17 +72,20 @@ def main(
                 # Noise by block and place in it: the same, whoever draws, and whatever is there.
                 jobs.append((some, skip, seed + begin // block, n, tokens))
         ray.init(ignore_reinit_error=True)  # a cluster's if RAY_ADDRESS says so
-        made = Sampler.options(num_gpus=gpus)
-        pool = ActorPool(
-            [made.remote(model, "cuda" if gpus else "cpu") for _ in range(min(workers, len(jobs)))]
-        )
+        made, device = Sampler.options(num_cpus=1, num_gpus=gpus), "cuda" if gpus else "cpu"
+        actors = [made.remote(model, device) for _ in range(min(workers, len(jobs)))]
         drawn = 0
-        for found in pool.map_unordered(lambda worker, job: worker.sample.remote(*job), jobs):
-            for x in found:
-                first = {} if done or drawn else {"settings": settings}
-                sink.write(json.dumps(first | x) + "\n")
-                drawn += 1
-            sink.flush()
+        try:
+            draws = ActorPool(actors).map_unordered(lambda x, job: x.sample.remote(*job), jobs)
+            for found in draws:
+                for x in found:
+                    first = {} if done or drawn else {"settings": settings}
+                    sink.write(json.dumps(first | x) + "\n")
+                    drawn += 1
+                sink.flush()
+        finally:
+            for actor in actors:  # each holds a processor for as long as it is there
+                ray.kill(actor)
     return drawn
 
 

@@ -69,8 +69,9 @@ def test_samples_are_the_same_whoever_draws_them(cluster, recipe, monkeypatch, r
     def killing(pool, send, jobs):
         for x in stock(pool, send, jobs):
             if not killed:
-                killed.extend(actor for _, actor in pool._future_to_actor.values())
-                ray.kill(killed[0], no_restart=False)
+                (_, actor), *_ = pool._future_to_actor.values()
+                ray.kill(actor, no_restart=False)
+                killed.append(True)
             yield x
 
     with monkeypatch.context() as context:
@@ -83,6 +84,7 @@ def test_samples_are_the_same_whoever_draws_them(cluster, recipe, monkeypatch, r
     count, found = recipe("two.jsonl")
     assert count == 28 - cut.count("\n") and drawn(found) == wanted
     assert recipe("two.jsonl") == (0, found)
+    assert {x["State"] for x in ray._private.state.actors().values()} == {"DEAD"}  # none is left
     record(
         "ray",
         "recipe: from JSON lines; from Parquet, one of two actors killed; cut off and run again",
