@@ -209,6 +209,11 @@ ERRORS = [
         "--stop-verified needs --stop-enough",
     ),
     ("search", [*PROMPT, "--stop-enough", 1], "--stop-enough is not an option of --strategy beam"),
+    (
+        "search",
+        [*PROMPT, "--strategy", "best_of_n", "--stop-sure", 0.9],
+        "--stop-sure needs --stop-votes",
+    ),
     ("search", [*PROMPT, "--stop-votes"], "--stop-votes is not an option of --strategy beam"),
     ("search", [*PROMPT, "--plot", "tree.txt"], "--plot: 'tree.txt': end its name in .svg"),
     ("search", [*PROMPT, "--plot", "/no/such/tree.svg"], "there is no folder /no/such"),
@@ -515,7 +520,8 @@ def test_search_picks_by_what_it_kept_by(tiny, capsys, monkeypatch, reduce, redu
 
 
 @pytest.mark.parametrize("strategy,more", [
-    ("best_of_n", ["--stop-votes", "--wave", 2, "--stop-enough", 1]), ("dvts", []),
+    ("best_of_n", ["--stop-votes", "--stop-sure", 0.9, "--wave", 2, "--stop-enough", 1]),
+    ("dvts", []),
     ("allocate", ["--tokens", 90]),
 ])  # fmt: skip
 def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):
