@@ -510,7 +510,9 @@ def main(argv: list[str] | None = None) -> int:
             found[task.name] = measured(*map(bench.played, (FITTED, TESTED)))
     reached = targets(found)
     where = demo.where("cpu") | {"kvtools": kvtools.__version__} | demo.commit()
-    short = {task: {name: x for name, x in cells.items() if name != "samples"}
+    # What each problem took and its samples are in the draws.
+    short = {task: {name: {key: x for key, x in cell.items() if key != "spent"}
+                    for name, cell in cells.items() if name != "samples"}
              for task, cells in found.items()}  # fmt: skip
     beside = {task: rows(cells) for task, cells in found.items()}
     journal.save(where=where, measured=short, rows=beside, targets=reached)

@@ -195,6 +195,11 @@ ERRORS = [
     ),
     (
         "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "ALIEN"],
+        "--table ALIEN: entries[0] has a strategy 'mine', which is none of none, best_of_n, beam",
+    ),
+    (
+        "search",
         [*PROMPT, "--strategy", "allocate", "--tokens", 9, "-n", 4],
         "-n is not an option of --strategy allocate",
     ),
@@ -267,6 +272,8 @@ FILES = {
     "DEEP": '{"question": "w2"}\n\n' + "[" * 100_000,
     "NUMBERS": '{"question": "w2"}\n\n{"question": 5}',
     "TWICE": '{"question": "w2", "answer": 1}\n{"question": "w2", "answer": 2}',
+    "ALIEN": '{"edges": [], "entries": [{"strategy": "mine", "options": {}, "tokens": [1], '
+    '"success": [1]}]}',
     "TABLE": '{"edges": [], "entries": [{"strategy": "beam", "options": {"n": "x"}, '
     '"tokens": [1], "success": [1]}]}',
     "INFINITE": '{"question": "w2", "answer": Infinity}',

@@ -226,6 +226,8 @@ def test_what_json_does_not_hold(tmp_path):
 
 @pytest.mark.parametrize("name,options", [
     ("beam", {"m": 3}), ("best_of_n", {"seed": 1}), ("mine", {"n": 2}),
+    ("beam", {"n": 8, "beam": 3}), ("best_of_n", {"n": "x"}), ("best_of_n", {"stop": {}}),
+    ("deepen", {"depths": [2, 1]}), ("particle_filter", {"ess": 2}),
 ])  # fmt: skip
 def test_options_are_looked_at_before_anything_is_generated(name, options):
     def mine(rollouts, questions, scorer, steps, *, seed):

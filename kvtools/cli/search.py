@@ -386,6 +386,12 @@ def table_of(path: Path) -> Any:
     except ValueError as error:
         raise Usage(f"--table {error}") from error
     for i, entry in enumerate(table.entries):
+        known = ["none", *(x for x in STRATEGIES if x != "allocate")]
+        if entry.strategy not in known:
+            raise Usage(
+                f"--table {path}: entries[{i}] has a strategy {entry.strategy!r}, which is none of "
+                f"{', '.join(known)}"
+            )
         n = entry.options.get("n", 1)
         if not kvtools.config.is_int(n) or n < 1:
             raise Usage(f"--table {path}: entries[{i}].options has n={n!r}, no number of rows")
