@@ -39,7 +39,7 @@ STYLED = $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
 ROWS := $(addprefix tests/test_,$(addsuffix .py,quant attention evict sampling scoring host host_random fuzz))
 ASAN  = $(foreach x,libasan.so libstdc++.so,$(shell $(CXX) -print-file-name=$x))
 
-.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search prm clean ext sweep launches device-bundle test-all faults engines sglang bench-engines ecosystem ecosystem-short
+.PHONY: help demo test hopper wheels install-check sanitize host lint format bench bench-cpu bench-step bench-forest bench-gpu cuda resources quality search search-adaptive prm clean ext sweep launches device-bundle test-all faults engines sglang bench-engines ecosystem ecosystem-short
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile
@@ -181,6 +181,10 @@ quality: ext $(MODEL) $(RIVALS) ## measure what compression costs, rewrite docs/
 
 search: ext $(MODEL) ## measure search strategies at equal tokens, rewrite docs/search.md's table and figure
 	@$(PY) -m bench.search --json bench/results/search-cpu.json --readme docs/search.md $(ARGS)
+
+search-adaptive: ext $(MODEL) ## measure what spends tokens by difficulty, rewrite docs/search.md's second table
+	@$(PY) -m bench.search --adaptive --json bench/results/adaptive.json --readme docs/search.md \
+		--heads bench/results/search-cpu.json $(ARGS)
 
 prm: ext $(MODEL) ## measure what scoring costs, rewrite docs/scoring.md's table
 	@$(PY) -m bench.prm --json bench/results/prm-cpu.json --readme docs/scoring.md $(ARGS)

@@ -30,6 +30,7 @@ from kvtools.cli import demo
 from kvtools.quality import Journal, interval
 
 SEED = 7
+HELD_OUT = 100  # problems that nothing is trained on
 WIDTH = 8  # rows of the table's searches, and samples beside them
 REDUCE = "prod"  # a step's score is the chance that it is right if those before it are
 STRATEGIES = {
@@ -45,7 +46,7 @@ VOTES = [("majority", "chance"), *((how, x) for how in ("max", "weighted") for x
 class Scale:
     """How much is measured."""
 
-    problems: int = 100
+    problems: int = HELD_OUT
     pool: int = 16  # samples of each problem
     trained_on: int = 150  # problems, 8 samples of each
     batch: int = 20  # problems at a time
@@ -109,12 +110,19 @@ class Bench:
                 yield some
                 bar.advance(line, len(some))
 
+    def trained(self) -> list[str]:
+        """Problems that the scorer is trained on."""
+        return self.others(self.task.questions(HELD_OUT, SEED), self.scale.trained_on, SEED + 1000)
+
+    def others(self, used: Sequence[str], count: int, seed: int) -> list[str]:
+        """Problems that are not among those used."""
+        known = {self.task.numbers(question) for question in used}
+        drawn = self.task.questions(4 * count, seed)
+        return [x for x in drawn if self.task.numbers(x) not in known][:count]
+
     def train(self, title: str) -> dict:
         """The trained scorer, on samples of problems that are not tested."""
-        tested = {self.task.numbers(question) for question in self.tested}
-        drawn = self.task.questions(4 * self.scale.trained_on, SEED + 1000)
-        others = [x for x in drawn if self.task.numbers(x) not in tested][: self.scale.trained_on]
-        ends, hidden, right = "".join(self.task.delimiters), [], []
+        others, ends, hidden, right = self.trained(), "".join(self.task.delimiters), [], []
         for some in self.batches(others, title):
             found = search.best_of_n(
                 self.rollouts(self.task.temperature), some, None, self.steps, n=8, seed=SEED

@@ -6,15 +6,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import Counter
+from models import Counter, tiny_model
 from rich.console import Console
+from test_search_stopping import Letters
 
-from kvtools import search
+from kvtools import Rollouts, search
 from kvtools.cli import demo
 from kvtools.quality import Journal
 
 bench = pytest.importorskip("bench.search")
 from bench import adaptive  # noqa: E402
+from bench.playback import Kept, Recorded  # noqa: E402
 from bench.probe import Probe, area  # noqa: E402
 from bench.problems import TASKS, Bytes, chance, two_steps, worked  # noqa: E402
 
@@ -81,21 +83,28 @@ def test_table_and_figure(result, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def measured(policy, tmp_path_factory):
+def drawn(policy, tmp_path_factory):
+    """Draws of few problems, as they are read back from the file."""
     path = tmp_path_factory.mktemp("bench") / "adaptive.json"
-    journal = Journal(path, {"commit": "1234567"})
     task = replace(SUMS, load=lambda: policy)
     scale = bench.Scale(problems=2, pool=8, trained_on=3, batch=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptive, "TRIED", [("best_of_n", {"n": 2})])
-        adaptive.Adaptive(task, scale, journal, 2).run(Console(quiet=True))
-    return json.loads(path.read_text())["cells"]
+    found = adaptive.Adaptive(task, scale, Journal(path, {}), 2)
+    found.run(Console(quiet=True))
+    again = adaptive.Adaptive(task, scale, Journal(path, {}), 2)
+    again.run(Console(quiet=True))
+    assert again.cells == json.loads(path.read_text())["cells"][SUMS.name] == found.cells
+    return again
 
 
 @pytest.mark.long
-def test_adaptive_cells(measured, tmp_path):
-    cells = measured[SUMS.name]
-    assert len(cells) == 2 + len(adaptive.STOPS) + 2 * 6
+def test_adaptive_cells(drawn, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptive, "TRIED", [("best_of_n", {"n": 2}), ("beam", {"n": 8})])
+        found = {
+            SUMS.name: adaptive.measured(*map(drawn.played, (adaptive.FITTED, adaptive.TESTED)))
+        }
+    cells = found[SUMS.name]
+    assert len(cells) == 1 + len(adaptive.STOPS) + 2 * 6
     for name, cell in cells.items():
         if "spent" in cell:
             assert len(cell["right"]) == len(cell["spent"]) == 2
@@ -103,16 +112,124 @@ def test_adaptive_cells(measured, tmp_path):
         if "budget" in cell:
             assert len(cell["chosen"]) == 2
     assert cells["stop, one verified"]["tokens"] < sum(map(sum, cells["samples"]["tokens"])) / 2
-    found = adaptive.targets(measured)
-    names = [x["name"] for x in found]
-    assert len(names) == len(set(names)) == 10 * 2 + 3 * 2 + 2
-    heads, *rows = adaptive.table(measured)
-    assert {len(row) for row in rows} == {len(heads)} and len(rows) == 10 + 3 + 1
-    readme = tmp_path / "page.md"
-    readme.write_text("<!-- adaptive:begin -->\n<!-- adaptive:end -->\n")
-    result = {"cells": measured, "where": demo.where("cpu"), "commit": "1234567"}
-    demo.rewrite(readme, "adaptive", [heads, *rows], adaptive.caption(result))
-    assert "worked sums: deepen, exact" in readme.read_text()
+    names = [x["name"] for x in adaptive.targets(found)]
+    assert len(names) == len(set(names))
+    heads, *rows = adaptive.table(found)
+    assert {len(row) for row in rows} == {len(heads)}
+    page = tmp_path / "page.md"
+    page.write_text("<!-- adaptive:begin -->\n<!-- adaptive:end -->\n")
+    where = demo.where("cpu") | {"commit": "1234567"}
+    demo.rewrite(page, "adaptive", [heads, *rows], adaptive.caption(found, where, ["7654321"]))
+    assert "worked sums: deepen, exact" in page.read_text() and "7654321" in page.read_text()
+
+
+@pytest.mark.long
+def test_scores_are_played_back(drawn):
+    played, how = drawn.played(adaptive.TESTED), dict(n=6, seed=bench.SEED)
+    real = drawn.rollouts(SUMS.temperature)
+    want = search.best_of_n(real, played.questions, drawn.probe, drawn.steps, **how)
+    trained = played.scorer("trained")
+    found = search.best_of_n(played.policy(), played.questions, trained, drawn.steps, **how)
+    assert told(found) == told(want)
+    for some, others in zip(found.candidates, want.candidates, strict=True):
+        for a, b in zip(some, others, strict=True):
+            np.testing.assert_allclose(a.scores, b.scores, atol=1e-4)
+
+
+QUESTIONS = ["ab", "cde", "a"]
+LETTERS = search.Steps(Letters(), ["\n", " "], 5, 14, done=lambda text: "e" in text)
+
+
+def tiny():
+    return Rollouts(tiny_model(), temperature=0.9, eos_token_id=9)
+
+
+def told(result):
+    candidates = [[(c.tokens, c.steps, c.finished) for c in some] for some in result.candidates]
+    return candidates, result.trace, result.spent
+
+
+@pytest.mark.parametrize("rule", [
+    None, {"wave": 1, "enough": 1, "verified": 0.5}, {"wave": 1, "answer": len, "sure": 0.7},
+    {"margin": -0.5, "window": 2},
+], ids=["whole", "enough", "votes", "margin"])  # fmt: skip
+def test_what_is_played_back_is_what_would_be_drawn(rule):
+    samples = search.best_of_n(tiny(), QUESTIONS, None, LETTERS, n=6, seed=3).candidates
+    prompts = [tuple(Letters().encode(question)) for question in QUESTIONS]
+    said = {p: [c.tokens for c in some] for p, some in zip(prompts, samples, strict=True)}
+    how = dict(n=5, seed=3, stop=rule and search.Stopping(**rule))
+    real = search.best_of_n(tiny(), QUESTIONS, chance, LETTERS, **how)
+    played = search.best_of_n(Recorded(said, [9]), QUESTIONS, chance, LETTERS, **how)
+    assert told(played) == told(real)
+    assert bool(rule) == any(real.stopped)
+    later = search.best_of_n(Recorded(said, [9], first=4), QUESTIONS, chance, LETTERS, n=2)
+    assert [[c.tokens for c in some] for some in later.candidates] == [x[4:] for x in said.values()]
+
+
+@pytest.mark.parametrize("strategy,how", [
+    (search.best_of_n, dict(n=3)), (search.beam, dict(n=4, beam=2, lookahead=1)),
+    (search.prune, dict(n=3, evaluation=search.SelfEvaluation("c", "a", "b"))),
+    (search.deepen, dict(n=2, trigger="b", depths=(1,))),
+])  # fmt: skip
+def test_prompts_that_stay_are_prompts(strategy, how):
+    """Search after search over one prefill, each as with rollouts of its own."""
+    kept, cost = Kept(tiny()), []
+    for questions in (QUESTIONS, QUESTIONS, QUESTIONS[:1]):
+        with Counter(tiny_model()) as seen:
+            found = strategy(kept, questions, chance, LETTERS, seed=5, **how)
+        cost.append(sum(seen.forwards))
+        assert kept.rows == 0
+        assert told(found) == told(strategy(tiny(), questions, chance, LETTERS, seed=5, **how))
+    assert cost[1] == cost[0] - sum(map(len, QUESTIONS)), "no prompt twice"
+    assert kept.inner.rows == 1
+
+
+def test_rules_are_fitted_on_other_problems():
+    class Trials:
+        samples = {"tokens": [[9] * 8] * 2, "answers": [[0] * 8] * 2, "right": ["1" * 8] * 2,
+                   "trained": [[0.5] * 8] * 2}  # fmt: skip
+
+        def stop(self, how, rule):
+            return adaptive.cell(*rule["result"])
+
+    def best(*results):
+        rules = [{"result": x} for x in results]
+        return adaptive.fitted_rule(Trials(), "max, trained", rules)["result"]
+
+    dear, cheap, wrong = ("11", [8, 8]), ("11", [3, 3]), ("01", [1, 1])
+    assert best(dear, cheap, wrong) == cheap, "none that loses a right answer"
+    assert best(wrong, ("00", [0, 0])) == wrong, "or that which loses least"
+
+
+def test_nothing_to_play_back(tmp_path, capsys):
+    path = tmp_path / "adaptive.json"
+    with pytest.raises(SystemExit):
+        bench.main(["--adaptive", "--kept", "--json", str(path)])
+    assert "--kept needs --json PATH, a file that is there" in capsys.readouterr().err
+    path.touch()
+    with pytest.raises(ValueError, match="no draws of word problems, fitted: leave out --kept"):
+        bench.main(["--adaptive", "--kept", "--json", str(path)])
+
+
+def test_half_of_the_answers():
+    """Of four that agree and four that do not, the former are answered."""
+    samples = {"answers": [[0] * 8, [0] * 8, [*range(8)], [*range(8)]] * 2,
+               "right": ["1" * 8, "1" * 8, "0" * 8, "1" + "0" * 7] * 2,
+               "exact": [[0.5] * 8] * 8, "trained": [[0.5] * 8] * 8}  # fmt: skip
+    found = adaptive.abstained(samples, 8)
+    assert (found["share"], found["answered"], found["right"]) == (0.5, 1.0, 0.75)
+    assert found["low"] <= found["difference"] == 0.25 <= found["high"]
+
+
+def test_heads_are_those_of_the_search_bench(tmp_path):
+    path, scale = tmp_path / "search.json", bench.Scale(trained_on=7)
+    held = {"seed": bench.SEED, "scale": {"trained_on": 7}, "cells": {"sums": {"probe": {"ok": 1}}}}
+    path.write_text(json.dumps(held))
+    assert adaptive.heads_of(path, scale) == {"sums": {"ok": 1}}
+    for other in ({"seed": 1}, {"scale": {"trained_on": 8}}, {"scale": {}}):
+        path.write_text(json.dumps(held | other))
+        with pytest.raises(ValueError, match=r"--heads .*search\.json: not results"):
+            adaptive.heads_of(path, scale)
 
 
 def made_up():

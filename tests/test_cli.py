@@ -195,6 +195,11 @@ ERRORS = [
     ),
     (
         "search",
+        [*PROMPT, "--strategy", "allocate", "--tokens", 9, "--table", "ALIEN"],
+        "--table ALIEN: entries[0] has a strategy 'mine', which is none of none, best_of_n, beam",
+    ),
+    (
+        "search",
         [*PROMPT, "--strategy", "allocate", "--tokens", 9, "-n", 4],
         "-n is not an option of --strategy allocate",
     ),
@@ -209,6 +214,11 @@ ERRORS = [
         "--stop-verified needs --stop-enough",
     ),
     ("search", [*PROMPT, "--stop-enough", 1], "--stop-enough is not an option of --strategy beam"),
+    (
+        "search",
+        [*PROMPT, "--strategy", "best_of_n", "--stop-sure", 0.9],
+        "--stop-sure needs --stop-votes",
+    ),
     ("search", [*PROMPT, "--stop-votes"], "--stop-votes is not an option of --strategy beam"),
     ("search", [*PROMPT, "--plot", "tree.txt"], "--plot: 'tree.txt': end its name in .svg"),
     ("search", [*PROMPT, "--plot", "/no/such/tree.svg"], "there is no folder /no/such"),
@@ -262,6 +272,8 @@ FILES = {
     "DEEP": '{"question": "w2"}\n\n' + "[" * 100_000,
     "NUMBERS": '{"question": "w2"}\n\n{"question": 5}',
     "TWICE": '{"question": "w2", "answer": 1}\n{"question": "w2", "answer": 2}',
+    "ALIEN": '{"edges": [], "entries": [{"strategy": "mine", "options": {}, "tokens": [1], '
+    '"success": [1]}]}',
     "TABLE": '{"edges": [], "entries": [{"strategy": "beam", "options": {"n": "x"}, '
     '"tokens": [1], "success": [1]}]}',
     "INFINITE": '{"question": "w2", "answer": Infinity}',
@@ -515,7 +527,8 @@ def test_search_picks_by_what_it_kept_by(tiny, capsys, monkeypatch, reduce, redu
 
 
 @pytest.mark.parametrize("strategy,more", [
-    ("best_of_n", ["--stop-votes", "--wave", 2, "--stop-enough", 1]), ("dvts", []),
+    ("best_of_n", ["--stop-votes", "--stop-sure", 0.9, "--wave", 2, "--stop-enough", 1]),
+    ("dvts", []),
     ("allocate", ["--tokens", 90]),
 ])  # fmt: skip
 def test_search_is_drawn(tiny, capsys, tmp_path, strategy, more):

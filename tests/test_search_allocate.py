@@ -81,26 +81,50 @@ def verified(question, solutions):
     return [[0.99 if x.startswith("right") else 0.01 for x in steps] for steps in solutions]
 
 
-@pytest.mark.parametrize("budget", [260, 400, 700])
-def test_allocate_reaches_brute_force_on_known_pass_rates(budget):
-    """Expected successes of what it chose, against the best choice by the true rates."""
-    rates = [0.95, 0.6, 0.35, 0.15, 0.05, 0.0]
-    questions = [chr(ord("a") + i) for i in range(6)]
-    widths, probes, length = (1, 2, 4, 8), 2, 8
+def on_known_rates(rates, budget, widths=(1, 2, 4, 8), probes=2, length=8):
+    """What `allocate` gave, the successes expected of it, and the most of any choice."""
     table = Table.samples(widths, probes=probes, bins=200)
     found = search.allocate(
-        passing(rates), questions, verified, STEPS, budget=budget, table=table, probes=probes,
+        passing(rates), [chr(ord("a") + i) for i in range(len(rates))], verified, STEPS,
+        budget=budget, table=table, probes=probes,
         difficulty=lambda question, some: 1 - rates[ord(question) - ord("a")],
     )  # fmt: skip
-    assert found.generated <= budget
     drawn = [len(some) for some in found.candidates]
     assert found.spent == [length * n for n in drawn]
     reached = sum(1 - (1 - p) ** n for p, n in zip(rates, drawn, strict=True))
-    tokens = [[0.0, *(length * n for n in widths)]] * 6
+    tokens = [[0.0, *(length * n for n in widths)]] * len(rates)
     success = [[1 - (1 - p) ** (probes + n) for n in (0, *widths)] for p in rates]
-    best = brute(tokens, success, budget - 6 * probes * length)
+    left = max(0, budget - len(rates) * probes * length)
+    return found, reached, brute(tokens, success, left)
+
+
+@pytest.mark.parametrize("budget", [260, 400, 700])
+def test_allocate_reaches_brute_force_on_known_pass_rates(budget):
+    """Expected successes of what it chose, against the best choice by the true rates."""
+    found, reached, best = on_known_rates([0.95, 0.6, 0.35, 0.15, 0.05, 0.0], budget)
+    assert found.generated <= budget
     assert 0.98 * best <= reached <= best + 1e-9
+    drawn = [len(some) for some in found.candidates]
     assert drawn[0] <= drawn[3], "easy ones have enough"
+
+
+@pytest.mark.parametrize("rates,budget", [
+    ([0.0] * 4, 200), ([1.0] * 4, 200), ([0.3], 100), ([1.0, 0.0], 70), ([0.5, 0.2, 0.9], 48),
+    ([0.5, 0.2, 0.9], 47), ([0.3], 0), ([], 10),
+], ids=["hopeless", "easy", "one", "both", "probes", "less", "nothing", "no problem"])  # fmt: skip
+def test_allocate_at_the_edges(rates, budget):
+    found, reached, best = on_known_rates(rates, budget)
+    assert reached == pytest.approx(best, abs=1e-9)
+    assert found.generated <= max(budget, 16 * len(rates)), "probes are drawn whatever they take"
+
+
+def test_allocate_reaches_brute_force_on_random_problems():
+    rng = np.random.default_rng(5)
+    for _ in range(5):
+        rates = rng.beta(0.4, 0.6, rng.integers(1, 6)).tolist()
+        budget = 16 * len(rates) + int(rng.integers(300))
+        found, reached, best = on_known_rates(rates, budget)
+        assert found.generated <= budget and 0.98 * best <= reached <= best + 1e-9
 
 
 def test_difficulty_is_estimated_from_probes():
@@ -202,6 +226,8 @@ def test_what_json_does_not_hold(tmp_path):
 
 @pytest.mark.parametrize("name,options", [
     ("beam", {"m": 3}), ("best_of_n", {"seed": 1}), ("mine", {"n": 2}),
+    ("beam", {"n": 8, "beam": 3}), ("best_of_n", {"n": "x"}), ("best_of_n", {"stop": {}}),
+    ("deepen", {"depths": [2, 1]}), ("particle_filter", {"ess": 2}),
 ])  # fmt: skip
 def test_options_are_looked_at_before_anything_is_generated(name, options):
     def mine(rollouts, questions, scorer, steps, *, seed):

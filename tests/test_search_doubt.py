@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -137,6 +138,34 @@ def test_votes_by_tests_are_the_integral(seed):
     assert sorted(itertools.chain(*(x.solutions for x in found))) == [0, 1, 2, 3, 4]
     for x in found:
         assert all(tuple(np.flatnonzero(table[i])) == x.tests for i in x.solutions)
+
+
+@pytest.mark.parametrize("beta", [10**4, 10**6])
+def test_votes_by_tests_with_the_papers_priors(beta):
+    """Its score, a product of B(a + yes, b + no), in exact arithmetic."""
+    a = 10**3
+
+    def gain(yes, no, a, b):  # B(a + yes, b + no) / B(a, b)
+        up = math.prod(range(a, a + yes)) * math.prod(range(b, b + no))
+        return Fraction(up, math.prod(range(a + b, a + b + yes + no)))
+
+    rng = np.random.default_rng(beta)
+    table = np.concatenate([rng.random((5, 4)) < 0.4, [[1, 1, 0, 1]] * 2]).astype(bool)
+    found = search.vote_by_tests(table, wrong_test=(1, beta), solutions=(a, 1), tests=(a, 1))
+    scores = []
+    for x in found:
+        good = np.isin(np.arange(4), x.tests)
+        wrong = np.delete(table, x.solutions, axis=0)
+        right, other = wrong[:, good], wrong[:, ~good]
+        scores.append(
+            gain(len(x.solutions), len(wrong), a, 1)
+            * gain(int(good.sum()), int((~good).sum()), a, 1)
+            * gain(int(right.sum()), int((~right).sum()), 1, 1)
+            * gain(int(other.sum()), int((~other).sum()), 1, beta)
+        )
+    assert scores == sorted(scores, reverse=True)
+    want = [float(x / sum(scores)) for x in scores]
+    np.testing.assert_allclose([x.posterior for x in found], want, rtol=1e-6)
 
 
 def test_votes_by_tests_are_not_led_by_crowds():

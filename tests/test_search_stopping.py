@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 from models import tiny_model
 from test_search import QUESTIONS, TOKENS, by_text, chance, policy, told
 
 from kvtools import Rollouts, search
 from kvtools.search import Candidate, Stopping
+from kvtools.search.stopping import leads
 
 FULL = dict(n=8, seed=4)
 
@@ -42,6 +44,7 @@ RULES = {
     "wave": Stopping(wave=3),
     "wave, votes": Stopping(wave=2, answer=answer, margin=-2.0),
     "wave, enough": Stopping(wave=1, enough=1, verified=0.3),
+    "wave, sure": Stopping(wave=1, answer=answer, sure=0.7),
 }
 
 
@@ -139,6 +142,25 @@ def test_votes_settle(texts, open_rows, settled):
     assert bool(stop.settled([Candidate(text=x) for x in texts], open_rows)) == settled
 
 
+@pytest.mark.parametrize("texts,sure,settled", [
+    ("aaa", 0.95, False), ("aaaa", 0.95, True), ("aaaab", 0.95, False), ("aab", 0.6, True),
+    ("ab", 0.6, False), ("", 0.0, False), ("--", 0.0, False), ("a", 0.75, True),
+])  # fmt: skip
+def test_votes_that_are_all_but_settled(texts, sure, settled):
+    """With 99 rows to come, which could change anything."""
+    stop = Stopping(answer=lambda text: None if text == "-" else text, sure=sure)
+    assert bool(stop.settled([Candidate(text=x) for x in texts], 99)) == settled
+
+
+@pytest.mark.parametrize("first,second", [(0, 0), (4, 0), (7, 3), (2, 2)])
+def test_leads_is_the_integral(first, second):
+    share = (np.arange(200_000) + 0.5) / 200_000
+    density = share**first * (1 - share) ** second
+    want = density[share > 0.5].sum() / density.sum()
+    assert leads(first, second) == pytest.approx(want, abs=1e-9)
+    assert leads(2000, 1000) == pytest.approx(1.0)
+
+
 def test_depth_ends_the_judging():
     steps = search.Steps(TOKENS.tokenizer, TOKENS.delimiters, 5, 14, depth=1)
     stop = Stopping(margin=0.0, window=1)
@@ -155,6 +177,7 @@ def test_depth_ends_the_judging():
     ("margin", math.nan, ValueError), ("margin", "low", ValueError), ("window", 0, ValueError),
     ("ahead", -1, ValueError), ("evaluation", "ok?", TypeError), ("least", 2, ValueError),
     ("longer", -1, ValueError), ("answer", "x", TypeError), ("enough", 0, ValueError),
+    ("sure", 1.5, ValueError), ("sure", 0.9, ValueError), ("sure", math.nan, ValueError),
     ("verified", 1.5, ValueError), ("reduce", "median", ValueError), ("wave", 0, ValueError),
 ])  # fmt: skip
 def test_stopping_refuses(name, value, error):

@@ -146,6 +146,10 @@ STOPPING = {
     "--stop-verified": (
         "verified", number(float, 0, 1), "score of a verified row, for --stop-enough (default 0.9)",
     ),
+    "--stop-sure": (
+        "sure", number(float, 0, 1),
+        "with --stop-votes: a question stops also where its first answer leads so probably",
+    ),
     "--wave": ("wave", count, "rows of a question that grow at a time (default all)"),
 }  # fmt: skip
 
@@ -358,6 +362,8 @@ def strategy_of(args: argparse.Namespace) -> tuple[Any, dict]:
         raise Usage(f"{flag} is not an option of --strategy {args.strategy}")
     if "verified" in rules and "enough" not in rules:
         raise Usage("--stop-verified needs --stop-enough: how many verified rows end a question")
+    if "sure" in rules and "answer" not in rules:
+        raise Usage("--stop-sure needs --stop-votes: it is about votes")
     if rules:
         given["stop"] = kvtools.search.Stopping(**rules)
     if "beam" in known:
@@ -380,6 +386,12 @@ def table_of(path: Path) -> Any:
     except ValueError as error:
         raise Usage(f"--table {error}") from error
     for i, entry in enumerate(table.entries):
+        known = ["none", *(x for x in STRATEGIES if x != "allocate")]
+        if entry.strategy not in known:
+            raise Usage(
+                f"--table {path}: entries[{i}] has a strategy {entry.strategy!r}, which is none of "
+                f"{', '.join(known)}"
+            )
         n = entry.options.get("n", 1)
         if not kvtools.config.is_int(n) or n < 1:
             raise Usage(f"--table {path}: entries[{i}].options has n={n!r}, no number of rows")

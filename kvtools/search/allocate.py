@@ -178,7 +178,7 @@ class Table:
         """
         known = _known(strategies)
         for name, options in tried:
-            _named(known, name, options)
+            _named(known, name, options, rollouts, scorer, steps)
         if not callable(right):
             raise TypeError(f"right={right!r}: a function is needed")
         measure = _difficulty(difficulty, answer, reduce)
@@ -330,7 +330,7 @@ def allocate(
     if not isinstance(table, Table):
         raise TypeError(f"table={table!r}: a Table is needed, see Table.load")
     for entry in table.entries:
-        _named(known, entry.strategy, entry.options)
+        _named(known, entry.strategy, entry.options, rollouts, scorer, steps)
     first = best_of_n(rollouts, questions, scorer, steps, n=probes, seed=seed)
     total = replace(first, candidates=[list(some) for some in first.candidates])
     total.trace, total.spent = [], list(first.spent)
@@ -431,8 +431,13 @@ def _known(more: Mapping[str, Callable[..., Result]] | None) -> dict[str, Callab
     return known
 
 
-def _named(known: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> None:
-    """Raise ValueError unless there is such a strategy, with such options."""
+def _named(known: Mapping[str, Any], name: str, options: Mapping[str, Any], *how: Any) -> None:
+    """Raise ValueError unless there is such a strategy, with such options; of those here, with
+    such values of them, which a run for no question tells.
+
+    Args:
+        how: rollouts, scorer and steps.
+    """
     if name == NONE:
         return
     if name not in known:
@@ -440,11 +445,14 @@ def _named(known: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> N
             f"the table has a strategy {name!r}: pass strategies={{{name!r}: function}}, or take "
             f"one of {', '.join(known)}"
         )
+    rollouts, scorer, steps = how
     try:
         if "seed" in options:  # given twice it may be a KeyError, before Python 3.12
             raise TypeError("each run has a seed of its own")
         inspect.signature(known[name]).bind(None, [], None, None, **options, seed=0)
-    except TypeError as error:
+        if known[name] is STRATEGIES.get(name) and not rollouts.rows:
+            known[name](rollouts, [], scorer, steps, **options, seed=0)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{name} cannot be called with options={options!r}: {error}") from error
 
 

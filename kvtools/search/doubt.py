@@ -221,7 +221,13 @@ def vote_by_tests(
     A right solution passes exactly the right tests. A wrong one passes a wrong test with
     probability theta0 and a right one with theta1. With Beta priors on these and on the shares of
     right solutions and right tests, the posterior of a consensus set is a product of four Beta
-    functions, normalised over the sets of the table.
+    functions, normalised over the sets of the table: the paper's score, as a probability.
+
+    The default priors are ours. The paper's code takes wrong_test=(1, 1e4) to (1, 1e6) and
+    solutions = tests = (1e3, 1), by which next to no wrong solution passes a wrong test. That asks
+    for many solutions and tests: of simulated tables of 16 solutions and 8 tests, where a wrong
+    solution passes a wrong test in one case of five, its priors find a right solution in 0.71 or
+    0.65, the defaults in 0.87 (in one case of fifty: all in 0.85; of tables of 100 x 100: in all).
 
     Args:
         passes: bool [solutions, tests], whether each solution passes each test.

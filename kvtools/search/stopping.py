@@ -1,5 +1,6 @@
 """When a row is given up, and when a problem needs no more of them."""
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -55,10 +56,19 @@ class Stopping:
             problem that have finished.
         answer: reads a text's answer, or None: a problem stops when the rows that grow or wait
             could no longer change the first of a majority.
+        sure: with `answer`, a problem stops as well once the first answer is more frequent than the
+            second with at least this probability: of v and w votes, that of a share over a half
+            under Beta(v + 1, w + 1). The majority may then be another than that of all rows.
         enough: a problem stops with so many finished rows of a score of at least `verified`.
         verified, reduce: for `enough`; see `Candidate.score`.
         wave: rows of a problem that grow at a time; others wait for those to end. None is all. It
             takes longer, and more is saved where a problem stops.
+
+    Raises:
+        ValueError, TypeError: a value is out of range or of another kind, or `sure` is given
+            without `answer`; says which.
+
+    Reference: `sure` is the stopping of arXiv:2305.11860.
     """
 
     margin: float | None = None
@@ -68,6 +78,7 @@ class Stopping:
     least: float = 0.5
     longer: float | None = None
     answer: Callable[[str], Hashable | None] | None = None
+    sure: float | None = None
     enough: int | None = None
     verified: float = 0.9
     reduce: str = "last"
@@ -85,6 +96,10 @@ class Stopping:
             within("longer", self.longer, 0, 1e6)
         if self.answer is not None and not callable(self.answer):
             raise TypeError(f"answer={self.answer!r}: a function is needed")
+        if self.sure is not None:
+            within("sure", self.sure, 0, 1)
+            if self.answer is None:
+                raise ValueError(f"sure={self.sure!r} needs answer=, which reads a text's answer")
         if self.enough is not None:
             whole("enough", self.enough, 1)
         within("verified", self.verified, 0, 1)
@@ -121,7 +136,15 @@ class Stopping:
             first, second = (*sorted(votes.values(), reverse=True), 0, 0)[:2]
             if first - second > open_rows:
                 return f"{first} votes to {second}, {open_rows} open"
+            if self.sure is not None and first and leads(first, second) >= self.sure:
+                return f"{first} votes to {second}, ahead by {leads(first, second):.3f}"
         return ""
+
+
+def leads(first: int, second: int) -> float:
+    """Probability that a share drawn from Beta(first + 1, second + 1) is over a half."""
+    tosses = first + second + 1  # it is that of so many tosses of a coin with `first` heads at most
+    return sum(math.comb(tosses, k) for k in range(first + 1)) / 2**tosses
 
 
 def grow_until(run: Run, stop: Stopping) -> tuple[Rows, Rows]:
