@@ -305,6 +305,37 @@ def test_tree_attention_mixes_formats(k_format, v_format, D, dtype, impl):
     check(case, impl, case.expanded())
 
 
+@pytest.mark.only(when=lambda impl: impl == "cpu")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", ["int8", "int4", "int2"])
+@pytest.mark.parametrize("D", [64, 256])
+def test_one_token_is_nearly_all(D, format, dtype, impl):
+    """And what all others have, in one element, still adds up: each of them has so little weight
+    that it may not be rounded as the first one's is."""
+    forest = _host.Forest(5, 16)
+    forest.insert(63)
+    forest.append([1])
+    slot = torch.from_numpy(forest.row_slots(0).astype(np.int64))
+    pages = KVPages.empty(5, 1, 16, D, k_format="none", v_format=format, dtype=dtype)
+    k, v = torch.zeros(2, 64, 1, D)
+    k[0, 0, 0] = 1
+    v[0, 0] = 20 * quant.rotation(D, torch.float32, torch.device("cpu"))[:, 5]
+    v[1:, 0, 3] = 2 * D**0.5
+    kvtools.append_kv(k.to(dtype), v.to(dtype), slot, pages)
+    plan, position = Plan.from_host(forest.plan([1])), torch.tensor([63], dtype=torch.int32)
+    at = slot // 16, slice(None), slot % 16
+    v_shd = quant.dequantize_kv(pages.v[at], pages.v_scale[at], D, torch.float64)
+    found = [[], [], []]  # exact, eager, actual
+    for beyond in torch.linspace(10.25, 12, 8).to(dtype):
+        q = (beyond * k[:1]).to(dtype)
+        p_s = (beyond.double() * k[:, 0, 0].double()).softmax(0)
+        found[0].append(torch.einsum("s,shd->hd", p_s, v_shd)[None])
+        for out, which in zip(found[1:], ("reference", impl), strict=True):
+            out += kvtools.tree_attention(q, position, pages, plan, scale=1.0, impl=which)[:1]
+    exact, eager, actual = map(torch.stack, found)
+    assert_within_budget("out", actual, exact, eager)
+
+
 @pytest.mark.parametrize("pad", [1, 2, 4])
 @pytest.mark.parametrize("format", ["none", "int8", "int6"])
 def test_tree_attention_of_unaligned_slots(format, pad, impl):

@@ -289,6 +289,18 @@ def test_plan_is_cut_into_items(rows, shared, own, items):
         assert max(ends) <= 1.15 * even
 
 
+@pytest.mark.parametrize("items", [1, 2, 2**31 // 3 * 2, 2**31 - 1])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_any_number_of_items_covers_all(rows, items):
+    forest = Forest(3000, 4)
+    forest.insert(3000, copies=rows)
+    forest.insert(0)
+    forest.append([700] * rows + [0])
+    plan = forest.plan([1] * rows + [0], items=items)
+    for row, pairs in attended(plan, 4).items():
+        assert [slot for _, slot in pairs] == forest.row_slots(row).tolist()
+
+
 def test_items_have_least_slots():
     forest = Forest(600, 4)
     forest.insert(1000, copies=8)

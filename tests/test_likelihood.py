@@ -205,6 +205,52 @@ def test_logits_are_left_out_where_a_product_is_last(change, made, mode, monkeyp
     check(found, model, prompts[:1], texts[:1], 0.1 if model.dtype == torch.bfloat16 else 2e-4, 0.7)
 
 
+class Overwritten(LlamaForCausalLM):
+    """Writes to its logits, and no version tells."""
+
+    def forward(self, input_ids=None, **how):
+        out = super().forward(input_ids=input_ids, **how)
+        out.logits.data[..., 3:9] = -99.0
+        return out
+
+
+class Halved(LlamaForCausalLM):
+    """Its head runs under autocast of its own."""
+
+    def forward(self, input_ids=None, logits_to_keep=0, **how):
+        how.pop("use_cache", None)
+        hidden = self.model(input_ids=input_ids, **how).last_hidden_state[:, -logits_to_keep:]
+        with torch.autocast("cpu", torch.bfloat16):
+            return CausalLMOutput(logits=self.lm_head(30 * hidden).float())
+
+
+@pytest.mark.parametrize("kind", [Overwritten, Halved])
+def test_a_head_that_only_looks_like_a_product(kind):
+    """Found out the first time; another class is tried again."""
+    model, (prompts, texts) = fresh_model(), case()
+    found = kvtools.logprobs(model, prompts[:1], texts[:1])
+    assert check_model(model).product
+    model.__class__ = kind
+    found = kvtools.logprobs(model, prompts[:1], texts[:1], temperature=0.7)
+    assert check_model(model).product is False
+    check(found, model, prompts[:1], texts[:1], 2e-4, 0.7)
+
+
+@pytest.mark.parametrize("tried", [False, True])
+def test_hooks_around_all_modules_count(tried):
+    model, (prompts, texts) = fresh_model(), case()
+    if tried:
+        kvtools.logprobs(model, prompts[:1], texts[:1])
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: out / 2 if module is model.lm_head else None
+    )
+    try:
+        found = kvtools.logprobs(model, prompts[:1], texts[:1])
+        check(found, model, prompts[:1], texts[:1], 2e-4)
+    finally:
+        hook.remove()
+
+
 def test_logits_under_autocast_are_those_of_autocast():
     model, (prompts, texts) = fresh_model(), case()
     with torch.autocast("cpu", torch.bfloat16):

@@ -674,7 +674,8 @@ def test_bad_input():
 
 
 def test_bad_sampling_options():
-    for options in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1), dict(min_p=2.0)):
+    for options in (dict(temperature=-1.0), dict(top_p=0.0), dict(top_k=-1), dict(min_p=2.0),
+                    dict(temperature=[1.0]), dict(top_p=object())):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(options))):
             run(prompts(4), new=1, **options)
 

@@ -7,11 +7,15 @@ from copy import deepcopy
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import fresh_model, padded_prompts, random_ids, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_continuation import cache_of, generate
 from test_door import MODELS
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import DynamicCache
 
 import kvtools
@@ -298,3 +302,23 @@ def test_adapters_count(tmp_path):
         load_cache(fresh_model(), path)
     layer.scaling["two"] = 7.0  # is not on
     assert load_cache(model, path).kv.rows == 1
+
+
+def test_parameters_of_one_rank_are_whole(tmp_path):
+    """FSDP2 has them in tensors of its own, if it is only to offload or to cast."""
+    path = tmp_path / "cache.safetensors"
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = fully_shard(fresh_model(), mesh=init_device_mesh("cpu", (1,)))
+        cache = cache_of(generate(model, random_ids(9)[None]))
+        model.reshard()
+        assert all(isinstance(x, DTensor) for x in model.parameters())
+        save_cache(model, cache, path)
+        assert load_cache(model, path).kv.rows == 1
+        model.reshard()
+        with torch.no_grad():
+            next(model.parameters()).to_local().add_(1)
+        with pytest.raises(ValueError, match="weights"):
+            load_cache(model, path)
+    finally:
+        dist.destroy_process_group()

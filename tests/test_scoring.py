@@ -265,6 +265,20 @@ def test_entropies_of_equal_logits(device, impl):
             assert found[3].tolist() == [True, at == v - 1]
 
 
+@pytest.mark.parametrize("v", [1, 9000])
+def test_entropy_where_all_is_ruled_out(v, device, impl):
+    """No distribution, so no entropy, and no log-probability either."""
+    if impl == "triton":
+        return
+    found = token_logprobs(
+        torch.ones(2, 1, device=device), torch.ones(v, 1, device=device),
+        torch.tensor([0, -100], device=device), torch.full((v,), -torch.inf, device=device),
+        entropies=True, impl=impl,
+    )  # fmt: skip
+    for x in (found[0], found[2]):
+        assert x[0].isnan() and x[1] == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_token_logprobs_against_a_reference_model(dtype, device, impl):
     hidden_tm, weight_vm, target_t, bias_v = make_tokens(70, 16, 333, dtype, device)

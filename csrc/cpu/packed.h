@@ -11,8 +11,9 @@ namespace kvtools::KVTOOLS_ISA {
 
 // Weights of a chunk.
 struct Weights {
-  static constexpr int kMostPieces = 2;  // as many come up to fp32
-  int pieces;
+  static constexpr int kMostPieces = 3;
+  int least;                                                // of even weights: two come up to fp32
+  int pieces;                                               // of this chunk
   alignas(64) int16_t of[kFewRows * kMostPieces * kChunk];  // [rows][pieces][kChunk]
   float unit[kFewRows * kMostPieces];                       // what a one stands for
 };
@@ -108,10 +109,10 @@ template <int Bits>
 struct Packed<ReadPlanes<Bits, 0>> {
   using L = WholeLevels<Bits>;
   static constexpr bool kHas = true;
-  static constexpr int kParts = 8 / Bits;               // elements of a byte, d / kParts apart
-  static constexpr int kShifts = 16 / Bits;             // elements of half a word
-  static constexpr int kPieces = Weights::kMostPieces;  // of a query: scores come up to fp32
-  static constexpr int kBlock = kChunk;  // elements of a query in a unit of their own
+  static constexpr int kParts = 8 / Bits;    // elements of a byte, d / kParts apart
+  static constexpr int kShifts = 16 / Bits;  // elements of half a word
+  static constexpr int kPieces = 2;          // of a query: scores come up to fp32
+  static constexpr int kBlock = kChunk;      // elements of a query in a unit of their own
 
   // Of 8 bits, words are as many as elements are, and to turn them costs more than it saves.
   static bool scores_whole(int64_t d) { return Bits < 8 && d / kParts % 16 == 0; }
@@ -171,13 +172,20 @@ struct Packed<ReadPlanes<Bits, 0>> {
   // `most` and `all` are their greatest and their sum.
   static void round(const float* x, const float* most, const float* all, int rows, int n,
                     Weights& to) {
+    // Beside a weight that is most of all, what rounding takes off the others may be as much as
+    // they are, and all of one sign: it takes a piece more.
+    auto pieces_of = [&](int r) { return to.least + (all[r] * 16 < most[r] * n); };
+    to.pieces = to.least;
+    for (int r = 0; r < rows; ++r) to.pieces = std::max(to.pieces, pieces_of(r));
     in_groups<Weights::kMostPieces>(to.pieces, [&](auto pieces, int) {
       constexpr int P = pieces.value;
       for (int r = 0; r < rows; ++r) {
         const float unit = L::unit(most[r], all[r]), inverse = 1 / unit;
+        // Rows are what they are by themselves.
+        const int used = pieces_of(r);
         for (int s = 0; s < n; s += kLanes)
           L::template in_pieces<P>(load(x + r * kChunk + s) * inverse, [&](int i, __m512i whole) {
-            const __m256i words = _mm512_cvtepi32_epi16(whole);
+            const __m256i words = i < used ? _mm512_cvtepi32_epi16(whole) : _mm256_setzero_si256();
             std::memcpy(to.of + (r * P + i) * kChunk + s, &words, sizeof words);
           });
         for (int i = 0; i < P; ++i)

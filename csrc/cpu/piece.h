@@ -23,7 +23,7 @@ class Tile {
         partial_(partial),
         few_(piece.rows <= kFewRows),
         pairs_(kDotsPairs && !few_ && problem.in_pairs(pages_)) {
-    whole_.pieces = problem.p.out.type == Type::f32 ? 2 : 1;
+    whole_.least = problem.p.out.type == Type::bf16 ? 1 : 2;
     const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
     const int64_t whole_size = few_ ? q_size / o_.width * size_of_whole_q() : 0;
     q_ = scratch<float, 0>(q_size + 2 * kChunk * o_.width + kChunk * kTileRows + whole_size);

@@ -188,7 +188,8 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     for (size_t i = 0; i < runs.size(); ++i) (tokens[i] > 1 ? alone : shared)[i] = 0;
     most[1] = choose_chunk(runs, shared, page_size, limits);
     // A kernel for a token's rows alone takes fewer registers: half as many again run at once.
-    if (shared == std::vector<int64_t>(runs.size())) limits.items += limits.items / 2;
+    if (shared == std::vector<int64_t>(runs.size()))
+      limits.items = std::min(kMaxInt32, int64_t{limits.items} * 3 / 2);
     most[0] = choose_chunk(runs, alone, page_size, limits);
   }
   Plan plan;

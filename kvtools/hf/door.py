@@ -65,7 +65,8 @@ class Door:
         uncaptured: no CUDA graph can hold a step of it.
         apart: what its decoder returns, if logits come of that alone, so that its head can be run
             by itself; False if not. None until that is needed.
-        called: the functions that the model was called through when that was found.
+        product: whether that head is a matrix product and nothing else. None until it is tried.
+        called: the functions that the model was called through when these were found.
     """
 
     kind: str
@@ -85,6 +86,7 @@ class Door:
     probed: bool = False
     uncaptured: bool = False
     apart: type | bool | None = None
+    product: bool | None = None
     called: tuple[Callable, ...] = ()
     windows: dict[int, int] = field(default_factory=dict)
 

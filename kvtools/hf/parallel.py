@@ -147,11 +147,13 @@ class _Own(torch.nn.Module):
         self.layer = [layer]  # no module of ours: it lies where it did
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (
-            x.to_local() if isinstance(x, _sharded()) else x
-            for x in (self.layer[0].weight, self.layer[0].bias)
-        )
+        weight, bias = (own_part(x) for x in (self.layer[0].weight, self.layer[0].bias))
         return torch.nn.functional.linear(x, weight, bias)
+
+
+def own_part(x: Tensor | None) -> Tensor | None:
+    """What this rank has of a tensor."""
+    return x.to_local() if isinstance(x, _sharded()) else x
 
 
 def own_head(model: Any) -> Any:

@@ -16,6 +16,7 @@ from ..cache import KVCache
 from ..config import CacheConfig
 from ..results import replacing
 from .door import Door, device_of, inner
+from .parallel import own_part
 from .plug import PagedCache
 from .session import check_model, config_of
 
@@ -168,6 +169,7 @@ def _model(model: Any) -> dict[str, Any]:
     config = core.config.get_text_config(decoder=True).to_dict()
     found = hashlib.sha256()
     for name, x in _weights(core):
+        x = own_part(x)  # all of it: `_refuse_parts`
         found.update(f"{name} {tuple(x.shape)}".encode())
         if x.device.type != "meta" and x.numel():
             some = x.detach()[None][(0,) * x.dim()][:SEEN].cpu().contiguous()

@@ -19,6 +19,8 @@ RANGES = {
     "top_p": ("0 < top_p <= 1, where 1 is off", lambda x: (x > 0) & (x <= 1)),
     "min_p": ("0 <= min_p <= 1, where 0 is off", lambda x: (x >= 0) & (x <= 1)),
 }
+WHOLE = int, np.integer, torch.SymInt
+NUMBERS = *WHOLE, float, np.floating, torch.SymFloat
 
 
 def _fake_sample(logits_bv: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,7 +172,7 @@ def check_filters(**filters: float | Tensor) -> None:
 def _check_number(name: str, value: float) -> None:
     # Not `check`: a graph can format no symbolic float, so the message waits for the failure.
     expected, holds = RANGES[name]
-    if isinstance(value, str) or value is None or (name == "top_k" and isinstance(value, float)):
+    if not isinstance(value, WHOLE if name == "top_k" else NUMBERS):
         raise ValueError(f"{name}={value!r}: expected {expected}")
     if not holds(value):
         raise ValueError(f"{name}={value}: expected {expected}")

@@ -142,6 +142,8 @@ def _token_logprobs(
             here_t = (column_t >= 0) & (column_t < len(tile_vm))
             column_t1 = torch.where(here_t, column_t, 0).unsqueeze(1)
             chosen_t[rows] += logits_tv.gather(1, column_t1).squeeze(1).where(here_t, 0)
+    if entropies:
+        entropy_t.masked_fill_(lse_t == -torch.inf, torch.nan)  # of no distribution
     return chosen_t - lse_t, entropy_t, best_t
 
 
