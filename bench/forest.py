@@ -43,7 +43,7 @@ class Scale:
     new: int = 4  # tokens that are compared
     samples: int = 4000
     prompt: int = 200
-    most: int = 20  # tokens of a sample
+    most: int = 24  # tokens of a sample
     completions: int = 8
     length: int = 256
     before: int = 1024
