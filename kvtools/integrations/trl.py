@@ -48,7 +48,7 @@ def patch(
 
     Raises:
         TypeError: `trainer` has no model or no accelerator.
-        ValueError: it samples elsewhere, names a cache of transformers, or cannot have its
+        ValueError: it samples elsewhere, names a cache of transformers or none, or cannot have its
             log-probabilities taken, by the name of the option; kvtools cannot run its model.
 
     Undone on exit, also after an error.
@@ -69,6 +69,12 @@ def patch(
         raise ValueError(
             f"cache_implementation={cache!r} of the trainer's arguments: kvtools brings its own "
             "cache, leave it out"
+        )
+    if getattr(getattr(trainer, "generation_config", None), "use_cache", None) is False:
+        raise ValueError(
+            "use_cache=False of the trainer's generation config, which online DPO sets beside "
+            "gradient_checkpointing=True: pass generation_kwargs={'use_cache': True}; a step's "
+            "tokens are the same"
         )
     if logprobs and not hasattr(trainer, SCORES):
         raise ValueError(

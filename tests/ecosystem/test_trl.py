@@ -132,6 +132,42 @@ def test_training_is_that_without(kind, lora, options, trainer, model, monkeypat
         record(package, what, "tokens and weights as without")
 
 
+def test_online_dpo(model, tokenizer, words, tmp_path, monkeypatch, record):
+    """Two samples of each prompt, of which one is preferred: the same as without."""
+    online = pytest.importorskip("trl.experimental.online_dpo")
+
+    def trainer(**options):
+        torch.manual_seed(7)
+        return online.OnlineDPOTrainer(
+            copy.deepcopy(model),
+            reward_funcs=lambda completions, **_: [i % 3.0 for i in range(len(completions))],
+            args=online.OnlineDPOConfig(
+                output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, bf16=False,
+                max_new_tokens=8, report_to=[], use_cpu=True, learning_rate=1e-3, seed=3,
+                logging_strategy="no", save_strategy="no", disable_tqdm=True,
+                generation_kwargs=GREEDY | options,
+            ),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": words(*range(60, 68))}),
+        )  # fmt: skip
+
+    cached = dict(use_cache=True)  # by itself it turns that off beside gradient checkpointing
+    found = [train(trainer(**cached), monkeypatch, through=x) for x in (False, True)]
+    (stock, wanted), (ours, weights) = found
+    assert len(stock.calls) == len(ours.calls) == 2
+    for got, want in zip(ours.calls, stock.calls, strict=True):
+        assert torch.equal(got, want)
+    for name in wanted:
+        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-3, atol=1e-5)
+    record(
+        "trl",
+        "two samples of a prompt, greedily: online DPO, 2 steps",
+        "tokens and weights as without",
+    )
+    with pytest.raises(ValueError, match="use_cache=False .* generation_kwargs"), patch(trainer()):
+        pass
+
+
 def test_adapters_count(trainer, model, monkeypatch):
     """With the adapter's weights at zero the tokens are others."""
     tokens = []
