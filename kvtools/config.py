@@ -1,7 +1,8 @@
 """How keys and values are kept: the options."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 from .policy import Policy, policy_of
@@ -64,6 +65,9 @@ class CacheConfig:
     impl: str = "auto"
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # numpy's integers are stored as Python's
+            if is_int(value := getattr(self, field.name)):
+                object.__setattr__(self, field.name, int(value))
         for name in ("bits", "k_bits", "v_bits"):
             value = getattr(self, name)
             if value is not None and value not in BITS:
@@ -176,4 +180,10 @@ class CacheConfig:
 
 
 def is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether it is a whole number, of Python or numpy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, of Python or numpy; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)

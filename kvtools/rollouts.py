@@ -679,7 +679,7 @@ class Rollouts:
 
 
 def _whole_number(name: str, x: Any) -> int:
-    if not is_int(x) and not isinstance(x, np.integer):
+    if not is_int(x):
         raise TypeError(f"{name}={x!r}: expected a whole number")
     return int(x)
 

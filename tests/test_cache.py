@@ -636,6 +636,12 @@ def test_bad_config(options, message):
         CacheConfig(**options)
 
 
+def test_numbers_of_numpy():
+    config = CacheConfig(bits=np.int64(4), budget=np.int32(64), prompt_budget=np.uint8(128))
+    assert config == CacheConfig(bits=4, budget=64, prompt_budget=128)
+    assert {type(getattr(config, name)) for name in ("bits", "budget", "prompt_budget")} == {int}
+
+
 def test_bad_layer_budget():
     for factors in ([1, 2], [1, 1, 0]):
         with pytest.raises(ValueError, match="layer_budget has . factors; the model needs 3 pos"):

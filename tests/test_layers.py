@@ -32,7 +32,7 @@ ALLOWED = {
     "samples": set(),
     "rollouts": {"_host", "ops", "config", "cache", "hf", "samples", "transaction"},
     "prm": {"prm", "ops", "config", "cache", "hf", "rollouts", "models", "records"},
-    "search": {"search", "rollouts", "results"},
+    "search": {"search", "config", "rollouts", "results"},
     "serve": {"serve", "ops"},
     "integrations": {"config", "hf", "policy"},
     "models": {"__init__"},

@@ -350,6 +350,7 @@ def test_as_sampled():
         (dict(rows=0), ValueError, "rows=0 must be a whole number"),
         (dict(rows=2.5), ValueError, "rows=2.5 must be a whole number"),
         (dict(temperature="1"), ValueError, "temperature=.1. must be a positive number"),
+        (dict(temperature=True), ValueError, "temperature=True must be a positive number"),
         (dict(model="gpt2"), TypeError, "expected a transformers model, got str"),
     ],
 )

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import CacheConfig, is_int
+from ..config import CacheConfig, is_int, is_number
 from .session import Session
 
 Ids = Sequence[int] | Tensor
@@ -81,7 +81,7 @@ def logprobs(
             )
             for x in model
         ]  # fmt: skip
-    if not isinstance(temperature, (int, float)) or not temperature > 0:
+    if not is_number(temperature) or not temperature > 0:
         raise ValueError(f"temperature={temperature!r} must be a positive number")
     if not is_int(rows) or rows < 1:
         raise ValueError(f"rows={rows!r} must be a whole number of at least 1")

@@ -153,7 +153,13 @@ class _Own(torch.nn.Module):
 
 def own_part(x: Tensor | None) -> Tensor | None:
     """What this rank has of a tensor."""
-    return x.to_local() if isinstance(x, _sharded()) else x
+    return x.to_local() if is_part(x) else x
+
+
+def is_part(x: Any) -> bool:
+    """Whether ranks have parts of a tensor (a DTensor)."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
 
 
 def own_head(model: Any) -> Any:
@@ -174,7 +180,7 @@ def head_tokens(model: Any, ranks: Ranks) -> list[int]:
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, _sharded()) or hasattr(model, "unshard"):
+    if not is_part(weight) or hasattr(model, "unshard"):
         return []
     if type(head) is not torch.nn.Linear or not weight.placements[0].is_shard(0):
         return []
@@ -184,7 +190,7 @@ def head_tokens(model: Any, ranks: Ranks) -> list[int]:
     tokens = ranks.each(width)[:, 0].tolist()
     ids = torch.arange(1, TRIED + 1, device=weight.device)[None]
     want, found = (x(input_ids=ids, use_cache=False).logits[0] for x in (model, own_head(model)))
-    if isinstance(want, _sharded()) or want.shape[1] == tokens[ranks.rank] < sum(tokens):
+    if is_part(want) or want.shape[1] == tokens[ranks.rank] < sum(tokens):
         raise Unsupported(
             "its head leaves each rank the logits of some tokens: in its tp_plan give it the style "
             "'colwise_gather_output'"
@@ -194,12 +200,6 @@ def head_tokens(model: Any, ranks: Ranks) -> list[int]:
     near, scale = 4 * torch.finfo(want.dtype).eps, float(want[want.isfinite()].abs().max())
     same = torch.isclose(ranks.whole(found, tokens), want, rtol=near, atol=near * scale)
     return tokens if ranks.first(same.all()) else []
-
-
-def _sharded() -> tuple[type, ...]:
-    """The type of tensors of which ranks have parts, if one is there at all."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return () if module is None else (module.DTensor,)
 
 
 def checksum(*given: Any) -> int:
@@ -223,7 +223,7 @@ def ranks_of(core: torch.nn.Module) -> Ranks | None:
             "its layers lie on different ranks (pipeline parallel): load it with tp_plan='auto', "
             "which gives each rank a part of every layer"
         )
-    parts = [x for x in core.parameters() if isinstance(x, _sharded())]
+    parts = [x for x in core.parameters() if is_part(x)]
     meshes = list({x.device_mesh for x in parts if x.device_mesh.size() > 1})
     if not meshes:
         return None

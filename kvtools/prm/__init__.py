@@ -9,10 +9,11 @@ from torch import Tensor
 
 from ..config import CacheConfig
 from ..hf import check_model
+from ..hf.parallel import is_part
 from ..ops.scoring import REDUCES, step_scores
 from . import checkpoint
 from .families import FAMILIES, detect
-from .heads import StepHead, is_part
+from .heads import StepHead
 from .layouts import Family, Solution
 from .qwen import Qwen2ForProcessRewardModel
 from .session import PRMSession
@@ -184,7 +185,7 @@ def load(
     made = family(tokenizer, quirks=reference_quirks)
     head = made.head(model, reference)
     read = [vars(head)[name] for name in ("layer", "reference") if name in vars(head)]
-    if not isinstance(head, StepHead) and any(map(is_part, read)):
+    if not isinstance(head, StepHead) and any(is_part(getattr(x, "weight", None)) for x in read):
         made.refuse(
             "its head looks at the whole vocabulary, of which each rank has a part",
             "load the model without a tp_plan",

@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..hf.parallel import is_part
 from ..ops.scoring import step_scores, token_logprobs
 
 
@@ -33,7 +34,7 @@ class StepHead:
             first = next(self.body.parameters())
             hidden_tm = self.body(hidden_tm.index_select(0, read_s).to(first.dtype))
             read_s = torch.arange(len(read_s), device=hidden_tm.device)
-        if _plain(self.layer) or is_part(self.layer):
+        if _plain(self.layer) or is_part(getattr(self.layer, "weight", None)):
             weight, bias = (
                 None if x is None else _of(x, self.rows)
                 for x in (self.layer.weight, self.layer.bias)
@@ -47,14 +48,9 @@ class StepHead:
         return margin_s * self.sign
 
 
-def is_part(layer: nn.Module) -> bool:
-    """Whether other ranks have the rest of its matrix (a DTensor)."""
-    return hasattr(getattr(layer, "weight", None), "full_tensor")
-
-
 def _of(x: Tensor, rows: list[int]) -> Tensor:
     """Some rows of a matrix or a bias; of what lies on several ranks, without the other rows."""
-    if not hasattr(x, "full_tensor"):
+    if not is_part(x):
         return x[rows]
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..config import is_int, is_number
 from ..rollouts import Rollouts
 from .result import Candidate, Event, Result, Rows, growing
 from .scorers import Session, TextSession, append, scores, session, sigmoid
@@ -76,14 +77,13 @@ class Steps:
 
 def whole(name: str, value: Any, least: int) -> None:
     """Raise ValueError unless an argument is an integer of at least `least`."""
-    integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not integer or value < least:
+    if not is_int(value) or value < least:
         raise ValueError(f"{name}={value!r}: an integer of at least {least}")
 
 
 def within(name: str, value: Any, least: float, most: float) -> None:
     """Raise ValueError unless an argument is a number from `least` to `most`."""
-    if not isinstance(value, (int, float, np.number)) or not least <= value <= most:
+    if not is_number(value) or not least <= value <= most:
         raise ValueError(f"{name}={value!r}: a number from {least:g} to {most:g}")
 
 
