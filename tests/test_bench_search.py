@@ -16,6 +16,7 @@ from kvtools.quality import Journal
 
 bench = pytest.importorskip("bench.search")
 from bench import adaptive  # noqa: E402
+from bench import adaptive_report as report  # noqa: E402
 from bench.playback import Kept, Recorded  # noqa: E402
 from bench.probe import Probe, area  # noqa: E402
 from bench.problems import TASKS, Bytes, chance, two_steps, worked  # noqa: E402
@@ -112,14 +113,14 @@ def test_adaptive_cells(drawn, tmp_path):
         if "budget" in cell:
             assert len(cell["chosen"]) == 2
     assert cells["stop, one verified"]["tokens"] < sum(map(sum, cells["samples"]["tokens"])) / 2
-    names = [x["name"] for x in adaptive.targets(found)]
+    names = [x["name"] for x in report.targets(found)]
     assert len(names) == len(set(names))
-    heads, *rows = adaptive.table(found)
+    heads, *rows = report.table(found)
     assert {len(row) for row in rows} == {len(heads)}
     page = tmp_path / "page.md"
     page.write_text("<!-- adaptive:begin -->\n<!-- adaptive:end -->\n")
     where = demo.where("cpu") | {"commit": "1234567"}
-    demo.rewrite(page, "adaptive", [heads, *rows], adaptive.caption(found, where, ["7654321"]))
+    demo.rewrite(page, "adaptive", [heads, *rows], report.caption(found, where, ["7654321"]))
     assert "worked sums: deepen, exact" in page.read_text() and "7654321" in page.read_text()
 
 
@@ -216,7 +217,7 @@ def test_half_of_the_answers():
     samples = {"answers": [[0] * 8, [0] * 8, [*range(8)], [*range(8)]] * 2,
                "right": ["1" * 8, "1" * 8, "0" * 8, "1" + "0" * 7] * 2,
                "exact": [[0.5] * 8] * 8, "trained": [[0.5] * 8] * 8}  # fmt: skip
-    found = adaptive.abstained(samples, 8)
+    found = report.abstained(samples, 8)
     assert (found["share"], found["answered"], found["right"]) == (0.5, 1.0, 0.75)
     assert found["low"] <= found["difference"] == 0.25 <= found["high"]
 
@@ -245,7 +246,7 @@ def made_up():
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_what_is_taken_of_samples_is_what_choose_takes(how, n):
     samples = made_up()
-    found = adaptive.taken(samples, how, n)
+    found = report.taken(samples, how, n)
     for i, right in enumerate(samples["right"]):
         scores = samples["exact" if "exact" in how else "trained"][i]
         rows = [search.Candidate(text=str(j), scores=[x], margins=[0.0])
@@ -257,19 +258,17 @@ def test_what_is_taken_of_samples_is_what_choose_takes(how, n):
 
 def test_samples_at_equal_tokens_are_mixed():
     samples = made_up()
-    one, two = (adaptive.taken(samples, "max, trained", n) for n in (1, 2))
-    np.testing.assert_allclose(
-        adaptive.at_tokens(samples, "max, trained", 15), 0.75 * one + two / 4
-    )
+    one, two = (report.taken(samples, "max, trained", n) for n in (1, 2))
+    np.testing.assert_allclose(report.at_tokens(samples, "max, trained", 15), 0.75 * one + two / 4)
     for tokens, n in ((5, 1), (10, 1), (30, 2), (99, 4)):
-        want = adaptive.taken(samples, "max, trained", n)
-        np.testing.assert_allclose(adaptive.at_tokens(samples, "max, trained", tokens), want)
+        want = report.taken(samples, "max, trained", n)
+        np.testing.assert_allclose(report.at_tokens(samples, "max, trained", tokens), want)
 
 
 @pytest.mark.parametrize("differences", [[0, 0, 0], [1, 0, 0, 1], [0.5, -1, 0, 1]])
 def test_intervals_of_differences_mirror(differences):
-    low, high = adaptive.paired(np.array(differences, float))
-    assert adaptive.paired(-np.array(differences, float)) == (-high, -low)
+    low, high = report.paired(np.array(differences, float))
+    assert report.paired(-np.array(differences, float)) == (-high, -low)
     assert low <= np.mean(differences) <= high and low < high
 
 
