@@ -1,8 +1,12 @@
 """Row `attention`: attention over a forest, merging states, importance."""
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -817,6 +821,22 @@ def test_tiles_are_those_of_their_emulation(D, tiles):
         found.append(attend(case, "cpu"))
     exact = attend(SimpleNamespace(**vars(case) | {"q": case.q.double()}), "reference")
     assert_all_within_budget("cpu", case.pages, found[1], exact, found[0])
+
+
+def test_machine_code_of_tiles(tmp_path):
+    """Executed by the processor, or where it lacks AMX by what its traps call."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if not compiler or torch.ops.kvtools.cpu_lacks("amx-emulated"):
+        pytest.skip("needs a C++ compiler and AVX-512 with VNNI")
+    wide = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni")]
+    source, program = Path(__file__).with_name("amx_trap.cpp"), tmp_path / "amx_trap"
+    define = ["-DKVTOOLS_ISA=amx", "-DKVTOOLS_TILES=1"]
+    subprocess.run([compiler, "-std=c++17", "-O2", *wide, "-mfma", *define, source, "-o", program],
+                   check=True)  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if torch.ops.kvtools.cpu_lacks("amx"):
+        assert int(done.stdout.split()[0]) > 100
 
 
 @pytest.mark.parametrize("name", ["amx-emulated", "amx"])
