@@ -40,6 +40,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         *ISAS["avx2"],
     ]
     ISAS["avx512bf16"] = [*ISAS["avx512"], "-mavx512bf16", "-mavx512vnni"]
+    ISAS["amx"] = [*ISAS["avx512"], "-mavx512vnni", "-DKVTOOLS_TILES=1"]
 # The architectures of csrc/cuda, and PTX of the last for those to come.
 ARCHS = os.environ.get("KVTOOLS_CUDA_ARCHS", "80 90a 100 120").split()
 FLAGS, SANITIZERS = ["-std=c++17", "-O3", "-g1", "-Wall"], []

@@ -526,9 +526,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprobs(Tensor hidden, Tensor 
 }
 
 std::string cpu_isa(std::string name) {
-  const char* before = use_isa(name.c_str());
-  STD_TORCH_CHECK(before, "isa='", name, "' is not one that this processor has");
-  return before;
+  const char* why = name == "auto" ? nullptr : lacks(name.c_str());
+  STD_TORCH_CHECK(!why, "isa='", name, "': ", why ? why : "");
+  return use_isa(name.c_str());
+}
+
+std::string cpu_lacks(std::string name) {
+  const char* why = lacks(name.c_str());
+  return why ? why : "";
 }
 
 }  // namespace
@@ -561,6 +566,7 @@ STABLE_TORCH_LIBRARY_IMPL(kvtools, KVTOOLS_CUDA_KEY, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(kvtools, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&kvtools::cpu_isa));
+  m.impl("cpu_lacks", TORCH_BOX(&kvtools::cpu_lacks));
 }
 
 // Importing the module runs the registrations above. CUDA is the device whose tensors impl="cuda"

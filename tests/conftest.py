@@ -16,6 +16,7 @@ torch.set_num_threads(1)  # tests are small and run side by side
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must precede the first import of triton
 
+from kvtools import ops  # noqa: E402
 from kvtools.ops import COMPILED, CUDA, IN_CUDA, OPS, TRITON, Op  # noqa: E402
 
 GPU = torch.cuda.is_available()
@@ -25,6 +26,7 @@ ignored = {
     "test_bench_gpu.py": not COMPILED,
 }
 NOT_IN_CUDA = OPS.keys() - IN_CUDA
+IN_TILES = {"test_attention"}  # tests of what is computed by tiles of AMX, or their emulation
 collect_ignore = [name for name in ignored if ignored[name]]
 
 
@@ -37,17 +39,11 @@ def runs(impl: str) -> bool:
         return CUDA == "cpu" or (CUDA == "cuda" and GPU)
     if not isa:
         return True
-    if not COMPILED:
-        return False
-    try:
-        torch.ops.kvtools.cpu_isa(torch.ops.kvtools.cpu_isa(isa))  # gives the one before
-    except RuntimeError:
-        return False
-    return True
+    return COMPILED and not torch.ops.kvtools.cpu_lacks(isa)
 
 
-# The C++ kernels run once per instruction set that this processor has.
-ISAS = [x for x in ("cpu-base", "cpu-avx2", "cpu-avx512", "cpu-avx512bf16") if runs(x)]
+# The C++ kernels run once per instruction set that this processor has, the best one last.
+ISAS = [x for x in map("cpu-{}".format, ("amx-emulated", *ops.ISAS)) if runs(x)]
 IMPLS = ["reference", *ISAS, *filter(runs, ("triton", "cuda"))]
 
 
@@ -132,6 +128,8 @@ def possible(item) -> bool:
     if item.get_closest_marker("gpu") and not GPU:  # not `keywords`, which has folders too
         return False
     if impl_of(item) == "cuda" and any(x in item.originalname for x in NOT_IN_CUDA):
+        return False
+    if impl_of(item) == "cpu-amx-emulated" and item.path.stem not in IN_TILES:
         return False
     return all(holds(mark, item) for mark in item.iter_markers("only"))
 

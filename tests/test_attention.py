@@ -1,8 +1,12 @@
 """Row `attention`: attention over a forest, merging states, importance."""
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -739,6 +743,112 @@ def test_tree_attention_in_foreign_layouts(layout, impl):
             q[row][None, :, None], k, v, enable_gqa=True
         )
         torch.testing.assert_close(out[row], expected[0, :, 0])
+
+
+@pytest.mark.only(when=lambda impl: impl in ("cpu", "reference"))
+@pytest.mark.parametrize("options", ["plain", "scale", "softcap", "sliding", "sink"])
+@pytest.mark.parametrize("page_size", [1, 7, 16, 64])
+@pytest.mark.parametrize("D", [32, 64, 96, 256])
+def test_many_rows_in_bf16(D, page_size, options, impl):
+    """What instruction sets with products of bf16 compute in pairs, or in tiles: any number of
+    rows and slots, in pages of any size; scores are kept where importance is wanted."""
+    rows, slots = set(), set()
+    how = {k: v for k, v in OPTIONS[options].items() if k != "sink_h"}
+    if options == "sink":
+        how["sink_h"] = torch.linspace(-1, 2, 10).bfloat16()
+    for seed in range(3):
+        case = Case(seed, page_size=page_size, G=5, D=D, dtype=torch.bfloat16, most=12, longest=200)
+        rows |= {5 * (end - begin) for _, begin, end, *_ in case.plan.item.tolist()}
+        slots |= set(case.plan.length.tolist())
+        found = []
+        for q, which in ((case.q.double(), "reference"), (case.q, "reference"), (case.q, impl)):
+            case.pages.importance = torch.zeros(case.pages.k.shape[:3])
+            out = attend(SimpleNamespace(**vars(case) | {"q": q}), which, **how)
+            found.append((*out, case.pages.importance))
+        exact, eager, actual = found
+        assert exact[2].max() > 0
+        assert_all_within_budget(impl, case.pages, actual[:2], exact[:2], eager[:2])
+        assert_within_budget("importance", actual[2], exact[2], eager[2], torch.bfloat16)
+    assert {min(1, x // 9) + min(1, x // 97) for x in rows} == {0, 1, 2}  # few, many, some tiles
+    assert {x % 32 > 16 for x in slots} == {False, True} and {x % 2 for x in slots} == {0, 1}
+
+
+@pytest.mark.only(when=lambda impl: impl in ("cpu", "reference"))
+@pytest.mark.parametrize("D", [32, 64])
+def test_what_is_behind_the_last_slot_does_not_count(D, impl):
+    """However the last of an odd number of slots is: an infinity stays one."""
+    rows, slots = 24, 65
+    forest = _host.Forest(rows + 5, 16)
+    forest.insert(slots, 0, rows)
+    forest.append(np.ones(rows, np.int32))
+    generator = torch.Generator().manual_seed(0)
+    pages = KVPages.empty(rows + 5, 1, 16, D, dtype=torch.bfloat16)
+    k, v = torch.randn(2, slots + rows, 1, D, generator=generator).bfloat16()
+    v[slots - 1, 0, 3] = torch.inf
+    slot = np.concatenate([forest.row_slots(r)[x:] for r, x in enumerate([0] + [slots] * 23)])
+    kvtools.append_kv(k, v, torch.from_numpy(slot.astype(np.int64)), pages)
+    case = SimpleNamespace(
+        q=torch.randn(rows, 1, D, generator=generator).bfloat16(), pages=pages,
+        plan=Plan.from_host(forest.plan([1] * rows)),
+        position=torch.full((rows,), slots, dtype=torch.int32),
+    )  # fmt: skip
+    out, lse = attend(case, impl)
+    assert (out[..., 3] == torch.inf).all() and lse.isfinite().all()
+    assert out[..., [x for x in range(D) if x != 3]].isfinite().all()
+
+
+@pytest.fixture
+def tiles():
+    """Makes C++ kernels compute by tiles of AMX, or by their emulation; skips where it cannot."""
+    use = torch.ops.kvtools.cpu_isa
+    before = use("auto")
+
+    def choose(name):
+        if lacks := torch.ops.kvtools.cpu_lacks(name):
+            pytest.skip(f"{name}: {lacks}")
+        use(name)
+
+    yield choose
+    use(before)
+
+
+@pytest.mark.parametrize("D", [32, 128])
+def test_tiles_are_those_of_their_emulation(D, tiles):
+    case = Case(2, G=5, D=D, dtype=torch.bfloat16, most=12, longest=200)
+    found = []
+    for name in ("amx-emulated", "amx"):
+        tiles(name)
+        found.append(attend(case, "cpu"))
+    exact = attend(SimpleNamespace(**vars(case) | {"q": case.q.double()}), "reference")
+    assert_all_within_budget("cpu", case.pages, found[1], exact, found[0])
+
+
+def test_machine_code_of_tiles(tmp_path):
+    """Executed by the processor, or where it lacks AMX by what its traps call."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if not compiler or torch.ops.kvtools.cpu_lacks("amx-emulated"):
+        pytest.skip("needs a C++ compiler and AVX-512 with VNNI")
+    wide = [f"-mavx512{x}" for x in ("f", "bw", "dq", "vl", "vnni")]
+    source, program = Path(__file__).with_name("amx_trap.cpp"), tmp_path / "amx_trap"
+    define = ["-DKVTOOLS_ISA=amx", "-DKVTOOLS_TILES=1"]
+    subprocess.run([compiler, "-std=c++17", "-O2", *wide, "-mfma", *define, source, "-o", program],
+                   check=True)  # fmt: skip
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if torch.ops.kvtools.cpu_lacks("amx"):
+        assert int(done.stdout.split()[0]) > 100
+
+
+@pytest.mark.parametrize("name", ["amx-emulated", "amx"])
+def test_tiles_take_denormals_for_zeros(name, tiles):
+    """As products of bf16 do on every processor that has them; those of fp32 do not."""
+    tiles(name)
+    case = Case(2, G=12, D=32, dtype=torch.bfloat16)
+    least = torch.finfo(torch.bfloat16).smallest_normal
+    for value, expected in ((least, True), (least / 2, False)):
+        case.pages.v.fill_(value)
+        assert attend(case, "cpu")[0].any() == expected
+    assert attend(case, "reference")[0].any()
 
 
 @pytest.mark.parametrize("group", ["all", "mean"])

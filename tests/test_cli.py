@@ -75,6 +75,21 @@ def test_env_json(capsys):
         assert all(reason is None or reason for reason in impls.values())
 
 
+def test_env_tells_the_instruction_set(capsys, monkeypatch):
+    use, lacks = torch.ops.kvtools.cpu_isa, torch.ops.kvtools.cpu_lacks
+    found = env.environment()
+    able = [name for name, reason in found["instructions"].items() if reason is None]
+    assert able == [name for name in kvtools.ops.ISAS if not lacks(name)]
+    assert found["isa"] == use(able[-1]), "not the widest"
+    for name, reason in (found["instructions"] | {"mmx": "there is no such"}).items():
+        if reason:
+            with pytest.raises(RuntimeError, match=f"isa='{name}': {reason}"):
+                use(name)
+    table = found | {"isa": "avx512", "instructions": {"avx512": None, "amx": "refused"}}
+    monkeypatch.setattr(env, "environment", lambda: table)
+    assert "avx512; no amx: refused" in run(capsys, "env")[1]
+
+
 def test_generate(capsys, tiny):
     prompt = " ".join(f"w{i}" for i in range(2, 22))
     given = ["--prompt", prompt, "-n", 3, "--max-new-tokens", 6, "--bits", 8, "--compare", "--json"]

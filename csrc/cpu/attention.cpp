@@ -106,7 +106,7 @@ void Attention::cut() {
         (kDecode[static_cast<int>(pages.k.format)] + kDecode[static_cast<int>(pages.v.format)]) *
         vectors;
     if (rows <= kFewRows) return (rows + 3) / 4 * decode + rows * (2 * vectors + 4);
-    const int64_t each = kDotsPairs && o_.in_pairs(pages) ? o_.d : 2 * o_.d;
+    const int64_t each = !o_.in_pairs(pages) ? 2 * o_.d : kTiles ? o_.d / 16 + 16 : o_.d;
     return whole_vectors(rows) / kLanes * each + decode + o_.d / 2;
   };
   int64_t total = 0, scores = 0;

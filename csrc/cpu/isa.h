@@ -9,6 +9,13 @@
 #define KVTOOLS_X86 0
 #endif
 
+// Whether the compiler knows the instructions of AMX.
+#if KVTOOLS_X86 && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+#define KVTOOLS_AMX 1
+#else
+#define KVTOOLS_AMX 0
+#endif
+
 #define KVTOOLS_KERNELS(isa)                              \
   namespace kvtools::isa {                                \
   void quantize_kv(const QuantizeKv&, const Pool&);       \
@@ -29,17 +36,26 @@ KVTOOLS_KERNELS(base)
 KVTOOLS_KERNELS(avx2)
 KVTOOLS_KERNELS(avx512)
 KVTOOLS_KERNELS(avx512bf16)
+KVTOOLS_KERNELS(amx)
+
+namespace kvtools::amx {
+// Whether this processor's products of tiles are those of their emulation.
+bool tiles_agree();
+}  // namespace kvtools::amx
 #endif
 
 namespace kvtools {
 
-enum class Isa { base, avx2, avx512, avx512bf16 };
+// amx_emulated is amx without its instructions, for tests.
+enum class Isa { base, avx2, avx512, avx512bf16, amx, amx_emulated };
 
-// The widest that this processor has, unless `use_isa` chose another.
+// The widest that can run here, unless `use_isa` chose another.
 Isa isa();
 
-// Choose one by name; "auto" for the widest. Returns the name in use before, or null where the
-// processor lacks it.
+// Why the one of that name cannot run here; null where it can.
+const char* lacks(const char* name);
+
+// Choose one that can run, by name; "auto" for the widest. Returns the name in use before.
 const char* use_isa(const char* name);
 
 }  // namespace kvtools
@@ -48,6 +64,10 @@ const char* use_isa(const char* name);
 #if KVTOOLS_X86
 #define KVTOOLS_RUN(kernel, ...)                  \
   switch (::kvtools::isa()) {                     \
+    case ::kvtools::Isa::amx:                     \
+    case ::kvtools::Isa::amx_emulated:            \
+      ::kvtools::amx::kernel(__VA_ARGS__);        \
+      break;                                      \
     case ::kvtools::Isa::avx512bf16:              \
       ::kvtools::avx512bf16::kernel(__VA_ARGS__); \
       break;                                      \

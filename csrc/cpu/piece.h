@@ -22,7 +22,7 @@ class Tile {
         store_(problem.store(piece.item)),
         partial_(partial),
         few_(piece.rows <= kFewRows),
-        pairs_(kDotsPairs && !few_ && problem.in_pairs(pages_)) {
+        pairs_(!few_ && problem.in_pairs(pages_)) {
     whole_.least = problem.p.out.type == Type::bf16 ? 1 : 2;
     const int64_t q_size = few_ ? piece.heads * piece.rows * o_.width : o_.d * kTileRows;
     const int64_t whole_size = few_ ? q_size / o_.width * size_of_whole_q() : 0;
@@ -42,6 +42,7 @@ class Tile {
     std::fill_n(partial.seen + piece.at, piece.results(), 0);
     std::fill_n(partial.store + piece.at, piece.results(), store_);
 
+    const TileConfig tiles(pairs_ && isa() == Isa::amx);
     // Chunk by chunk, and in each head by head, as pages lie in memory; while one is worked on
     // the next is fetched.
     Slots slots[2];
@@ -285,12 +286,21 @@ inline void Tile::attend(Slots& now, const Slots& next) {
         return Turned::scores(whole_q_ + head_ * rows * Turned::size_of_q(d), rows, d, now.k,
                               next.k, n, reinterpret_cast<uint32_t*>(k_tile_), x_);
     if (few_ && read.whole(d)) return few_rows(read);
-    if (pairs_)
+    if (pairs_) {
+      const auto* q = reinterpret_cast<uint32_t*>(q_);
+#if KVTOOLS_TILES
+      return with_tiles([&](auto* kind) {
+        scores_by_tiles<std::remove_pointer_t<decltype(kind)>>(
+            q, d, now.k, n, x_, vectors, ahead[0], reinterpret_cast<char*>(k_tile_));
+      });
+#else
       return in_groups<kTileVectors>(vectors, [&](auto count, int v) {
         constexpr int tokens = 4 * (kTileVectors / count.value > 1 ? 2 : 1);
-        many_scores_of_pairs<count.value, tokens>(reinterpret_cast<uint32_t*>(q_) + v * kLanes, d,
-                                                  now.k, n, x_ + v * kLanes, ahead[v > 0]);
+        many_scores_of_pairs<count.value, tokens>(q + v * kLanes, d, now.k, n, x_ + v * kLanes,
+                                                  ahead[v > 0]);
       });
+#endif
+    }
     if (!plain(pages.k)) to_tile(read, now.k, now.k_scale, k_tile_, k_scaled), k_scaled = true;
     if (few_) return few_rows(ReadPlain<float>(d));
     in_groups<kTileVectors>(vectors, [&](auto count, int v) {
@@ -345,26 +355,44 @@ inline void Tile::attend(Slots& now, const Slots& next) {
 // Add the values of many rows, two slots at a time.
 inline void Tile::add_pairs_of(const Slots& now, float* sum) {
   const int64_t width = o_.width;
-  const int pairs = (now.n + 1) / 2;
+  // Tiles take 16 pairs; what is behind the last slot is zero.
+  const int pairs = kTiles ? (now.n + 31) / 32 * 16 : (now.n + 1) / 2;
   auto* v = reinterpret_cast<uint32_t*>(v_tile_);
-  auto* p = reinterpret_cast<uint32_t*>(x_);  // in place: a pair lies before what it is made of
-  for (int s = 0; s < pairs; ++s) {
-    const bool both = 2 * s + 1 < now.n;
-    const char *first = now.v[2 * s], *second = both ? now.v[2 * s + 1] : first;
+  auto* p = reinterpret_cast<uint32_t*>(x_);  // in place: pairs lie before what they are made of
+  for (int s = 0; s < pairs; ++s)
     for (int64_t e = 0; e < width; e += kLanes) {
-      const u32 pair = load_words(first + 2 * e) | load_words(second + 2 * e) << 16;
+      auto values = [&](int i) { return i < now.n ? load_words(now.v[i] + 2 * e) : u32{}; };
+      const u32 pair = values(2 * s) | values(2 * s + 1) << 16;
       std::memcpy(v + s * width + e, &pair, sizeof pair);
     }
-    for (int64_t r = 0; r < piece_.padded(); r += kLanes) {
-      const float* x = x_ + 2 * s * kTileRows + r;
-      const u32 pair = to_pairs(load(x), both ? load(x + kTileRows) : f32{});
-      std::memcpy(p + s * kTileRows + r, &pair, sizeof pair);
+  auto weights = [&](int s, int64_t r) {
+    auto of = [&](int i) { return i < now.n ? load(x_ + i * kTileRows + r) : f32{}; };
+    return to_pairs(of(2 * s), of(2 * s + 1));
+  };
+  const int vectors = piece_.padded() / kLanes;
+#if KVTOOLS_TILES
+  for (int i = 0; i < vectors; ++i)
+    for (int first = 0; first < pairs; first += kTileSide) {
+      u32 turned[kTileSide];
+      for (int s = 0; s < kTileSide; ++s) turned[s] = weights(first + s, i * kLanes);
+      transpose(turned);
+      for (int r = 0; r < kTileSide; ++r)
+        std::memcpy(p + (2 * first + r) * kTileRows + i * kLanes, &turned[r], sizeof turned[r]);
     }
-  }
+  with_tiles([&](auto* kind) {
+    add_by_tiles<std::remove_pointer_t<decltype(kind)>>(v, pairs, p, vectors, sum, width);
+  });
+#else
+  for (int s = 0; s < pairs; ++s)
+    for (int i = 0; i < vectors; ++i) {
+      const u32 pair = weights(s, i * kLanes);
+      std::memcpy(p + s * kTileRows + i * kLanes, &pair, sizeof pair);
+    }
   for (int64_t e = 0; e < width; e += 4 * kLanes)
     in_groups<kValueRows>(piece_.rows, [&](auto count, int r) {
       add_pairs<count.value, 4>(v + e, pairs, p + r, sum + r * width + e, width);
     });
+#endif
 }
 
 inline void Tile::few_weights(const Slots& now, bool clear, bool k_scaled, bool v_scaled,

@@ -5,6 +5,7 @@
 #include <memory>
 #include <new>
 
+#include "amx.h"
 #include "decode.h"
 
 namespace kvtools::KVTOOLS_ISA {
@@ -44,13 +45,14 @@ struct Problem {
   int store(int64_t i) const { return p.store[item(i)[0]]; }
   const Pages& pages(int64_t i) const { return p.stores[store(i)]; }
   bool tracked(int64_t i) const { return tracks && store(i) == 0 && p.own[item(i)[0]]; }
-  // Everything is in bf16, and queries are not scaled.
+  // Many rows take products of pairs: everything is in bf16, and queries are not scaled.
   bool in_pairs(const Pages& pages) const {
     auto is_bf16 = [](const Content& x) {
       return x.format == Format::none && x.type == Type::bf16;
     };
-    return p.q.type == Type::bf16 && is_bf16(pages.k) && is_bf16(pages.v) &&
-           d % (4 * kLanes) == 0 && unit == p.scale && !p.frames.of;
+    return (kTiles || kDotsPairs) && p.q.type == Type::bf16 && is_bf16(pages.k) &&
+           is_bf16(pages.v) && d % ((kTiles ? 2 : 4) * kLanes) == 0 && unit == p.scale &&
+           !p.frames.of;
   }
   // The last position that a token sees in a store, and the last one that is too old for it there.
   int32_t last_seen(int64_t t, int store) const {

@@ -3,6 +3,7 @@
 // are, and dotted with each row. Many rows: the rows lie along the vectors.
 #pragma once
 
+#include "amx.h"
 #include "decode.h"
 
 namespace kvtools::KVTOOLS_ISA {
@@ -146,5 +147,46 @@ inline void add_pairs(const uint32_t* v, int pairs, const uint32_t* p, float* ou
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < V; ++i) store(out + r * width + i * kLanes, sum[r][i]);
 }
+
+#if KVTOOLS_TILES
+// The same scores by tiles: 16 slots against 16 rows. `buffer` has room for 32 slots' keys.
+template <class Tiles>
+inline void scores_by_tiles(const uint32_t* q, int64_t d, const char* const* rows, int n, float* x,
+                            int vectors, const Ahead& ahead, char* buffer) {
+  const int64_t bytes = 2 * d, row_bytes = kTileRows * sizeof *q;
+  for (int s = 0; s < n; s += 2 * kTileSide) {
+    for (int i = s; i < std::min(n, s + 2 * kTileSide); ++i) ahead(i);
+    const TileRows k[] = {evenly(rows + s, bytes, buffer),
+                          evenly(rows + s + kTileSide, bytes, buffer + kTileSide * bytes)};
+    in_groups<2>(vectors, [&](auto count, int v) {
+      const TileRows b{reinterpret_cast<const char*>(q + v * kLanes), row_bytes,
+                       kTileSide * row_bytes};
+      float* c = x + s * kTileRows + v * kLanes;
+      if (s + kTileSide < n)
+        multiply<Tiles, 2, count.value>(k, b, d / kTileDepth, c, kTileRows, false);
+      else
+        multiply<Tiles, 1, count.value>(k, b, d / kTileDepth, c, kTileRows, false);
+    });
+  }
+}
+
+// add_pairs by tiles: the words of p are turned, so that a row's pairs of 32 slots lie together.
+template <class Tiles>
+inline void add_by_tiles(const uint32_t* v, int pairs, const uint32_t* p, int vectors, float* out,
+                         int64_t width) {
+  const int64_t p_bytes = kTileRows * sizeof *p, v_bytes = width * sizeof *v;
+  auto weights = [&](int i) {
+    return TileRows{reinterpret_cast<const char*>(p + i * kLanes), p_bytes,
+                    2 * kTileSide * p_bytes};
+  };
+  in_groups<2>(vectors, [&](auto count, int i) {
+    const TileRows a[] = {weights(i), weights(i + count.value - 1)};
+    for (int64_t e = 0; e < width; e += 2 * kLanes)
+      multiply<Tiles, count.value, 2>(
+          a, {reinterpret_cast<const char*>(v + e), v_bytes, kTileSide * v_bytes},
+          pairs / kTileSide, out + i * kLanes * width + e, width, true);
+  });
+}
+#endif
 
 }  // namespace kvtools::KVTOOLS_ISA

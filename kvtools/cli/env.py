@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
     for name, version in found["versions"].items():
         facts.add_row(name, version or "not installed")
     facts.add_row("compiled part", found["compiled"])
+    sets = (f"no {name}: {reason}" for name, reason in found["instructions"].items() if reason)
+    facts.add_row("instruction set", "; ".join([found["isa"] or "none", *sets]))
     facts.add_row("CUDA", ", ".join(found["cuda"]) or "no device")
     console.print(facts)
     table = Table("operation", *next(iter(found["ops"].values())))
@@ -40,7 +42,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def environment() -> dict:
-    """What is installed and, per operation and implementation, why it cannot run here (or None)."""
+    """What is installed; the instruction set that C++ kernels use, and why they cannot use another
+    (or None); and, per operation and implementation, why it cannot run here (or None)."""
     versions = {"python": platform.python_version()}
     for package in ("kvtools", "torch", "triton", "transformers"):
         try:
@@ -58,8 +61,16 @@ def environment() -> dict:
     ops = {
         name: {impl: obstacle(op, impl) for impl in impls} for name, op in kvtools.ops.OPS.items()
     }
+    isa, instructions = None, {}
+    if kvtools.ops.COMPILED:
+        isa = torch.ops.kvtools.cpu_isa("auto")
+        torch.ops.kvtools.cpu_isa(isa)
+        instructions = {x: torch.ops.kvtools.cpu_lacks(x) or None for x in kvtools.ops.ISAS}
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {"versions": versions, "compiled": compiled, "cuda": cuda, "ops": ops}
+    return {
+        "versions": versions, "compiled": compiled, "isa": isa, "instructions": instructions,
+        "cuda": cuda, "ops": ops,
+    }  # fmt: skip
 
 
 def obstacle(op: Any, impl: str) -> str | None:

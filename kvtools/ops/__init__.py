@@ -27,7 +27,10 @@ Impl = Literal["auto", "reference", "cpu", "triton", "cuda"]
 TRITON = importlib.util.find_spec("triton") is not None
 
 _LIBRARY = torch.library.Library("kvtools", "DEF")
-_LIBRARY.define("cpu_isa(str isa) -> str")  # the instruction set that `cpu` uses; for tests
+# The instruction set that `cpu` is to use, or "auto"; returns the one before. For tests.
+_LIBRARY.define("cpu_isa(str isa) -> str")
+_LIBRARY.define("cpu_lacks(str isa) -> str")  # why an instruction set cannot run here, or ""
+ISAS = ("base", "avx2", "avx512", "avx512bf16", "amx")  # the widest that can run is taken
 NATIVE = {"cpu": "cpu", "cuda": "triton"}  # device to what `auto` takes there
 # What csrc/cuda has.
 IN_CUDA = {
