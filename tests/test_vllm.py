@@ -136,15 +136,22 @@ def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
     pytest.param("int8", 2 * 32 + 4, marks=pytest.mark.long), ("int4", 2 * 16 + 4),
 ])  # fmt: skip
 def test_packed_caches(format, size, saved):
-    """Tokens are those of a model whose attention reads what the format leaves of keys and values;
-    and a cache of so many bytes has more blocks."""
+    """Tokens are those of a model whose attention reads what the format leaves of keys and values,
+    preempted or not; and a cache of so many bytes has more blocks."""
     from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     requests = mixed(12)
     engine = dict(block_size=32, max_num_batched_tokens=96, max_model_len=256)
-    found = run(saved(qwen3), requests, kv_cache_dtype=f"{format}_per_token_head", **engine)
+    engine["kv_cache_dtype"] = f"{format}_per_token_head"
+    found = run(saved(qwen3), requests, **engine)
     assert found["attention"] == [OURS] and found["prefix_hits"] > 0
+    assert found["preemptions"] == 0
+    small = run(saved(qwen3), requests, num_gpu_blocks_override=24, **engine)
+    assert small["preemptions"] > 0 and small["blocks"] == 24
+    assert small["tokens"] == found["tokens"]
+    for a, b in zip(small["logprobs"], found["logprobs"], strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
     layers, kv_heads = SIZES["num_hidden_layers"], COMMON["num_key_value_heads"]
     assert found["blocks"] == 2**30 // (layers * kv_heads * engine["block_size"] * size)
 
