@@ -197,6 +197,11 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   Plan plan;
   plan.page_indptr = plan.token_indptr = {0};
   Ints number(runs.size(), -1);
+  const auto pages_of = [page_size](const Run& run) {
+    return (run.first + run.capacity - 1) / page_size + 1;
+  };
+  plan.page.reserve(std::accumulate(runs.begin(), runs.end(), size_t{0},
+                                    [&](size_t n, const Run& run) { return n + pages_of(run); }));
   int64_t attended = 0, parts = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     const Run& run = runs[i];
@@ -204,8 +209,7 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     attended += tokens[i];
     if (attended > kMaxInt32) throw Invalid("counts: the plan's token list passes 2**31 - 1");
     number[i] = static_cast<int32_t>(plan.first.size());
-    const int32_t pages = (run.first + run.capacity - 1) / page_size + 1;
-    plan.page.insert(plan.page.end(), run.page, run.page + pages);
+    plan.page.insert(plan.page.end(), run.page, run.page + pages_of(run));
     plan.page_indptr.push_back(static_cast<int32_t>(plan.page.size()));
     plan.first.push_back(run.first);
     plan.length.push_back(run.length);
@@ -232,6 +236,10 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   }
   add_parts(plan, token, parts);
   return plan;
+}
+
+bool any_negative(const int32_t* begin, const int32_t* end) {
+  return std::accumulate(begin, end, 0, std::bit_or<>()) < 0;  // in whole vectors
 }
 
 // Up to where from `begin` on two rows have the same blocks, `end` at most.
@@ -284,13 +292,17 @@ std::vector<int64_t> check_plan(const PlanView& plan, const Ints& page_sizes) {
 
   const auto stores = static_cast<int64_t>(page_sizes.size());
   std::vector<int64_t> pages(stores);
-  for (int64_t i = 0; i < plan.page.size; ++i)
-    if (plan.page[i] < 0) throw std::out_of_range(text("page holds ", plan.page[i]));
+  if (any_negative(plan.page.data, plan.page.data + plan.page.size)) {
+    const int32_t* end = plan.page.data + plan.page.size;
+    throw std::out_of_range(text("page holds ", *std::min_element(plan.page.data, end)));
+  }
   for (int64_t i = 0; i < nodes; ++i) {
     require_id(plan.store[i], stores, "store", "stores");
     int64_t& most = pages[plan.store[i]];
+    int32_t last = -1;
     for (int64_t j = plan.page_indptr[i]; j < plan.page_indptr[i + 1]; ++j)
-      most = std::max<int64_t>(most, plan.page[j] + int64_t{1});
+      last = std::max(last, plan.page[j]);
+    most = std::max(most, last + int64_t{1});
   }
   for (int64_t i = 0; i < plan.token.size; ++i)
     require_id(plan.token[i], tokens, "token", "query tokens");
@@ -394,7 +406,7 @@ Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View index,
     const int32_t capacity = grows ? (length + page_size - 1) / page_size * page_size : length;
     // Here, since what rows share needs to be looked at once.
     const int32_t* page = blocks(row) + depth;
-    if (std::accumulate(page, page + capacity / page_size, 0, std::bit_or<>()) < 0) {
+    if (any_negative(page, page + capacity / page_size)) {
       throw Invalid(text("block_table: row ", row,
                          " has a block within its length that is negative or no int32"));
     }
