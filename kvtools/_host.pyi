@@ -202,6 +202,8 @@ def plan_from_block_table(
     tile: int = 0,
     chunk: int = 0,
     items: int = 0,
+    share: bool = True,
+    rows: Ints | None = None,
 ) -> Plan:
     """Plan attention over a server's block table: rows that share leading full blocks share nodes.
 
@@ -214,6 +216,8 @@ def plan_from_block_table(
         page_size: slots per block.
         counts: query tokens of each row; 1 each by default.
         tile, chunk, items: as in `Forest.plan`.
+        share: False for a node of each row, whatever it shares.
+        rows: which row of the table each row is; all of them, in order, by default.
 
     Returns:
         The plan. `own` marks nodes of one row; `leaf` is the node with a row's last slot if only

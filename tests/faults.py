@@ -46,13 +46,13 @@ class Fault(NamedTuple):
 (
     DOOR, ATTENTION, QUANT, EVICT, SAMPLING, SCORING, CACHE, PREFILL, ROLLOUTS, DECODE, PRM, SEARCH,
     CLI, COMPILE, RECORDER, STEP, PREFIXES, TURNS, SAMPLES, LIKELIHOOD, SAVED, CONTINUATION,
-    PARALLEL,
+    PARALLEL, GRAPHS,
 ) = (
     f"tests/test_{name}.py -k "
     for name in ("door", "attention", "quant", "evict", "sampling", "scoring", "cache", "prefill",
                  "rollouts", "decode", "prm", "search", "cli", "compile", "recorder", "bench_step",
                  "prefixes", "turns", "samples", "likelihood", "saved", "continuation",
-                 "parallel")
+                 "parallel", "serve_graphs")
 )  # fmt: skip
 FAULTS = [
     Fault("policies are shown the heads of one rank alone", "kvtools/hf/parallel.py",
@@ -551,6 +551,18 @@ FAULTS = [
           RECORDER + "refused"),
     Fault("what others hold is taken for the step's own", "kvtools/testing.py",
           "        if storage._cdata in self._own:", "        if True:", RECORDER + "elsewhere"),
+    Fault("a captured step is made anew", "kvtools/serve/steps.py",
+          "        fixed.put(arrays)\n",
+          "        self._whole, self._held = None, {}\n        self.hold(len(batch.lens))\n"
+          "        fixed, step = self._held[len(batch.lens)]\n        fixed.put(arrays)\n",
+          GRAPHS + "faulty_table"),
+    Fault("a graph replays the plan that it was captured with", "kvtools/serve/steps.py",
+          "        fixed.put(arrays)\n", "", GRAPHS + "each_batch"),
+    Fault("a plan that does not fit its graph is put there", "kvtools/serve/steps.py",
+          "            if fixed.fits(arrays):", "            if True:", GRAPHS + "each_batch"),
+    Fault("a graph writes to slots of the window that it was captured with",
+          "kvtools/serve/sglang.py", "            held[: len(written)] = window_loc\n", "",
+          "tests/test_sglang.py -k captured_steps"),
     Fault("an upload is not counted", "bench/step_worker.py",
           "            self.uploads[line()] += 1\n", "            pass\n", STEP + "crosses"),
 ]  # fmt: skip

@@ -1,9 +1,11 @@
 """A small engine over SGLang's pools and kvtools' backend; its layers are a transformers model's.
 
-Radix cache over pages, requests by row, chunks of prompts, mixed batches, retraction, and windows
-whose pages are freed.
+Radix cache over pages, requests by row, chunks of prompts, mixed batches, retraction, windows whose
+pages are freed, and decode steps captured for some numbers of requests, by the recorder in place of
+CUDA graphs.
 """
 
+import contextlib
 import copy
 from collections import deque
 from dataclasses import dataclass, field
@@ -12,6 +14,8 @@ from types import SimpleNamespace
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+
+from kvtools.testing import Recorder
 
 NAME = "sglang_small"
 
@@ -47,7 +51,7 @@ class Engine:
     """Give `srt`, SGLang's names; `run` gives each request's new tokens."""
 
     def __init__(self, model, srt, backend, *, page=1, slots=512, chunk=48, most=12,
-                 windows=False, choose=None, dtype=torch.float32):  # fmt: skip
+                 windows=False, choose=None, dtype=torch.float32, graphs=()):  # fmt: skip
         self.srt, self.page, self.chunk, self.most, self.choose = srt, page, chunk, most, choose
         self.model = copy.deepcopy(model)
         AttentionInterface.register(NAME, self._attend)
@@ -90,6 +94,11 @@ class Engine:
         self.cache = {}  # tokens of whole pages: the last of these pages
         self.waiting, self.running = deque(), []
         self.counts = dict(retractions=0, hits=0, modes=set())
+        self.graphs = {}
+        self.counts["replays"] = dict.fromkeys(graphs, 0)
+        if graphs:
+            with torch.no_grad():
+                self._capture(sorted(graphs, reverse=True))
 
     def run(self, requests):
         self.waiting.extend(requests)
@@ -228,18 +237,65 @@ class Engine:
         batch.seq_lens_cpu = lens
         if mode != srt.ForwardMode.DECODE:
             batch.extend_seq_lens, batch.extend_seq_lens_cpu = torch.tensor(counts), counts
-        self.batch = batch
-        self.backend.init_forward_metadata(batch)
-        last = torch.tensor(counts).cumsum(0) - 1
-        logits = self.model(
-            batch.input_ids[None], position_ids=at[None], use_cache=False, logits_to_keep=last
-        ).logits[0]
+        if mode == srt.ForwardMode.DECODE and self.graphs:
+            logits = self._replay(batch)
+        else:
+            self.backend.init_forward_metadata(batch)
+            logits = self._logits(batch, at, torch.tensor(counts).cumsum(0) - 1)
         ends = [x.done + n == len(x.tokens) for x, n in taken.items()]
         token = logits.argmax(-1) if self.choose is None else self.choose(logits, rows, lens)
         for x, n, is_end, t in zip(rows, counts, ends, token.tolist(), strict=True):
             x.done += n
             if is_end:
                 x.tokens.append(t)
+
+    def _logits(self, batch, at, last):
+        self.batch = batch
+        # Nobody reads the mask; without one transformers looks at positions.
+        out = self.model(
+            batch.input_ids[None], position_ids=at[None], use_cache=False, logits_to_keep=last,
+            attention_mask=at.new_zeros(1, 1, 1, 1),
+        )  # fmt: skip
+        return out.logits[0]
+
+    def _capture(self, sizes):
+        """In SGLang's order: all rows of a graph are what fills up a batch."""
+        self.backend.init_cuda_graph_state(sizes[0], sizes[0])
+        names = ("input_ids", "positions", "req_pool_indices", "out_cache_loc")
+        self.held = {name: torch.zeros(sizes[0], dtype=torch.int64) for name in names}
+        fill = self.backend.get_cuda_graph_seq_len_fill_value()
+        self.held |= {x: torch.full((sizes[0],), fill) for x in ("seq_lens", "seq_lens_cpu")}
+        for n in sizes:
+            ids, at, requests, loc, lens, lens_cpu = (x[:n] for x in self.held.values())
+            batch = self.srt.ForwardBatch(
+                self.srt.ForwardMode.DECODE, n, ids, requests, lens, loc, n * fill
+            )
+            batch.seq_lens_cpu, last = lens_cpu, torch.arange(n)
+            self.backend.init_forward_metadata_out_graph(batch, in_capture=True)
+            for recorder in (contextlib.nullcontext(), Recorder()):  # the first run warms up
+                with recorder:
+                    self.backend.init_forward_metadata_in_graph(batch)
+                    logits = self._logits(batch, at, last)
+            self.graphs[n] = recorder, logits, last
+
+    def _replay(self, batch):
+        rows = batch.batch_size
+        size = min(n for n in self.graphs if n >= rows)
+        fill = self.backend.get_cuda_graph_seq_len_fill_value()
+        at = batch.seq_lens - 1
+        for name, x in self.held.items():
+            x.fill_(fill if name.startswith("seq_lens") else 0)
+            x[:rows] = at if name == "positions" else getattr(batch, name)
+        view = SimpleNamespace(
+            batch_size=size, forward_mode=batch.forward_mode, out_cache_loc=batch.out_cache_loc,
+            **{name: self.held[name][:size]
+               for name in ("seq_lens", "seq_lens_cpu", "req_pool_indices")},
+        )  # fmt: skip
+        self.backend.init_forward_metadata_out_graph(view)
+        recorder, logits, _ = self.graphs[size]
+        recorder.replay()
+        self.counts["replays"][size] += 1
+        return logits[:rows].clone()
 
     def _attend(self, module, query, key, value, attention_mask, **given):
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))

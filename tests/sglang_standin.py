@@ -232,6 +232,22 @@ def register_attention_backend(name):
     return lambda fn: ATTENTION_BACKENDS.setdefault(name, fn)
 
 
+class Phase:
+    DECODE, PREFILL = "decode", "prefill"
+
+
+class Backend:
+    FULL, BREAKABLE, DISABLED = "full", "breakable", "disabled"
+
+
+def check_cuda_graph_backend(phase, backend):
+    return backend == Backend.DISABLED
+
+
+EXECUTION = SimpleNamespace(
+    overlap=SimpleNamespace(enable_two_batch_overlap=False),
+    graph=SimpleNamespace(enable_torch_compile=False),
+)
 SAMPLERS, ATTENTION_BACKENDS, CHOICES = {}, {}, ["triton", "torch_native"]
 MODULES = {
     "layers.attention.base_attn_backend": (AttentionBackend,),
@@ -241,7 +257,7 @@ MODULES = {
     "mem_cache.memory_pool": (KVWriteLoc, MHATokenToKVPool, ReqToTokenPool),
     "mem_cache.swa_memory_pool": (SWAKVPool,),
     "model_executor.forward_batch_info": (ForwardBatch, ForwardMode),
-    "model_executor.cuda_graph_config": (),
+    "model_executor.cuda_graph_config": (Phase, Backend, check_cuda_graph_backend),
     "sampling.sampling_batch_info": (SamplingBatchInfo,),
     "runtime_context": (),
     "arg_groups.choices": (),
@@ -262,11 +278,10 @@ def install(monkeypatch):
         if parent:
             setattr(sys.modules[parent], name, module)
     srt = sys.modules["sglang.srt"]
-    srt.model_executor.cuda_graph_config.cuda_graph_fully_disabled = lambda: True
     srt.arg_groups.choices.add_attention_backend_choices = CHOICES.extend
     for name, value in dict(
         get_parallel=SimpleNamespace(dcp_enabled=False, attn_cp_size=1),
-        get_exec=SimpleNamespace(overlap=SimpleNamespace(enable_two_batch_overlap=False)),
+        get_exec=EXECUTION,
         get_disagg=SimpleNamespace(enable_pdmux=False),
         get_server_args=SimpleNamespace(random_seed=7),
     ).items():

@@ -464,6 +464,17 @@ def test_block_table():
     assert plan["item"][:, 4].tolist() == [4, 8, 4, 4, 4]
 
 
+def test_block_table_of_rows_that_are_somewhere_in_it():
+    """And which, by themselves, share nothing."""
+    table = np.array([[-1, -1], [7, 3], [-1, -1], [7, 5]])
+    given = dict(rows=[3, 1], counts=[1, 1])
+    plan = plan_from_block_table(table, [8, 6], 4, **given)
+    assert plan["page"].tolist() == [7, 3, 5]
+    plan = plan_from_block_table(table, [8, 6], 4, share=False, **given)
+    assert plan["page"].tolist() == [7, 5, 7, 3] and plan["own"].tolist() == [1, 1]
+    assert plan["item"].tolist() == [[0, 0, 1, 0, 8, 0], [1, 1, 2, 0, 8, 1]]
+
+
 def test_block_table_row_alone_is_one_node():
     plan = plan_from_block_table(np.array([[4, 2, 6, 0]], np.int64), [11], 4, counts=[2], chunk=8)
     assert plan["page"].tolist() == [4, 2, 6]
@@ -479,6 +490,9 @@ def test_block_table_row_alone_is_one_node():
         (([[1]], [1, 1], 4), ValueError, "seq_lens must have one entry per row"),
         (([[1]], [1], 4, [1, 1]), ValueError, "counts must have one entry per row"),
         (([[-1]], [1], 4), ValueError, "block_table: row 0 has a block within its length"),
+        (([[5, -1], [5, 2]], [8, 4], 4), ValueError, "row 0 has a block within its length"),
+        (([[-3, 1], [-3, 2]], [8, 8], 4), ValueError, "row 0 has a block within its length"),
+        (([[1]], [1], 4, None, 0, 0, 0, True, [1]), IndexError, "rows holds 1; block_table has 1"),
         (([1], [1], 4), ValueError, "block_table must have 2 dimension"),
         (([[1.0]], [1], 4), TypeError, "block_table must be an array of integers"),
         (([[1]], [1], 0), ValueError, "page_size must be positive, not 0"),

@@ -20,6 +20,7 @@ import sglang_worker
 import torch
 from models import random_ids, tiny_model
 from sglang_small import Engine, Request, runner_of
+from sglang_standin import EXECUTION
 
 import kvtools
 from kvtools import serve
@@ -50,7 +51,7 @@ def srt():
     # What a server's process publishes.
     for name, value in dict(
         get_parallel=SimpleNamespace(dcp_enabled=False, attn_cp_size=1),
-        get_exec=SimpleNamespace(overlap=SimpleNamespace(enable_two_batch_overlap=False)),
+        get_exec=EXECUTION,
         get_disagg=SimpleNamespace(enable_pdmux=False),
     ).items():
         patch.setattr(found.ours, name, lambda value=value: value)
@@ -100,6 +101,24 @@ def test_tokens_are_those_of_transformers(srt, name, given, retracts):
     assert engine.run(requests) == alone(model, requests)
     assert engine.counts["modes"] == {"EXTEND", "MIXED", "DECODE"} and engine.counts["hits"] > 0
     assert (engine.counts["retractions"] > 0) == retracts
+
+
+@pytest.mark.parametrize("name,given", [
+    ("llama", dict(page=1)),
+    ("llama", dict(page=16, slots=288)),
+    ("gemma2", dict(page=4, windows=True)),
+    ("gptoss", dict(page=1, slots=220, windows=True, chunk=30)),
+], ids=str)  # fmt: skip
+def test_tokens_of_captured_steps(srt, name, given):
+    """Decode steps of 5 or 12 requests, captured by the recorder before there is a request, and
+    replayed while requests come, share, grow, are retracted and finish."""
+    model, requests = tiny_model(name), mixed()
+    for x in requests:
+        x.new += 8
+    engine = Engine(model, srt, srt.ours.Backend, graphs=(5, 12), **given)
+    assert engine.run(requests) == alone(model, requests)
+    assert min(engine.counts["replays"].values()) > 0 and engine.counts["hits"] > 0
+    assert (engine.counts["retractions"] > 0) == ("slots" in given)
 
 
 def layer_of(srt, page=1, slots=160, dtype=torch.float32, windows=None, **given):
@@ -276,9 +295,12 @@ def other(kind, **values):
      "context parallelism"),
     (dict(published=dict(get_parallel=SimpleNamespace(dcp_enabled=False, attn_cp_size=2))),
      "context parallelism"),
-    (dict(published=dict(
-        get_exec=SimpleNamespace(overlap=SimpleNamespace(enable_two_batch_overlap=True)))),
+    (dict(published=dict(get_exec=SimpleNamespace(
+        overlap=SimpleNamespace(enable_two_batch_overlap=True), graph=EXECUTION.graph))),
      "two-batch overlap"),
+    (dict(published=dict(get_exec=SimpleNamespace(
+        overlap=EXECUTION.overlap, graph=SimpleNamespace(enable_torch_compile=True)))),
+     r"torch.compile \(--enable-torch-compile\)"),
     (dict(published=dict(get_disagg=SimpleNamespace(enable_pdmux=True))), "PD multiplexing"),
     (dict(pool=dict(dtype=torch.float8_e4m3fn)), r"quantised pools \(torch.float8_e4m3fn\)"),
     (dict(pool=dict(kv_cache_layout="vectorized_5d")), "the pool layout vectorized_5d"),
@@ -318,16 +340,13 @@ def test_what_a_forward_asks_for_that_it_does_not_do(srt, monkeypatch):
     runner, layer = layer_of(srt)
     backend = srt.ours.Backend(runner)
     batch = batch_of(srt, runner, [5, 6], [1, 1])
-    for call in (
-        lambda: backend.init_cuda_graph_state(8, 8),
-        lambda: backend.init_forward_metadata_out_graph(batch, in_capture=True),
-    ):
-        with pytest.raises(NotImplementedError, match="CUDA graph.* Add --disable-cuda-graph"):
-            call()
-    monkeypatch.setattr(runner, "device", "cuda")
-    monkeypatch.setattr(srt.ours, "cuda_graph_fully_disabled", lambda: False)
-    with pytest.raises(NotImplementedError, match="CUDA graph.* Add --disable-cuda-graph"):
+    monkeypatch.setattr(srt.ours, "check_cuda_graph_backend", lambda *x: x == ("prefill", "full"))
+    with pytest.raises(NotImplementedError, match="prefill as one CUDA graph .*-prefill full"):
         srt.ours.Backend(runner)
+    batch.forward_mode = srt.ForwardMode.EXTEND
+    with pytest.raises(NotImplementedError, match="graphs of forwards of SGLang's mode EXTEND"):
+        backend.init_forward_metadata_out_graph(batch, in_capture=True)
+    batch.forward_mode = srt.ForwardMode.DECODE
     backend.init_forward_metadata(batch)
     new = torch.randn(2, 2, 16)
     with pytest.raises(NotImplementedError, match="does not take q_rope, topk_indices of layer 0"):

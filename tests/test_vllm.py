@@ -14,10 +14,11 @@ import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed: run make engines")
 
+from batches import BLOCKS, PAGE, WIDTH, Batches  # noqa: E402
 from models import COMMON, scaled  # noqa: E402
 
 import kvtools  # noqa: E402
-from kvtools.testing import assert_within_budget  # noqa: E402
+from kvtools.testing import Recorder, assert_within_budget  # noqa: E402
 
 OURS, OWN = "kvtools.serve.vllm.Attention", "vllm.v1.attention.backends.cpu_attn"
 WORKER = Path(__file__).with_name("vllm_worker.py")
@@ -135,15 +136,22 @@ def test_tokens_are_those_of_vllms_own_attention(make, count, own, ours, saved):
     pytest.param("int8", 2 * 32 + 4, marks=pytest.mark.long), ("int4", 2 * 16 + 4),
 ])  # fmt: skip
 def test_packed_caches(format, size, saved):
-    """Tokens are those of a model whose attention reads what the format leaves of keys and values;
-    and a cache of so many bytes has more blocks."""
+    """Tokens are those of a model whose attention reads what the format leaves of keys and values,
+    preempted or not; and a cache of so many bytes has more blocks."""
     from transformers import AttentionInterface, AutoModelForCausalLM
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     requests = mixed(12)
     engine = dict(block_size=32, max_num_batched_tokens=96, max_model_len=256)
-    found = run(saved(qwen3), requests, kv_cache_dtype=f"{format}_per_token_head", **engine)
+    engine["kv_cache_dtype"] = f"{format}_per_token_head"
+    found = run(saved(qwen3), requests, **engine)
     assert found["attention"] == [OURS] and found["prefix_hits"] > 0
+    assert found["preemptions"] == 0
+    small = run(saved(qwen3), requests, num_gpu_blocks_override=24, **engine)
+    assert small["preemptions"] > 0 and small["blocks"] == 24
+    assert small["tokens"] == found["tokens"]
+    for a, b in zip(small["logprobs"], found["logprobs"], strict=True):
+        assert a == pytest.approx(b, abs=1e-3)
     layers, kv_heads = SIZES["num_hidden_layers"], COMMON["num_key_value_heads"]
     assert found["blocks"] == 2**30 // (layers * kv_heads * engine["block_size"] * size)
 
@@ -298,6 +306,23 @@ def test_rows_of_the_sampler_follow_the_batch():
     assert sampler.apply(logits_bv.clone())[2].isfinite().nonzero().tolist() == [want_b.tolist()]
 
 
+def cache_of(format, dtype, layout="LBHNC", block=PAGE, blocks=BLOCKS, layers=2):
+    """A cache's specification, and vLLM's memory for it by layer."""
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, get_kv_quant_mode
+
+    from kvtools.serve.vllm import Backend
+
+    order, kv_heads, d = KVCacheLayout[layout].stride_order, 2, 32
+    spec = Backend.customize_spec(FullAttentionSpec(
+        block_size=block, num_kv_heads=kv_heads, head_size=d,
+        dtype=STR_DTYPE_TO_TORCH_DTYPE.get(format, dtype), kv_quant_mode=get_kv_quant_mode(format),
+    ))  # fmt: skip
+    shape = torch.tensor([layers, blocks, kv_heads, block, spec.state_content_size_bytes])
+    cache = torch.zeros(*shape[list(order)], dtype=torch.int8).view(spec.dtype)
+    return spec, cache.permute(*(order.index(i) for i in range(5)))
+
+
 def layer_of(monkeypatch, config=None, **given):
     """A layer's attention, without an engine."""
     from kvtools.serve import vllm as plugged
@@ -339,23 +364,12 @@ def configured(**changed):
 def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
     """A mixed batch over views of vLLM's cache, written and read, against dense attention over what
     the cache's format leaves of keys and values."""
-    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, get_kv_quant_mode
-
     from kvtools.serve.steps import step_from_block_table
-    from kvtools.serve.vllm import Backend
 
     torch.manual_seed(0)
     heads, kv_heads, d, blocks = 8, 2, 32, 12
-    order = KVCacheLayout[layout].stride_order
     stored = given.get("kv_cache_dtype", "auto")
-    spec = Backend.customize_spec(FullAttentionSpec(
-        block_size=block, num_kv_heads=kv_heads, head_size=d,
-        dtype=STR_DTYPE_TO_TORCH_DTYPE.get(stored, dtype), kv_quant_mode=get_kv_quant_mode(stored),
-    ))  # fmt: skip
-    shape = torch.tensor([2, blocks, kv_heads, block, spec.state_content_size_bytes])
-    cache = torch.zeros(*shape[list(order)], dtype=torch.int8).view(spec.dtype)
-    cache = cache.permute(*(order.index(i) for i in range(5)))[1]  # the second layer's
+    cache = cache_of(stored, dtype, layout, block, blocks)[1][1]  # the second layer's
     sinks = torch.randn(heads, dtype=dtype) if given.pop("sinks", False) else None
     wide, moves = given.pop("wide", False), given.pop("moves", None)
     layer = layer_of(monkeypatch, configured(kv_transfer_config=moves), sinks=sinks, **given)
@@ -405,6 +419,111 @@ def test_a_layer_in_each_layout(monkeypatch, block, layout, dtype, given):
     for row, t in enumerate(counts):
         exact, eager = dense(row, torch.float64), dense(row, dtype)
         assert_within_budget(f"row {row}", output[start[row] : start[row] + t], exact, eager)
+
+
+class Decoding:
+    """Steps of two layers over caches of their own: eager ones, or replays of one that is captured
+    for so many requests."""
+
+    def __init__(self, monkeypatch, dtype, layout, given, rows=0):
+        from kvtools.serve.vllm import Builder
+
+        spec, self.caches = cache_of(given.get("kv_cache_dtype", "auto"), dtype, layout)
+        self.layers = [layer_of(monkeypatch, **given) for _ in self.caches]
+        seen = SimpleNamespace(impl=self.layers[0], kv_cache=self.caches[0])
+        context = SimpleNamespace(static_forward_context={"layer": seen})
+        config = SimpleNamespace(compilation_config=context)
+        self.builder = Builder(spec, ["layer"], config, torch.device("cpu"))
+        self.rows = rows
+        if rows:
+            self.held = [torch.zeros(rows, h, 32, dtype=dtype) for h in (8, 2, 2)]
+            self.slots = torch.full((rows,), -1)
+            self.metadata = self.dummy()
+            self.forward(*self.held, self.slots)  # vLLM warms up
+            with Recorder() as self.recorder:
+                self.output = self.forward(*self.held, self.slots)
+
+    def dummy(self):
+        """What vLLM captures with, and runs where other ranks have requests and this one none."""
+        table, lens = torch.zeros(self.rows, WIDTH, dtype=torch.int32), torch.ones(self.rows)
+        batch = batch_of(table, lens.int(), torch.arange(self.rows + 1))
+        return self.builder.build_for_cudagraph_capture(batch)
+
+    def forward(self, query, key, value, slots):
+        outputs = []
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            layer.do_kv_cache_update(None, key, value, cache, slots)
+            output = torch.empty_like(query)
+            layer.forward(None, query, None, None, cache, self.metadata, output)
+            outputs.append(output)
+            query = query + output
+        return torch.stack(outputs)
+
+    def step(self, batch, given, slots):
+        self.metadata = self.builder.build(0, batch)
+        if not self.rows:
+            return self.forward(*given, slots)
+        for held, x in zip((*self.held, self.slots), (*given, slots), strict=True):
+            held[: len(x)] = x
+        self.slots[len(slots) :] = -1
+        self.recorder.replay()
+        return self.output[:, : len(slots)]
+
+
+def batch_of(table, lens, start):
+    return SimpleNamespace(
+        num_reqs=len(lens), max_query_len=int(start.diff().max()), causal=True, seq_lens=lens,
+        block_table_tensor=table, query_start_loc_cpu=start,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype,layout,given", [
+    (torch.float32, "LBHNC", {}),
+    (torch.bfloat16, "LBNHC", dict(sliding_window=7, logits_soft_cap=3.0)),
+    (torch.float32, "BLNHC", dict(kv_cache_dtype="int4_per_token_head")),
+], ids=str)  # fmt: skip
+def test_captured_steps_are_those_of_each_batch(monkeypatch, dtype, layout, given):
+    """Captured by the recorder in a graph's place, for 9 requests; replayed while these come, fork,
+    grow and finish, with prompts and vLLM's own dummies between."""
+    torch.manual_seed(0)
+    eager = Decoding(monkeypatch, dtype, layout, given)
+    graph = Decoding(monkeypatch, dtype, layout, given, rows=9)
+    batches, several = Batches(9, seed=0), set()
+    for i in range(40):
+        table, lens, start = batches.step()
+        live = int(start[-1])
+        several.add(live)
+        last = lens[:live].long() - 1
+        slots = table[:live].gather(1, (last // PAGE)[:, None])[:, 0].long() * PAGE + last % PAGE
+        tensors = [torch.randn(live, h, 32).to(dtype) for h in (8, 2, 2)]
+        padded = table.where(torch.arange(9)[:, None] < live, 0)
+        want = eager.step(batch_of(table[:live], lens[:live], start[: live + 1]), tensors, slots)
+        found = graph.step(batch_of(padded, lens, start), tensors, slots)
+        torch.testing.assert_close(found, want)
+        assert torch.equal(graph.caches.view(torch.uint8), eager.caches.view(torch.uint8))
+        if i % 4 == 0:
+            graph.dummy()
+            prompt = batch_of(table[:1], lens[:1], torch.tensor([0, int(lens[0])]))
+            assert graph.builder.build(0, prompt).tokens == lens[0]
+    assert len(several) > 3
+
+
+def test_which_steps_vllm_captures(monkeypatch):
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from kvtools.serve.vllm import Builder
+
+    def support(speculative=None, ubatching=False):
+        parallel = SimpleNamespace(use_ubatching=ubatching)
+        config = SimpleNamespace(speculative_config=speculative, parallel_config=parallel)
+        return Builder.get_cudagraph_support(config, None)
+
+    assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    assert support(speculative=object()) == support(ubatching=True) == AttentionCGSupport.NEVER
+    graph = Decoding(monkeypatch, torch.float32, "LBHNC", {}, rows=3)
+    prompts = batch_of(torch.zeros(3, WIDTH).int(), torch.tensor([2, 2, 2]), torch.arange(4) * 2)
+    with pytest.raises(NotImplementedError, match="captured in decode steps only: choose the cuda"):
+        graph.builder.build_for_cudagraph_capture(prompts)
 
 
 @pytest.mark.parametrize("given,said", [

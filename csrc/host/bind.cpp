@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <numeric>
+
 #include "forest.h"
 
 namespace py = pybind11;
@@ -78,14 +80,21 @@ py::dict to_dict(const Plan& plan, int32_t page_size) {
 
 py::dict block_table_plan(const py::object& block_table, const py::object& seq_lens,
                           int32_t page_size, const py::object& counts, int32_t tile, int32_t chunk,
-                          int32_t items) {
+                          int32_t items, bool share, const py::object& rows) {
   const Array table = to_int32(block_table, "block_table", 2, /*garbage=*/true);
   const Array lens = to_int32(seq_lens, "seq_lens", 1);
-  require_per_row(view(lens), table.shape(0), "seq_lens");
+  Ints every(rows.is_none() ? table.shape(0) : 0);
+  std::iota(every.begin(), every.end(), 0);
+  const Array index = rows.is_none() ? Array(to_numpy(every)) : to_int32(rows, "rows", 1);
+  for (py::ssize_t row = 0; row < index.size(); ++row)
+    if (index.data()[row] < 0 || index.data()[row] >= table.shape(0))
+      throw std::out_of_range(
+          text("rows holds ", index.data()[row], "; block_table has ", table.shape(0), " rows"));
+  require_per_row(view(lens), index.size(), "seq_lens");
   const Ints ones(lens.size(), 1);
   const Array given = counts.is_none() ? Array(to_numpy(ones)) : to_int32(counts, "counts", 1);
-  return to_dict(plan_from_block_table(table.data(), table.shape(1), view(lens), page_size,
-                                       view(given), {tile, chunk, items}),
+  return to_dict(plan_from_block_table(table.data(), table.shape(1), view(index), view(lens),
+                                       page_size, view(given), {tile, chunk, items}, share),
                  page_size);
 }
 
@@ -186,7 +195,8 @@ PYBIND11_MODULE(_host, m) {
 
   m.def("plan_from_block_table", &block_table_plan, py::arg("block_table"), py::arg("seq_lens"),
         py::arg("page_size"), py::arg("counts") = py::none(), py::arg("tile") = 0,
-        py::arg("chunk") = 0, py::arg("items") = 0);
+        py::arg("chunk") = 0, py::arg("items") = 0, py::arg("share") = true,
+        py::arg("rows") = py::none());
   m.def("plan_pages", &plan_pages, py::arg("plan"), py::arg("page_sizes"));
 }
 

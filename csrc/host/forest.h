@@ -141,9 +141,10 @@ class Forest {
   Ints rows_;        // leaf of each row
 };
 
-// `table` is [rows, max_blocks], row-major.
-Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View seq_lens,
-                           int32_t page_size, View counts, Limits limits);
+// `table` is [., max_blocks], row-major; of each row `index` says which of it is its own. Unless
+// rows `share`, each reads all of its own.
+Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View index, View seq_lens,
+                           int32_t page_size, View counts, Limits limits, bool share);
 
 inline void require_per_row(View values, int64_t rows, const char* name) {
   if (values.size == rows) return;

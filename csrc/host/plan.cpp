@@ -1,6 +1,8 @@
 // What one attention call reads: nodes, the query tokens of each, and work items.
 #include <algorithm>
 #include <array>
+#include <cstring>
+#include <functional>
 #include <numeric>
 #include <queue>
 #include <tuple>
@@ -195,6 +197,11 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   Plan plan;
   plan.page_indptr = plan.token_indptr = {0};
   Ints number(runs.size(), -1);
+  const auto pages_of = [page_size](const Run& run) {
+    return (run.first + run.capacity - 1) / page_size + 1;
+  };
+  plan.page.reserve(std::accumulate(runs.begin(), runs.end(), size_t{0},
+                                    [&](size_t n, const Run& run) { return n + pages_of(run); }));
   int64_t attended = 0, parts = 0;
   for (size_t i = 0; i < runs.size(); ++i) {
     const Run& run = runs[i];
@@ -202,8 +209,7 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
     attended += tokens[i];
     if (attended > kMaxInt32) throw Invalid("counts: the plan's token list passes 2**31 - 1");
     number[i] = static_cast<int32_t>(plan.first.size());
-    const int32_t pages = (run.first + run.capacity - 1) / page_size + 1;
-    plan.page.insert(plan.page.end(), run.page, run.page + pages);
+    plan.page.insert(plan.page.end(), run.page, run.page + pages_of(run));
     plan.page_indptr.push_back(static_cast<int32_t>(plan.page.size()));
     plan.first.push_back(run.first);
     plan.length.push_back(run.length);
@@ -230,6 +236,20 @@ Plan make_plan(const std::vector<Run>& runs, const Ints& leaf, View counts, int3
   }
   add_parts(plan, token, parts);
   return plan;
+}
+
+bool any_negative(const int32_t* begin, const int32_t* end) {
+  return std::accumulate(begin, end, 0, std::bit_or<>()) < 0;  // in whole vectors
+}
+
+// Up to where from `begin` on two rows have the same blocks, `end` at most.
+int32_t alike(const int32_t* a, const int32_t* b, int32_t begin, int32_t end) {
+  constexpr int32_t kStretch = 64;  // by which memcmp is much faster than one by one
+  while (end - begin >= kStretch &&
+         std::memcmp(a + begin, b + begin, kStretch * sizeof(int32_t)) == 0) {
+    begin += kStretch;
+  }
+  return static_cast<int32_t>(std::mismatch(a + begin, a + end, b + begin).first - a);
 }
 
 void require_size(View x, int64_t size, const char* name, const char* what) {
@@ -272,13 +292,17 @@ std::vector<int64_t> check_plan(const PlanView& plan, const Ints& page_sizes) {
 
   const auto stores = static_cast<int64_t>(page_sizes.size());
   std::vector<int64_t> pages(stores);
-  for (int64_t i = 0; i < plan.page.size; ++i)
-    if (plan.page[i] < 0) throw std::out_of_range(text("page holds ", plan.page[i]));
+  if (any_negative(plan.page.data, plan.page.data + plan.page.size)) {
+    const int32_t* end = plan.page.data + plan.page.size;
+    throw std::out_of_range(text("page holds ", *std::min_element(plan.page.data, end)));
+  }
   for (int64_t i = 0; i < nodes; ++i) {
     require_id(plan.store[i], stores, "store", "stores");
     int64_t& most = pages[plan.store[i]];
+    int32_t last = -1;
     for (int64_t j = plan.page_indptr[i]; j < plan.page_indptr[i + 1]; ++j)
-      most = std::max<int64_t>(most, plan.page[j] + int64_t{1});
+      last = std::max(last, plan.page[j]);
+    most = std::max(most, last + int64_t{1});
   }
   for (int64_t i = 0; i < plan.token.size; ++i)
     require_id(plan.token[i], tokens, "token", "query tokens");
@@ -349,25 +373,19 @@ Plan Forest::plan(View counts, Limits limits) const {
   return make_plan(runs, leaf, counts, page_size_, limits);
 }
 
-Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View seq_lens,
-                           int32_t page_size, View counts, Limits limits) {
+Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View index, View seq_lens,
+                           int32_t page_size, View counts, Limits limits, bool share) {
   if (page_size <= 0) throw Invalid(text("page_size must be positive, not ", page_size));
   require_per_row(counts, seq_lens.size, "counts");
   require_tokens(counts);
   require_limits(limits, page_size);
-  const auto blocks = [&](int32_t row) { return table + row * max_blocks; };
+  const auto blocks = [&](int32_t row) { return table + index[row] * max_blocks; };
   const auto full = [&](int32_t row) { return seq_lens[row] / page_size; };
   const int64_t most = std::min<int64_t>(max_blocks * page_size, kMaxInt32 - page_size);
   for (int64_t row = 0; row < seq_lens.size; ++row) {
     if (seq_lens[row] < 0 || seq_lens[row] > most) {
       throw Invalid(
           text("seq_lens: row ", row, " has ", seq_lens[row], ", a row of the table holds ", most));
-    }
-    const int32_t* begin = table + row * max_blocks;
-    const int32_t* end = begin + (seq_lens[row] + page_size - 1) / page_size;
-    if (std::any_of(begin, end, [](int32_t block) { return block < 0; })) {
-      throw Invalid(text("block_table: row ", row,
-                         " has a block within its length that is negative or no int32"));
     }
   }
 
@@ -379,11 +397,20 @@ Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View seq_le
   Ints order(seq_lens.size), leaf(seq_lens.size, -1);
   std::iota(order.begin(), order.end(), 0);
   std::vector<Run> runs;
-  std::vector<Group> groups{{0, seq_lens.size, 0, -1}};
+  std::vector<Group> groups;
+  if (share)
+    groups.push_back({0, seq_lens.size, 0, -1});
+  else
+    for (int64_t row = 0; row < seq_lens.size; ++row) groups.push_back({row, row + 1, 0, -1});
   const auto add_run = [&](int32_t row, int32_t depth, int32_t parent, int32_t length, bool grows) {
     const int32_t capacity = grows ? (length + page_size - 1) / page_size * page_size : length;
-    runs.push_back(
-        {parent, blocks(row) + depth, 0, length, depth * page_size, capacity, false, grows});
+    // Here, since what rows share needs to be looked at once.
+    const int32_t* page = blocks(row) + depth;
+    if (any_negative(page, page + capacity / page_size)) {
+      throw Invalid(text("block_table: row ", row,
+                         " has a block within its length that is negative or no int32"));
+    }
+    runs.push_back({parent, page, 0, length, depth * page_size, capacity, false, grows});
     return static_cast<int32_t>(runs.size()) - 1;
   };
   for (size_t i = 0; i < groups.size(); ++i) {
@@ -395,20 +422,18 @@ Plan plan_from_block_table(const int32_t* table, int64_t max_blocks, View seq_le
       leaf[lead] = rest > 0 ? add_run(lead, group.depth, group.parent, rest, true) : group.parent;
       continue;
     }
-    const int32_t* end = blocks(lead) + full(lead);
+    int32_t depth = full(lead);
     for (int64_t j = group.begin + 1; j < group.end; ++j) {
-      const int32_t* other = blocks(order[j]);
-      end = std::mismatch(blocks(lead) + group.depth, end, other + group.depth,
-                          other + full(order[j]))
-                .first;
+      depth = alike(blocks(lead), blocks(order[j]), group.depth, std::min(depth, full(order[j])));
     }
-    const auto depth = static_cast<int32_t>(end - blocks(lead));
     const int32_t node = depth > group.depth ? add_run(lead, group.depth, group.parent,
                                                        (depth - group.depth) * page_size, false)
                                              : group.parent;
 
     // Rows whose full blocks end here come first, the others by their next block.
-    const auto key = [&](int32_t row) { return full(row) == depth ? -1 : blocks(row)[depth]; };
+    const auto key = [&](int32_t row) -> int64_t {
+      return full(row) == depth ? INT64_MIN : blocks(row)[depth];
+    };
     std::stable_sort(order.begin() + group.begin, order.begin() + group.end,
                      [&](int32_t a, int32_t b) { return key(a) < key(b); });
     for (int64_t begin = group.begin, next; begin < group.end; begin = next) {

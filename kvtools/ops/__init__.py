@@ -69,8 +69,13 @@ class Op:
     def __init__(self, name: str, schema: str, fake: Callable, *, reference: Callable) -> None:
         OPS[name] = self
         self.name = name
-        self._arguments = [part.split()[1] for part in schema[1 : schema.index(") ->")].split(", ")]
-        self._lists = "[]" in schema
+        parts = [part.split() for part in schema[1 : schema.index(") ->")].split(", ")]
+        self._arguments = [name for _, name in parts]
+        of_kind = {kind: [] for kind in ("Tensor", "Tensor[]", "ScalarType")}
+        for at, (kind, _) in enumerate(parts):
+            kind = kind.replace("?", "").partition("(")[0]
+            of_kind.get(kind, []).append(at)
+        self._tensors, self._lists, self._dtypes = of_kind.values()
         self._overloads: dict[str, Any] = {}
         self._add("reference", schema, fake)
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -96,21 +101,23 @@ class Op:
 
     def __call__(self, impl: str, *args: Any) -> Any:
         """Run `impl` on `args`."""
-        double = False
+        double = any([args[at] is torch.float64 for at in self._dtypes])
         device = args[0].device
-        for arg in [*_tensors(args)] if self._lists else args:
-            if isinstance(arg, Tensor):
-                double = double or arg.dtype == torch.float64
-                if arg.device != device:
-                    self._elsewhere(args)
-                if arg.requires_grad and torch.is_grad_enabled():
-                    learnt = self._named(args, lambda x: x.requires_grad)
-                    raise RuntimeError(
-                        f"{self.name} is for inference only: call it under torch.no_grad() or "
-                        f"detach {', '.join(learnt)}"
-                    )
-            elif arg is torch.float64:
-                double = True
+        given = [args[at] for at in self._tensors]
+        for at in self._lists:
+            given += args[at]
+        for arg in given:
+            if arg is None:
+                continue
+            double = double or arg.dtype == torch.float64
+            if arg.device != device:
+                self._elsewhere(args)
+            if arg.requires_grad and torch.is_grad_enabled():
+                learnt = self._named(args, lambda x: x.requires_grad)
+                raise RuntimeError(
+                    f"{self.name} is for inference only: call it under torch.no_grad() or "
+                    f"detach {', '.join(learnt)}"
+                )
         place = device.type
         best = NATIVE.get(place)
         if impl == "auto":

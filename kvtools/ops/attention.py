@@ -81,21 +81,26 @@ class Plan:
 
     def __post_init__(self) -> None:
         tensors = self.tensors()
-        for name, x in zip(self.TENSORS, tensors, strict=True):
-            if x.dtype != torch.int32 or x.device != self.item.device or not x.is_contiguous():
-                raise ValueError(
-                    f"{name} must be contiguous int32 on {self.item.device}, the device of item; "
-                    f"got {x.dtype} on {x.device}"
-                )
-        if self.length.shape != self.first.shape:
-            shapes = tuple(self.length.shape), tuple(self.first.shape)
-            raise ValueError(f"length has shape {shapes[0]}, first {shapes[1]}; both are [nodes]")
         made_for = _but_length(tensors, self.page_size)
-        if self._checked is None or any(map(operator.is_not, made_for, self._checked[1])):
-            check(not self.item.is_meta, "item is on meta: a plan without ids cannot be checked")
-            arrays = {n: x.cpu().numpy() for n, x in zip(self.TENSORS, tensors, strict=True)}
-            checked = pages_needed(arrays, self.page_size), made_for
-            object.__setattr__(self, "_checked", checked)
+        if self._checked is not None and not any(map(operator.is_not, made_for, self._checked[1])):
+            self._check_tensor("length", self.length)
+            return
+        for name, x in zip(self.TENSORS, tensors, strict=True):
+            self._check_tensor(name, x)
+        check(not self.item.is_meta, "item is on meta: a plan without ids cannot be checked")
+        arrays = {n: x.cpu().numpy() for n, x in zip(self.TENSORS, tensors, strict=True)}
+        checked = pages_needed(arrays, self.page_size), made_for
+        object.__setattr__(self, "_checked", checked)
+
+    def _check_tensor(self, name: str, x: Tensor) -> None:
+        if x.dtype != torch.int32 or x.device != self.item.device or not x.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous int32 on {self.item.device}, the device of item; "
+                f"got {x.dtype} on {x.device}"
+            )
+        if name == "length" and x.shape != self.first.shape:
+            shapes = tuple(x.shape), tuple(self.first.shape)
+            raise ValueError(f"length has shape {shapes[0]}, first {shapes[1]}; both are [nodes]")
 
     @property
     def pages(self) -> tuple[int, ...]:
@@ -293,11 +298,31 @@ def plan_from_block_table(
         ValueError: a length or a block is no number that its row can have, or an argument has
             another shape or dtype.
     """
+    limits = dict(tile=tile, chunk=chunk, items=items)
+    arrays = block_table_arrays(block_table, seq_lens, page_size, query_lens, **limits)
+    return Plan.from_host(arrays, block_table.device)
+
+
+def block_table_arrays(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    page_size: int,
+    query_lens: Tensor | None = None,
+    index: Tensor | None = None,
+    **how: int,
+) -> dict:
+    """What `plan_from_block_table` makes its plan of.
+
+    Args:
+        index: [rows] which row of the table each row is; by default all are, in order.
+        **how: its limits; `share=False` plans each row by itself: as many items as rows, whatever
+            these share.
+    """
     check(
         block_table.dim() == 2,
         lambda: f"block_table must be [rows, blocks], got {tuple(block_table.shape)}",
     )
-    rows = block_table.shape[0]
+    rows = block_table.shape[0] if index is None else len(index)
     counts = torch.ones_like(seq_lens) if query_lens is None else query_lens
     named = dict(block_table=block_table, seq_lens=seq_lens, query_lens=counts)
     for name, x in named.items():
@@ -320,8 +345,9 @@ def plan_from_block_table(
             raise ValueError(
                 f"query_lens: row {row} has {counts[row]}, seq_lens has {lens[row]} tokens"
             )
-    arrays = _host().plan_from_block_table(table, lens, page_size, counts, tile, chunk, items)
-    return Plan.from_host(arrays, block_table.device)
+    if index is not None:
+        how["rows"] = index.cpu().numpy()
+    return _host().plan_from_block_table(table, lens, page_size, counts, **how)
 
 
 _TREE_SCHEMA = (

@@ -12,9 +12,13 @@ from torch import Tensor
 SKIPPED = {"position_t": -1, "slot_t": -1, "also_t": -1, "cursor_t": -1}
 
 
-def at_once(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+def at_once(
+    arrays: Sequence[np.ndarray], device: torch.device, *, given: bool = False
+) -> list[Tensor]:
     """The arrays on `device`: parts of one tensor, at addresses that are multiples of 16 bytes, for
-    which kernels are compiled."""
+    which kernels are compiled. Where nobody else holds them (`given`), on a CPU themselves."""
+    if given and device.type == "cpu":
+        return [torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in arrays]
     sizes = [x.size for x in arrays]
     whole = _packed(arrays, sizes, device)
     return _parts(whole.to(device, non_blocking=True), sizes, [x.shape for x in arrays])
@@ -98,6 +102,39 @@ class Room:
         if name.endswith("indptr"):
             return _power(len(x) - 1) + 1
         return _power(len(x)) * math.prod(x.shape[1:])
+
+
+class Fixed:
+    """Tensors at fixed addresses as those of `Room`, but of sizes given once: who has captured them
+    never has to again.
+
+    Args:
+        shapes: of each by name; of the last only as much is copied as there is.
+        whole: int32 that they lie in, which may be others' too, at other times; None for new.
+
+    Attributes:
+        tensors: by name.
+    """
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], device: torch.device, whole: Tensor | None = None
+    ) -> None:
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        room = sum(map(_padded, sizes))
+        if whole is None or len(whole) < room:
+            whole = torch.zeros(room, dtype=torch.int32, device=device)
+        self.whole, self._sizes = whole, dict(zip(shapes, sizes, strict=True))
+        parts = _parts(whole[:room], sizes, list(shapes.values()))
+        self.tensors = dict(zip(shapes, parts, strict=True))
+
+    def fits(self, arrays: dict[str, np.ndarray]) -> bool:
+        return all(arrays[name].size <= size for name, size in self._sizes.items())
+
+    def put(self, arrays: dict[str, np.ndarray]) -> None:
+        *names, last = self._sizes
+        full = [_filled(name, arrays[name], self._sizes[name]) for name in names] + [arrays[last]]
+        packed = _packed(full, [x.size for x in full], self.whole.device)
+        self.whole[: len(packed)].copy_(packed, non_blocking=True)
 
 
 def _power(n: int) -> int:

@@ -26,6 +26,10 @@ CALLS = {
     (BACKEND, "AttentionMetadataBuilder.build"): (
         "self", "common_prefix_len", "common_attn_metadata", "fast_build",
     ),
+    (BACKEND, "AttentionMetadataBuilder.get_cudagraph_support"): ("vllm_config", "kv_cache_spec"),
+    (BACKEND, "AttentionMetadataBuilder.build_for_cudagraph_capture"): (
+        "self", "common_attn_metadata",
+    ),
     ("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackendImpl.do_kv_cache_update"): (
         "self", "layer", "key", "value", "kv_cache", "slot_mapping",
     ),
@@ -41,6 +45,7 @@ CALLS = {
 FIELDS = {
     (BACKEND, "CommonAttentionMetadata"): {
         "query_start_loc_cpu", "seq_lens", "num_reqs", "block_table_tensor", "causal",
+        "max_query_len",
     },
     ("vllm.v1.kv_cache_interface", "FullAttentionSpec"): {
         "block_size", "num_kv_heads", "head_size", "head_size_v", "sliding_window",
@@ -67,6 +72,9 @@ SGLANG_CALLS = {
     }.items()
 } | {
     (f"{SGLANG}.layers.attention.attention_registry", "register_attention_backend"): ("name",),
+    (f"{SGLANG}.model_executor.cuda_graph_config", "check_cuda_graph_backend"): (
+        "phase", "backend",
+    ),
     (f"{SGLANG}.layers.radix_attention", "RadixAttention.__init__"): (
         "self", "num_heads", "head_dim", "scaling", "num_kv_heads", "layer_id", "logit_cap",
         "v_head_dim", "sliding_window_size", "is_cross_attention", "pos_encoding_mode",

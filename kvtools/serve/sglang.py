@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc, MHATokenToKVPool
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.model_executor.cuda_graph_config import cuda_graph_fully_disabled
+from sglang.srt.model_executor.cuda_graph_config import Backend as Graph
+from sglang.srt.model_executor.cuda_graph_config import Phase, check_cuda_graph_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.runtime_context import get_disagg, get_exec, get_parallel
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from ..ops.attention import limits, tree_attention
 from ..ops.quant import KVPages
 from .interface import check_sglang, refuse
-from .steps import Step, step_from_block_table
+from .steps import Graphs, Step, step_from_block_table
 
 MODES = (ForwardMode.EXTEND, ForwardMode.DECODE, ForwardMode.MIXED)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -44,8 +46,8 @@ class Backend(AttentionBackend):
     """Causal self-attention of decoders over unquantised pools, on any device.
 
     Keys and values are written by the pool's own `set_kv_buffer`, so that prefill and decode may
-    have different backends. Tables are read by the host, once per forward, so a forward cannot be
-    captured as a CUDA graph.
+    have different backends. Tables are read by the host, once per forward, before what a CUDA graph
+    has captured runs.
 
     Raises:
         NotImplementedError: SGLang was asked for what this does not do; all of it is named.
@@ -60,6 +62,10 @@ class Backend(AttentionBackend):
         layers = [x for x in runner.model.modules() if isinstance(x, RadixAttention)]
         refuse(_of_runner(runner) | _of_pool(self._pool) | _of_layers(layers), "SGLang", REMEDY)
         self._windows = isinstance(self._pool, SWAKVPool) and self._pool.swa_layer_nums > 0
+        self._pools = [self._pool]
+        if self._windows:
+            self._pools = [self._pool.full_kv_pool, self._pool.swa_kv_pool]
+        self._graphs: list[Graphs] = []  # of each pool
         self._limits = {}
         if layers:
             heads = layers[0].tp_k_head_num
@@ -70,49 +76,65 @@ class Backend(AttentionBackend):
     def init_forward_metadata_out_graph(
         self, forward_batch: ForwardBatch, in_capture: bool = False
     ) -> None:
-        """Make the `Metadata` of a forward.
+        """Make the `Metadata` of a forward: that of a graph of as many requests, if there is one.
 
         Raises:
-            NotImplementedError: a CUDA graph is captured, or the forward is of a kind that this
-                does not do.
+            NotImplementedError: the forward, or one that is captured as a CUDA graph, is of a kind
+                that this does not do.
             IndexError, ValueError: a request, a slot or a length is none that the pools have.
                 Nothing was written.
         """
-        if in_capture:
-            _no_graphs()
-        batch = forward_batch
+        batch, mode = forward_batch, forward_batch.forward_mode
         self.forward_metadata = None  # should this fail, nobody reads that of another forward
-        if batch.forward_mode.is_idle():
+        if mode.is_idle():
             return
-        if batch.forward_mode not in MODES:
+        if mode not in MODES or (in_capture and not mode.is_decode()):
+            what = "CUDA graphs of forwards" if in_capture else "forwards"
             raise NotImplementedError(
-                f"kvtools' attention does not do forwards of SGLang's mode "
-                f"{batch.forward_mode.name}. {REMEDY}"
+                f"kvtools' attention does not do {what} of SGLang's mode {mode.name}. {REMEDY}"
             )
         lens = (batch.seq_lens if batch.seq_lens_cpu is None else batch.seq_lens_cpu).cpu()
-        counts = torch.ones_like(lens)
-        if not batch.forward_mode.is_decode():
+        if in_capture:
+            for graphs in self._graphs:
+                graphs.hold(len(lens))
+        start = torch.arange(len(lens) + 1)
+        if not mode.is_decode():
             counts = batch.extend_seq_lens_cpu
             counts = torch.as_tensor(batch.extend_seq_lens if counts is None else counts).cpu()
-        start = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
-        slots = self._slots_of(batch.req_pool_indices, lens)
-        written = batch.out_cache_loc
-        if not self._windows:
-            step = self._step(slots, lens, start, written, self._pool)
+            start = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
+        requests, written, table = batch.req_pool_indices, batch.out_cache_loc, self._table
+        self._check(requests, lens)
+        if not self._windows and self._pool.page_size == 1 and not table.is_cuda:
+            # The host has the table, and pages are slots: rows need not be copied together.
+            step = self._step(table, lens, start, written, 0, requests)
             self.forward_metadata = Metadata(step)
             return
-        full, window = self._pool.full_kv_pool, self._pool.swa_kv_pool
-        step = self._step(slots, lens, start, written, full)
+        longest = int(lens.max()) if len(lens) else 0
+        slots = table[:, : longest : self._pool.page_size].index_select(0, requests)
+        step = self._step(slots, lens, start, written, 0)
+        if not self._windows:
+            self.forward_metadata = Metadata(step)
+            return
         # Of slots that no row reads, the table may hold any.
         known = slots.clamp(0, self._pool.full_to_swa_index_mapping.shape[0] - 1)
         there = self._pool.translate_loc_from_full_to_swa(known)
         window_loc = self._pool.translate_loc_from_full_to_swa(written)
-        self.forward_metadata = Metadata(
-            step, self._step(there, lens, start, window_loc, window), window_loc
-        )
+        window = self._step(there, lens, start, window_loc, 1)
+        if self._graphs and mode.is_decode() and len(lens) in self._graphs[1]:
+            held = self._window_loc[: len(lens)]
+            held[: len(written)] = window_loc
+            held[len(written) :] = 0  # what fills up a batch is written where nobody reads
+            window_loc = held
+        self.forward_metadata = Metadata(step, window, window_loc)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        _no_graphs()
+        """Make room for graphs of up to `max_bs` requests: 4 bytes for each page of each."""
+        longest, device = self._table.shape[1], self._table.device
+        self._graphs = [
+            Graphs(-(-longest // x.page_size), x.page_size, _pages(x), device, **self._limits)
+            for x in self._pools
+        ]
+        self._window_loc = torch.zeros(max_bs, dtype=torch.int64, device=device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Tokens of a row that only fills up a batch: one, in the slot that SGLang keeps for it."""
@@ -179,35 +201,41 @@ class Backend(AttentionBackend):
 
     forward_extend = forward_decode
 
-    def _slots_of(self, requests: Tensor, lens: Tensor) -> Tensor:
-        """[rows, pages] first slots of the rows' pages; past a row's end they may be any."""
-        table = self._requests.req_to_token
-        count, longest = table.shape
-        rows = requests.cpu()
-        for row in ((rows < 0) | (rows >= count)).nonzero().flatten().tolist():
+    @property
+    def _table(self) -> Tensor:
+        """[requests, tokens] slots; past a request's end they may be any."""
+        return self._requests.req_to_token
+
+    def _check(self, requests: Tensor, lens: Tensor) -> None:
+        count, longest = self._table.shape
+        for row, request in _outside(requests, count):
             raise IndexError(
-                f"req_pool_indices: row {row} is request {rows[row]}, req_to_token has {count}"
+                f"req_pool_indices: row {row} is request {request}, req_to_token has {count}"
             )
-        for row in (lens > longest).nonzero().flatten().tolist():
+        for row, n in _outside(lens, longest + 1):
             raise ValueError(
-                f"seq_lens: row {row} has {lens[row]} tokens, req_to_token holds {longest} of each"
+                f"seq_lens: row {row} has {n} tokens, req_to_token holds {longest} of each"
             )
-        longest = int(lens.max()) if len(lens) else 0
-        return table[:, : longest : self._pool.page_size].index_select(0, requests)
 
     def _step(
-        self, slots: Tensor, lens: Tensor, start: Tensor, written: Tensor, pool: MHATokenToKVPool
-    ) -> Step:
-        size, page = pool.size + pool.page_size, pool.page_size
-        table = slots
+        self, slots: Tensor, lens: Tensor, start: Tensor, written: Tensor, which: int,
+        index: Tensor | None = None,
+    ) -> Step:  # fmt: skip
+        """Over one of the pools. `slots`: [rows, pages] the first of each of the rows' pages."""
+        pool, table = self._pools[which], slots
+        page, blocks = pool.page_size, _pages(pool)
         if page > 1:
             # A page that does not begin where a page should is as wrong as one that does not exist.
-            table = torch.where(slots % page == 0, slots // page, -1)
-        step = step_from_block_table(table, lens, start, page, blocks=size // page, **self._limits)
-        there = written.cpu()
-        for token in ((there < 0) | (there >= size)).nonzero().flatten().tolist():
+            is_power = page & (page - 1) == 0  # then shifts, as divisions take long
+            table = slots >> page.bit_length() - 1 if is_power else slots // page
+            table = table.where(table * page == slots, -1)
+        graphs = self._graphs[which] if self._graphs else None
+        step = step_from_block_table(
+            table, lens, start, page, blocks=blocks, graphs=graphs, index=index, **self._limits
+        )
+        for token, slot in _outside(written, pool.size + page):
             raise IndexError(
-                f"out_cache_loc: token {token} goes to slot {there[token]}, the pool has {size}"
+                f"out_cache_loc: token {token} goes to slot {slot}, the pool has {pool.size + page}"
             )
         return step
 
@@ -228,19 +256,26 @@ def _by_page(x_shd: Tensor, size: int) -> Tensor:
     return x_shd[:whole].unflatten(0, (-1, size)).transpose(1, 2)
 
 
-def _no_graphs() -> None:
-    raise NotImplementedError(
-        "kvtools' attention cannot be captured as a CUDA graph: its plan is made by the host. Add "
-        "--disable-cuda-graph"
-    )
+def _pages(pool: MHATokenToKVPool) -> int:
+    return (pool.size + pool.page_size) // pool.page_size
+
+
+def _outside(x: Tensor, end: int) -> list[tuple[int, int]]:
+    """Where `x` is below 0, or not below `end`, and what it is there."""
+    values = x.cpu().numpy()
+    if not len(values) or (values.min() >= 0 and values.max() < end):
+        return []
+    return [(i, int(values[i])) for i in np.flatnonzero((values < 0) | (values >= end))]
 
 
 def _of_runner(runner: Any) -> dict[str, bool]:
     parallel, model = get_parallel(), runner.model_config
-    # On a CPU a graph is captured only if torch.compile is asked for.
-    if torch.device(runner.device).type == "cuda" and not cuda_graph_fully_disabled():
-        _no_graphs()
     return {
+        # By default attention stays outside of a prefill's graphs.
+        "prefill as one CUDA graph (--cuda-graph-backend-prefill full)": (
+            check_cuda_graph_backend(Phase.PREFILL, Graph.FULL)
+        ),
+        "torch.compile (--enable-torch-compile)": get_exec().graph.enable_torch_compile,
         "MLA (multi-head latent attention)": runner.use_mla_backend,
         "attention to an encoder": model.is_encoder_decoder,
         "attention in chunks": model.attention_chunk_size is not None,

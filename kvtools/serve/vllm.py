@@ -9,6 +9,7 @@ from vllm import envs
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadataBuilder,
     AttentionType,
@@ -26,7 +27,7 @@ from ..ops.attention import limits, tree_attention
 from ..ops.quant import KVPages, append_kv, width
 from . import SETTING
 from .interface import refuse
-from .steps import Step, step_from_block_table
+from .steps import Graphs, Step, step_from_block_table
 
 # What kvtools stores where vLLM is asked for a scale per token and head: formats of its own.
 FORMATS = {f"{x}_per_token_head": x for x in ("int8", "int4", "fp8")}
@@ -87,6 +88,19 @@ class Backend(AttentionBackend):
 class Builder(AttentionMetadataBuilder[Step]):
     """Makes one `Step` of a batch, for all layers of a cache group."""
 
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: Any
+    ) -> AttentionCGSupport:
+        """Graphs of decode steps. Those of drafts, and of two halves of a batch at once, are others
+        than have been tried: attention stays outside of graphs there."""
+        parallel = vllm_config.parallel_config
+        if vllm_config.speculative_config is not None or parallel.use_ubatching:
+            return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
+
     def __init__(
         self,
         kv_cache_spec: Any,
@@ -108,6 +122,22 @@ class Builder(AttentionMetadataBuilder[Step]):
         self._layer = layers[layer_names[0]]
         group = self._layer.impl.num_heads // kv_cache_spec.num_kv_heads
         self._limits = limits(device, kv_cache_spec.num_kv_heads, group)
+        self._graphs: Graphs | None = None
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
+        """The step that graphs of as many requests are captured with; `build` refills it."""
+        batch = common_attn_metadata
+        if batch.max_query_len != 1:
+            raise NotImplementedError(
+                "kvtools' attention is captured in decode steps only: choose the cudagraph_mode "
+                "FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
+            )
+        if self._graphs is None:
+            width, block = batch.block_table_tensor.shape[1], self.kv_cache_spec.block_size
+            blocks = self._layer.kv_cache.shape[0]
+            self._graphs = Graphs(width, block, blocks, self.device, **self._limits)
+        self._graphs.hold(batch.num_reqs)
+        return self.build(0, batch)
 
     def build(
         self,
@@ -125,6 +155,7 @@ class Builder(AttentionMetadataBuilder[Step]):
             batch.query_start_loc_cpu[: rows + 1],
             self.kv_cache_spec.block_size,
             blocks=cache.shape[0] if cache.dim() == 4 else None,
+            graphs=self._graphs,
             **self._limits,
         )
 
