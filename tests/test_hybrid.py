@@ -37,11 +37,16 @@ MODELS = {
     # attention and a state in one layer
     "falcon_h1": lambda: make("FalconH1Config", mamba_d_ssm=128, **MAMBA),
     "lfm2": lambda: make("Lfm2Config", layer_types=["conv", "full_attention"] * 2),
-    # no attention at all
-    "mamba2": lambda: make(
-        "Mamba2Config", num_hidden_layers=2, num_heads=8, head_dim=16, state_size=8, n_groups=1
-    ),
 }  # fmt: skip
+
+
+def mamba2():
+    """No attention at all; refused before transformers 5.24."""
+    sizes = dict(num_heads=8, head_dim=16, state_size=8, n_groups=1)
+    return make("Mamba2Config", num_hidden_layers=2, **sizes)
+
+
+MODELS |= {"mamba2": mamba2} if CACHE == "cache" else {}
 EXACT, TIGHT = kvtools.CacheConfig(), kvtools.CacheConfig(bits=8, budget=32, prompt_budget=0.5)
 
 
@@ -299,6 +304,9 @@ def test_refused_by_name(tmp_path):
         session.extend(ids[0, :1])
     with pytest.raises(Unsupported, match="recurrent layers, and pads prompts"):
         check_model(with_switch())
+    if CACHE != "cache":
+        with pytest.raises(Unsupported, match="mamba2: its forward takes no past_key_values"):
+            check_model(mamba2())
 
 
 def with_switch():
@@ -368,3 +376,29 @@ def test_what_was_left_in_layers_is_not_gone_on_from():
     r.prefill([second])
     r.generate(NEW)
     assert r.tokens == [plain("qwen3_5", first), plain("qwen3_5", second)]
+
+
+def test_some_rows_at_a_time():
+    """Samples that take turns, in rollouts and in generate, are those of all at once."""
+    prompts, options = texts(PROMPT, 12), dict(temperature=1.0, seed=4)
+    r = rollouts("lfm2", **options)
+    r.prefill(prompts, n=3)
+    r.generate(9)
+    turns = rollouts("lfm2", **options).sample(prompts, 3, rows=2, max_new_tokens=9)
+    found = {(x.prompt, x.number): x.tokens for x in turns}
+    want = [tokens[n:] for tokens, n in zip(r.tokens, r.prompt_lengths.tolist(), strict=True)]
+    assert [list(found[i, j]) for i in range(2) for j in range(3)] == want
+    out = []
+    for rows in (None, 2):
+        torch.manual_seed(0)
+        out.append(
+            hybrid("lfm2").generate(
+                torch.tensor(prompts[:1]),
+                do_sample=True,
+                num_return_sequences=5,
+                rows=rows,
+                max_new_tokens=9,
+                custom_generate=kvtools.generate,
+            )  # fmt: skip
+        )
+    assert torch.equal(*out) and len(out[0].unique(dim=0)) == 5

@@ -344,6 +344,8 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
     ]
     takes = inspect.signature(core.forward).parameters
     ranks, switch = ranks_of(core), _switch(model, sorted(limits - {None}))
+    if stateful and CACHE not in takes:  # Mamba before transformers 5.24
+        raise Unsupported(f"its forward takes no {CACHE}")
     if stateful and ranks is not None:
         raise Unsupported("it has recurrent layers, and lies on several ranks: load it whole")
     if stateful and switch < math.inf:
