@@ -1,7 +1,7 @@
 """Every causal model type of transformers through kvtools, beside plain generate.
 
-python -m bench.sweep [--types REGEX] [--modes exact,batch] [--json OUT] [--readme README.md]
-                      [--page docs/models.md]
+python -m bench.sweep [--types REGEX] [--modes exact,batch] [--json OUT] [--merge RESULTS]
+                      [--readme README.md] [--page docs/models.md]
 
 A type's tiny model is run in a process of its own. Outcome of each mode:
     equal           what plain `generate` gives, logits included
@@ -357,6 +357,8 @@ def main(argv: list[str] | None = None) -> int:
         help="comma-separated; default %(default)s",
     )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="OUT", help="results")
+    parser.add_argument("--merge", type=Path, metavar="RESULTS",
+                        help="of an earlier run, for the types that are left out")  # fmt: skip
     parser.add_argument("--readme", type=Path, metavar="PATH", help="rewrite its short table")
     parser.add_argument("--page", type=Path, metavar="PATH", help="rewrite its table with reasons")
     parser.add_argument("--jobs", type=int, default=2, help="processes; default %(default)s")
@@ -373,11 +375,19 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(
             f"--types {args.types!r} is no type of transformers {transformers.__version__}"
         )
-    found = sweep(kinds, modes, jobs=args.jobs, limit=args.limit, unchecked=args.without_checks)
     where = {"torch": torch.__version__, "transformers": transformers.__version__}
+    earlier = json.loads(args.merge.read_text()) if args.merge else None
+    if earlier and (
+        any(earlier["where"][x] != where[x] for x in where) or earlier["modes"] != modes
+    ):
+        parser.error(f"--merge {args.merge} has other versions or modes: {earlier['where']}")
+    found = sweep(kinds, modes, jobs=args.jobs, limit=args.limit, unchecked=args.without_checks)
     where |= {"kvtools": kvtools.__version__, **demo.commit()}
+    result = {"where": where, "modes": modes, "types": found}
+    if earlier:  # a type that was not run again says where it was
+        old = {kind: {"where": earlier["where"]} | x for kind, x in earlier["types"].items()}
+        result["types"] = found = dict(sorted((old | found).items()))
     if args.json:
-        result = {"where": where, "modes": modes, "types": found}
         args.json.write_text(json.dumps(result, indent=1, sort_keys=True) + "\n")
     for head, count, names in table(found)[1:]:
         print(f"{count:>4} {head}\n     {names}")

@@ -104,6 +104,7 @@ SCALES = [(3, 10), (3, 5), (2, 3), (5, 15), (10, 20), (1, 2), (30, 50)]
 # What forwards call a cache: "past_key_values" before transformers 5.24.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 NEW = 16  # tokens
+OWN = 0.1  # what a model's steps may differ by from its own forward over the text, likewise
 CALM = 3e-4  # what rounding the weights may do to logits, in standard deviations of these
 SWITCH = 48  # positions that a scaled rope was made for
 ROPES: dict[str, dict[str, float]] = {
@@ -245,7 +246,9 @@ class Lively:
     """A model whose greedy tokens vary, and what plain `generate` gives on it.
 
     Attributes:
-        allowed: standard deviations by which another order of sums may change its logits.
+        allowed: standard deviations by which another order of sums may change its logits, or by
+            which its steps differ from its own forward over the whole text, if that is little: some
+            recurrent layers clamp time steps in a prompt that they do not clamp in a step.
         whole: one forward over a text gives the logits that `generate` had on the way.
     """
 
@@ -323,9 +326,11 @@ def _excited(tried: Lively) -> str:
         raise NotComparable("plain generate gives other logits each time")
     tried.whole = True
     try:
-        tried.whole = distance(run.logits_btv, tried.on(text, 40)) < CALM
+        own = distance(run.logits_btv, tried.on(text, 40))
     except Exception:  # a forward without a cache is not what is tested
-        tried.whole = False
+        own = float("inf")
+    tried.whole = own < CALM
+    tried.allowed = max(tried.allowed, own if own < OWN else 0)
     weights = [weight for weight in tried.model.parameters() if weight.dim() > 1]
     kept = [weight.data.clone() for weight in weights]
     for weight in weights:

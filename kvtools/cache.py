@@ -72,6 +72,8 @@ class KVCache:
         pages: pages per pool, fixed; None lets the pools grow as needed. There is a pool for each
             distinct factor of `layer_budget`, and one for sinks.
         judge: how a policy ranks tokens, where this cache holds some of the heads alone.
+        states: what rows hold besides keys and values; of it rows are gathered, a transaction takes
+            it back, and its `tensors()` count as rows' memory.
 
     Rows are numbered 0..rows-1 in the order in which they were added; `gather` renumbers them.
 
@@ -87,8 +89,10 @@ class KVCache:
         device: torch.device | str = "cpu",
         pages: int | None = None,
         judge: Judge = Policy.rank,
+        states: Any = None,
     ) -> None:
         self.config, self.layers, self.device = config, layers, torch.device(device)
+        self.states = states
         self._judge = judge
         factors = config.factors(layers)
         self._journal = Journal()
@@ -146,8 +150,7 @@ class KVCache:
         states = [state_of(self)]
         for store in filter(None, [*self.stores, self._sinks]):
             states.append(state_of(store, _plan=None, _plan_key=None, _in_table=None))
-        if self._recent:
-            states.append(state_of(self._recent))
+        states += [state_of(x) for x in (self._recent, self.states) if x]
         return Transaction(self._journal, states)
 
     @_change
@@ -507,8 +510,8 @@ class KVCache:
                 store.reserve(store.forest.gather_pages_needed(rows))
         for store in [*self.stores, *filter(None, [self._sinks])]:
             store.gather(rows)
-        if self._recent:
-            self._recent.gather(rows)
+        for part in filter(None, [self._recent, self.states]):
+            part.gather(rows)
         known = len(self._prompts)
         alive, self._prompt = np.unique(self._prompt[index], return_inverse=True)
         self._prompts = [self._prompts[i] for i in alive]
@@ -557,9 +560,9 @@ class KVCache:
         """Bytes held, over the storage of all tensors.
 
         Returns:
-            `prefix`: keys, values and scales of prompts; `suffix`: those of rows, free slots and
-                the finer copies of recent tokens included; `metadata`: positions, importance,
-                history, victims, frames of keys and plans; `total`: their sum.
+            `prefix`: keys, values and scales of prompts; `suffix`: those of rows, free slots, the
+                finer copies of recent tokens and recurrent states included; `metadata`: positions,
+                importance, history, victims, frames of keys and plans; `total`: their sum.
         """
         prefix = suffix = 0
         metadata = list(self._frame.values())
@@ -575,6 +578,8 @@ class KVCache:
             for pages in self._recent.layers.values():
                 suffix += _nbytes(pages.tensors()[:4])
             metadata += self._recent.tensors()
+        if self.states:
+            suffix += _nbytes(self.states.tensors())
         if self._filling:
             metadata.append(self._filling.position)  # in one with all that it has
         parts = {"prefix": prefix, "suffix": suffix, "metadata": _nbytes(metadata)}

@@ -54,7 +54,35 @@ class Fault(NamedTuple):
                  "prefixes", "turns", "samples", "likelihood", "saved", "continuation",
                  "parallel", "serve_graphs")
 )  # fmt: skip
+HYBRID = "tests/test_hybrid.py -k "
 FAULTS = [
+    Fault("a rewound row goes on from a state that has seen more", "kvtools/hf/states.py",
+          "        return self._seen != lengths", "        return self._seen < 0",
+          HYBRID + "'alone and lfm2'"),
+    Fault("rows of all lengths go into states together", "kvtools/hf/door.py",
+          "        if self.counted or self.recurrent:", "        if self.counted:",
+          HYBRID + "'alone and lfm2'"),
+    Fault("layers write to the states that rows have", "kvtools/hf/states.py",
+          "            return x.index_select(0, index)", "            return x",
+          HYBRID + "'peek or error'"),
+    Fault("a transaction leaves states out", "kvtools/cache.py",
+          "for x in (self._recent, self.states) if x]", "for x in (self._recent,) if x]",
+          HYBRID + "'peek or error'"),
+    Fault("a prefill begins with what the layers held", "kvtools/hf/plug.py",
+          "            self._hold(begin)\n", "            if not forward.filling:\n"
+          "                self._hold(begin)\n", HYBRID + "'left_in_layers'"),
+    Fault("the probe believes that all go on with several tokens", "kvtools/hf/probe.py",
+          "    singles = (False, True) if plain is not None else (True,)",
+          "    singles = (False,)", HYBRID + "'alone and jamba'"),
+    Fault("unseen models are believed to", "kvtools/hf/door.py",
+          "    door.single = bool(stateful)\n", "", HYBRID + "unseen"),
+    Fault("prompts' ends of all lengths share a forward", "kvtools/hf/session.py",
+          "                fits &= (long == long[0]).cumprod().astype(bool)",
+          "                pass",
+          HYBRID + "'beginnings and lfm2'"),
+    Fault("dropped rows keep their states", "kvtools/hf/states.py",
+          "            if 2 * len(named) <= part.size:", "            if False:",
+          HYBRID + "shared_until"),
     Fault("policies are shown the heads of one rank alone", "kvtools/hf/parallel.py",
           "if not policy.across or held == self.heads:", "if True:", PARALLEL + "one_does"),
     Fault("ranks take each other's parts of logits for others'", "kvtools/hf/parallel.py",
@@ -118,8 +146,8 @@ FAULTS = [
     Fault("the first to leave unplugs", "kvtools/hf/plug.py",
           "                if uses > 1:", "                if False:", DOOR + "beside"),
     Fault("layers keep their cache alive", "kvtools/hf/plug.py",
-          "        self.kv, self.door = kv, None\n", "        self._flow.cache = self\n"
-          "        self.kv, self.door = kv, None\n", DOOR + "behind"),
+          "        self.kv, self.door = kv, door\n", "        self._flow.cache = self\n"
+          "        self.kv, self.door = kv, door\n", DOOR + "behind"),
     Fault("greedy draws a seed", "kvtools/hf/generate.py",
           "    if config.do_sample:\n        seeds", "    if True:\n        seeds",
           DOOR + "behind"),

@@ -31,8 +31,8 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LogitsProcessor,
-    MambaConfig,
     PreTrainedTokenizerFast,
+    RecurrentGemmaConfig,
     StoppingCriteria,
     StopStringCriteria,
     T5Config,
@@ -613,14 +613,15 @@ def no_interface():
     return AutoModelForCausalLM.from_config(config).eval(), "attention interface"
 
 
-def no_attention():
-    config = MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4)
-    return AutoModelForCausalLM.from_config(
-        config
-    ).eval(), "attention interface|KV cache|another kind"
+def states_in_modules():
+    config = RecurrentGemmaConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=3, intermediate_size=64, lru_width=32,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval(), "states elsewhere than in the cache"
 
 
-@pytest.mark.parametrize("make", [encoder_decoder, no_interface, no_attention])
+@pytest.mark.parametrize("make", [encoder_decoder, no_interface, states_in_modules])
 def test_refused_model(make):
     model, reason = make()
     config, ids = model.config.to_dict(), random_ids(1, 8)

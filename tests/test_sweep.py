@@ -139,3 +139,10 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "1 refused, 0 wrong, 1 unclear" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         sweep.main(["--modes", "exact,nosuch"])
+    # Of types that are left out, what is known stays, and where it is from.
+    sweep.main([*options, "gpt2", "--merge", str(out)])
+    assert "| refused | 2 | gpt2, llama |" in readme.read_text()
+    merged = json.loads(out.read_text())["types"]
+    assert merged["llama"]["where"]["torch"] == torch.__version__ and "where" not in merged["gpt2"]
+    with pytest.raises(SystemExit):
+        sweep.main([*options, "gpt2", "--merge", str(out), "--modes", "exact"])

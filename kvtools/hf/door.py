@@ -20,6 +20,9 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+    LinearAttentionLayer,
 )
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -30,7 +33,10 @@ from .plug import CACHE, OWN_MASKS, PREFIX, Forward, Unsupported, window_of
 
 # A dummy stands for a layer that takes what another has cached, or caches nothing.
 Dummy = getattr(cache_utils, "DummyLayer", type(None))  # before transformers 5.2x there was none
-KEPT = (DynamicLayer, DynamicSlidingWindowLayer, Dummy)
+KEPT = (
+    DynamicLayer, DynamicSlidingWindowLayer, Dummy, LinearAttentionLayer,
+    LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer,
+)  # fmt: skip
 # kvpress wraps all attention functions when it is imported, for caches of its own alone.
 OWN = "transformers.", "kvpress.attention_patch"
 FAR = 1 << 20  # masks are looked at from here
@@ -50,7 +56,9 @@ class Door:
         counted: it counts positions from the cache instead, so that a forward may hold rows of one
             length only. Found by the probe.
         cached: by layer, the window within which its own cache keeps tokens; 0 for all, None for
-            layers that cache nothing of their own.
+            layers that cache no keys and values of their own.
+        recurrent: by layer, transformers' own cache layer, empty, of those with a state. Rows in a
+            forward must get as many tokens each: padding would go into their states.
         windows: by layer, the window within which tokens see others; 0 for all. Found by masks.
         ropes: of lengths; rows whose values differ have other frequencies.
         dynamic: modules whose frequencies must be new in each forward.
@@ -58,6 +66,8 @@ class Door:
         ranks: that its parameters lie on, if it is not whole here.
         tokens: how many tokens' logits each of them can make by itself, see `head_tokens`. None
             until that is needed.
+        single: its recurrent layers go on from a state only where they get one token, unless the
+            probe has found that they do anyway.
         loose: it computes keys and values that attention takes from those that it caches, token by
             token. Found by the probe.
         shared: layers take what others have cached.
@@ -78,9 +88,11 @@ class Door:
     ropes: list[Callable[[np.ndarray], np.ndarray]]
     dynamic: list[torch.nn.Module]
     switch: float
+    recurrent: dict[int, LinearAttentionLayer]
     ranks: Ranks | None = None
     tokens: list[int] | None = None
     counted: bool = False
+    single: bool = False
     loose: bool = False
     shared: bool = False
     probed: bool = False
@@ -102,6 +114,8 @@ class Door:
             return "its rotary frequencies are computed anew as texts grow (dynamic rope)"
         if self.loose:
             return "its attention takes keys and values that it computes from the cached ones"
+        if self.recurrent:
+            return "it has recurrent layers, whose states are no part of a graph"
         return None
 
     def groups(self, before: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
@@ -109,8 +123,10 @@ class Door:
         rows = np.flatnonzero(counts)
         after = before[rows] + counts[rows]
         keys = self._rotations(after)
+        if self.counted or self.recurrent:
+            keys.append(counts[rows])
         if self.counted:
-            keys += [before[rows], counts[rows]]
+            keys.append(before[rows])
         if not keys or not len(rows):
             return [rows]
         _, group = np.unique(np.stack(keys, 1), axis=0, return_inverse=True)
@@ -121,7 +137,7 @@ class Door:
         at once."""
         here, short = map(self._rotations, (lengths, np.ones_like(lengths)))
         changed = [a != b for a, b in zip(here, short, strict=True)]
-        return self.counted or bool(np.any(changed))
+        return self.counted or self.single or bool(np.any(changed))
 
     def at_once(self, before: np.ndarray, counts: np.ndarray) -> np.ndarray:
         """How many of `counts` tokens, one at least, rows may be given so that each is rotated as
@@ -321,16 +337,28 @@ def _door(model: Any, core: PreTrainedModel, config: Any, kind: str, stock: str)
                 limit = module.original_max_seq_len
                 ropes.append(lambda length, limit=limit: np.maximum(length, limit))
                 dynamic.append(module)
+    stateful = {i: x for i, x in enumerate(layers) if isinstance(x, LinearAttentionLayer)}
     cached = [
-        getattr(layer, "sliding_window", None if type(layer) is Dummy else 0) for layer in layers
+        getattr(x, "sliding_window", None if type(x) in (Dummy, LinearAttentionLayer) else 0)
+        for x in layers
     ]
     takes = inspect.signature(core.forward).parameters
-    return Door(
+    ranks, switch = ranks_of(core), _switch(model, sorted(limits - {None}))
+    if stateful and CACHE not in takes:  # Mamba before transformers 5.24
+        raise Unsupported(f"its forward takes no {CACHE}")
+    if stateful and ranks is not None:
+        raise Unsupported("it has recurrent layers, and lies on several ranks: load it whole")
+    if stateful and switch < math.inf:
+        raise Unsupported(
+            "it has recurrent layers, and pads prompts to be past a length (longrope)"
+        )
+    door = Door(
         kind, [x for x in found.values() if getattr(x, "_attn_implementation", None)], stock,
         "position_ids" in takes, "attention_mask" in takes,
-        cached or [0] * config.num_hidden_layers, ropes, dynamic,
-        _switch(model, sorted(limits - {None})), ranks_of(core),
+        cached or [0] * config.num_hidden_layers, ropes, dynamic, switch, stateful, ranks,
     )  # fmt: skip
+    door.single = bool(stateful)
+    return door
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,6 +5,7 @@ runs, under the name of what they stand in for ("kvtools_sdpa"). Anything but ou
 to them, such as a forward of another thread, is handed to that unchanged.
 """
 
+import copy
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -12,10 +13,11 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .door import Door
 
 PREFIX = "kvtools_"
+# Attributes in which transformers' own cache layers hold a state, whatever is in there.
+HELD = tuple(vars(LinearAttentionLayer()))
 OWN_MASKS = "it makes attention masks of its own"
 # What a cache is called in arguments and outputs: "past_key_values" before transformers 5.24.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
@@ -44,6 +48,8 @@ class Forward:
         kv: where keys and values go.
         filling: the prefill of prompts; afterwards rows attend to what is stored.
         past: tokens that the longest row had before; a tensor where it is no part of a graph.
+        rows: of the store, that go in, or that prompts are filled for.
+        entry: which of the texts that go in each of them is.
         tokens: in a prefill, those of prompts among all that go in, row by row; None for all.
         padded: others go in with them, which a mask has to hide.
         given: in a loose door, layer of the last update, until an attention takes it.
@@ -54,6 +60,8 @@ class Forward:
     kv: KVCache
     filling: bool
     past: int | Tensor
+    rows: np.ndarray
+    entry: np.ndarray
     tokens: Tensor | None = None
     padded: bool = False
     given: int | None = None
@@ -132,9 +140,20 @@ class _Layer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length  # transformers before 5.20
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        if self.index == 0:
-            self.flow.kv.gather(beam_idx)
+
+class _Both(_Layer, LinearAttentionLayer):
+    """Of a layer with attention and a state, which is kept as transformers does."""
+
+    lazy_initialization = LinearAttentionLayer.lazy_initialization
+
+    def __init__(self, index: int, flow: "_Flow", empty: LinearAttentionLayer) -> None:
+        super().__init__(index, flow)
+        vars(self).update(_held(vars(empty)))
+
+
+def _held(attributes: dict[str, Any]) -> dict[str, Any]:
+    """The state among the attributes of a layer, in dictionaries of its own."""
+    return {name: copy.copy(attributes[name]) for name in HELD}
 
 
 @dataclass
@@ -158,23 +177,54 @@ class PagedCache(Cache):
 
     Attributes:
         kv: the store.
+        door: of the model.
         texts: tokens of each row, of a cache that `generate` has returned, from which it and
             `Rollouts` can go on. The last one was not fed yet.
         prompt_lengths: how many of them are its prompt.
         timing: seconds of prefill and decoding, decode steps, and tokens fed in them.
     """
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, door: "Door") -> None:
         self._flow = _Flow(kv)
-        super().__init__(layers=[_Layer(i, self._flow) for i in range(kv.layers)])
-        self.kv, self.door = kv, None
+        layers = [self._layer(i, door.recurrent.get(i)) for i in range(kv.layers)]
+        super().__init__(layers=layers)
+        self.kv, self.door = kv, door
         self.texts: list[list[int]] | None = None
         self.prompt_lengths: list[int] = []
         self.timing = {"prefill_s": 0.0, "decode_s": 0.0, "steps": 0, "tokens": 0}
 
+    def _layer(self, index: int, empty: LinearAttentionLayer | None) -> Any:
+        if empty is None:
+            return _Layer(index, self._flow)
+        if isinstance(empty, CacheLayerMixin):
+            return _Both(index, self._flow, empty)
+        return copy.deepcopy(empty)
+
     def memory(self) -> dict[str, int]:
         """Bytes held; see `KVCache.memory`."""
         return self.kv.memory()
+
+    @contextmanager
+    def states(self, forward: Forward) -> Iterator[None]:
+        """For a forward, recurrent layers hold the states of its rows; these are replaced by what
+        it has left there, unless it raises."""
+        none = {i: vars(empty) for i, empty in forward.door.recurrent.items()}
+        begin = none if forward.filling else self.kv.states.take(forward.rows)
+        try:
+            self._hold(begin)
+            yield
+            left = {i: _held(vars(self.layers[i])) for i in begin}
+            seen = self.kv.lengths.numpy()[forward.rows]
+            self.kv.states.put(forward.rows, forward.entry, seen, left)
+        finally:
+            self._hold(none)
+
+    def _hold(self, layers: dict[int, dict[str, Any]]) -> None:
+        for i, attributes in layers.items():
+            vars(self.layers[i]).update(_held(attributes))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.gather(beam_idx)
 
     def gather(self, index: Any) -> None:
         """See `KVCache.gather`."""

@@ -50,17 +50,21 @@ def compare(model: Any, door: Door, run: Callable[[Any], Any]) -> None:
         except (IndexError, KeyError):  # it does not do with fewer layers
             part = eager_of(decoder)
             plain = _by_itself(part, model, door, ids)
+    singles = (False, True) if plain is not None else (True,)
     wrong: int | Unsupported | None = None
     for counted in [False, True] if door.positions else [True]:
         for loose in (False, True) if plain is not None else (False,):
-            door.counted, door.loose = counted, loose
-            wrong = _first_wrong(part, run(part), ids, plain)
-            if wrong is None:
-                door.probed = plain is not None
-                return
+            for single in singles if door.recurrent else (False,):
+                door.counted, door.loose, door.single = counted, loose, single
+                wrong = _first_wrong(part, run(part), ids, plain)
+                if wrong is None:
+                    door.probed = plain is not None
+                    return
+                if isinstance(wrong, Unsupported):
+                    break
             if not isinstance(wrong, Touched):
                 break
-    door.counted = door.loose = False
+    door.counted, door.loose, door.single = False, False, bool(door.recurrent)
     if isinstance(wrong, Unsupported):
         raise wrong
     if any(getattr(getattr(x, "state", None), "threshold", 0) for x in part.modules()):

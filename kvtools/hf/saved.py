@@ -115,7 +115,7 @@ def load_cache(
         kv.unpack({
             name.removeprefix("kv."): x for name, x in tensors.items() if name.startswith("kv.")
         })  # fmt: skip
-        cache = PagedCache(kv)
+        cache = PagedCache(kv, door)
         texts = tensors["text"].split(tensors["lengths"].tolist())
         cache.texts = [text.tolist() for text in texts]
         cache.prompt_lengths = tensors["prompt_lengths"].tolist()
@@ -130,7 +130,7 @@ def load_cache(
         raise ValueError(
             f"{path} is no whole file of a cache ({type(error).__name__}: {error}): save it again"
         ) from error
-    cache.door, door.windows = door, windows | door.windows
+    door.windows = windows | door.windows
     return cache
 
 
@@ -139,6 +139,11 @@ def _refuse_parts(door: Door) -> None:
         raise ValueError(
             f"{door.kind} lies on {door.ranks.size} ranks, each of which has a cache of its own "
             "heads: save and load caches with a whole model"
+        )
+    if door.recurrent:
+        raise ValueError(
+            f"{door.kind} has recurrent layers, whose states no file holds yet: keep the cache in "
+            "memory, or run the prompts again"
         )
 
 

@@ -4,6 +4,7 @@ import copy
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,6 +24,7 @@ from .parallel import Ranks, checksum, head_tokens, own_head
 from .plug import CACHE, Forward, PagedCache, plugged, running
 from .prefixes import alike, branches
 from .probe import compare, output, whole
+from .states import States
 
 # Prompts share a forward. Padding costs what tokens cost, so at most this part of a row may be
 # padding; and a forward needs no more memory than one of a prompt of so many tokens.
@@ -170,9 +172,11 @@ class Session:
         self.device = device
         if cache is None:
             judge = Policy.rank if door.ranks is None else door.ranks.judge
-            kv = KVCache(config, door.layers, device=device, pages=pages, judge=judge)
-            cache = PagedCache(kv)
-            cache.door = door
+            states = States(device) if door.recurrent else None
+            kv = KVCache(
+                config, door.layers, device=device, pages=pages, judge=judge, states=states
+            )
+            cache = PagedCache(kv, door)
         self.cache, self.kv = cache, cache.kv
         return self
 
@@ -304,8 +308,11 @@ class Session:
         ]
         out: list[list[Tensor]] = [[] for _ in texts]
         while pieces:
-            total = np.cumsum([len(text) for _, _, text in pieces])
-            now = pieces[: max(1, int((total <= TOKENS).sum()))]
+            long = np.array([len(text) for _, _, text in pieces])
+            fits = long.cumsum() <= TOKENS
+            if self.door.recurrent:
+                fits &= (long == long[0]).cumprod().astype(bool)
+            now = pieces[: max(1, int(fits.sum()))]
             pieces = pieces[len(now) :]
             counts = np.zeros(self.kv.rows, np.int32)
             counts[[row for _, row, _ in now]] = lengths = [len(text) for _, _, text in now]
@@ -370,7 +377,9 @@ class Session:
             )
             tokens, mask = torch.from_numpy(tokens).to(ids.device), mask.long()
         self.kv.add_prompt(lengths, copies, switched)
-        forward = Forward(self.door, self.kv, True, 0, tokens, mask is not None)
+        entry = np.repeat(np.arange(len(prompts)), copies)
+        rows = np.arange(self.kv.rows - len(entry), self.kv.rows)
+        forward = Forward(self.door, self.kv, True, 0, rows, entry, tokens, mask is not None)
         out = self._forward(ids, position, forward, mask=mask)
         return [x[-1:] if self.head else x[-n:] for x, n in zip(out, lengths, strict=True)]
 
@@ -483,6 +492,8 @@ class Session:
         if not counts.any():
             raise ValueError("counts gives no row a token")
         turned = self.door.turned(before + counts, counts, self.kv.switched)
+        if self.kv.states is not None:
+            turned |= (counts > 0) & self.kv.states.stale(before)
         groups = self.door.groups(before, np.where(turned, 0, counts))
         with self.kv.transaction():
             if len(groups) == 1 and not turned.any():
@@ -506,7 +517,8 @@ class Session:
         """One forward for each group of rows; rows `turned` are encoded again before."""
         start, index = np.cumsum(counts) - counts, np.arange(len(counts))
         parts, places = [], []
-        again = [np.flatnonzero(turned & (self.kv.switched == side)) for side in (False, True)]
+        past = self.door.past_switch(self.kv.lengths.numpy() + counts)
+        again = [np.flatnonzero(turned & (past == side)) for side in (False, True)]
         for rows in filter(len, [*again, *groups]):
             place = np.concatenate([np.arange(start[r], start[r] + counts[r]) for r in rows])
             new = tokens[torch.from_numpy(place).to(tokens.device)]
@@ -524,14 +536,17 @@ class Session:
         return torch.cat(parts)[order]
 
     def _again(self, rows: np.ndarray, tokens: Tensor, counts: np.ndarray) -> Tensor:
-        """Encode `rows` and their new tokens, as new rows, with other rotary frequencies.
+        """Encode `rows` and their new tokens, as new rows, with other rotary frequencies or because
+        their states have seen more than they hold.
 
         Rows of one prompt share it again.
         """
         if self._texts is None:
+            why = "that was rewound (recurrent layers)"
+            if not self.door.recurrent:
+                why = f"of over {self.door.switch} tokens (longrope)"
             raise Unsupported(
-                f"{self.door.kind} encodes a text of over {self.door.switch} tokens again "
-                "(longrope); this kind of session cannot"
+                f"{self.door.kind} encodes a text {why} again; this kind of session cannot"
             )
         total, lengths = self.kv.rows, self.kv.lengths.numpy()[rows]
         shared = np.minimum(self.kv.prompt_lengths[rows], lengths)
@@ -539,7 +554,7 @@ class Session:
         prompts: dict[tuple, list[int]] = {}
         for i, (text, n) in enumerate(zip(texts, shared, strict=True)):
             prompts.setdefault(tuple(text[:n]), []).append(i)
-        switched = not self.kv.switched[rows[0]]
+        switched = bool(self.door.past_switch(lengths[0] + counts[0]))
         self._prefill(
             [torch.tensor(prompt, device=tokens.device) for prompt in prompts],
             np.array([len(members) for members in prompts.values()]), switched,
@@ -554,7 +569,8 @@ class Session:
         ]
         grow = np.zeros(self.kv.rows, np.int32)
         grow[total:] = [len(x) for x in own]
-        out = self._step(torch.cat(own), grow).split(grow[total:].tolist())
+        groups, still = self.door.groups(self.kv.lengths.numpy(), grow), np.zeros(len(grow), bool)
+        out = self._by_groups(torch.cat(own), grow, groups, still).split(grow[total:].tolist())
         return torch.cat([x[-n:] for x, n in zip(out, counts, strict=True)])
 
     def decode(self, tokens: Tensor, skip_t: Tensor) -> Tensor:
@@ -563,7 +579,8 @@ class Session:
         self.kv.begin(skip_t)
         positions = self.kv.positions.clamp(min=0)[:, None].long()
         # A number would stay what it is where the step is captured.
-        forward = Forward(self.door, self.kv, False, positions.max())
+        rows = np.zeros(0, np.int64)  # not known to what is captured
+        forward = Forward(self.door, self.kv, False, positions.max(), rows, rows)
         return self._forward(tokens[:, None], positions, forward).flatten(0, 1)
 
     def ids(self, x: Any, name: str) -> list[int]:
@@ -637,7 +654,13 @@ class Session:
     ) -> Tensor:
         """One forward: what follows each new token; logits, unless `every`, after each row's last
         alone. `prompt`: see `KVCache.extend`."""
-        past, live = int(self.kv.lengths.numpy()[counts > 0].max()), int((counts > 0).sum())
+        rows, most = np.flatnonzero(counts), int(counts.max())
+        if self.door.single and most > 1:
+            on_device(self.device, *more)
+            tokens, one = tokens.reshape(-1, most), counts.clip(max=1)
+            steps = [self._step(tokens[:, i], one, prompt=prompt) for i in range(most)]
+            return torch.stack(steps, 1).flatten(0, 1) if every or not self.head else steps[-1]
+        past, live = int(self.kv.lengths.numpy()[rows].max()), len(rows)
         record = _Tokens(tokens)
         position_t = self.kv.extend(counts, record, *more, prompt=prompt)
         tokens, longest = record.tokens.long(), int(counts.max())
@@ -645,7 +668,7 @@ class Session:
         even = longest * live == len(tokens)
         width = longest if even else len(tokens)
         ids, positions = tokens.view(-1, width), position_t.view(-1, width)
-        forward = Forward(self.door, self.kv, False, past)
+        forward = Forward(self.door, self.kv, False, past, rows, np.arange(live))
         if not self.head or (every and longest > 1):
             return self._forward(ids, positions.long(), forward, 0).flatten(0, 1)
         shared = self.door.shared and longest > 1  # some run last layers for last tokens alone
@@ -681,7 +704,8 @@ class Session:
             for x in (ids, positions):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
             forward.past = positions.max()
-        with plugged(self.door), running(self.cache, forward):
+        states = self.cache.states(forward) if self.door.recurrent else nullcontext()
+        with plugged(self.door), running(self.cache, forward), states:
             out = run(input_ids=ids, **options)
         return out.logits if self.head else output(out)
 

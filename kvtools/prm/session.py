@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cache import Index
 from ..config import CacheConfig
-from ..hf import Session, branches
+from ..hf import Session, branches, check_model
 from .layouts import Encoded
 
 if TYPE_CHECKING:
@@ -66,7 +66,16 @@ class PRMSession:
     def __init__(self, prm: "PRM", question: str, rows: int, config: CacheConfig | None) -> None:
         self._prm, self._question = prm, question
         self._lag = prm.head.lag
-        self._runs = [Session(x, config or CacheConfig(), head=False) for x in prm.backbones]
+        # States that cannot be rewound are made again. Not so keys that a length turns otherwise:
+        # what was read of them before would have to be read again.
+        texts = [
+            (lambda row: self._rows[row].ids) if check_model(x, head=False).recurrent else None
+            for x in prm.backbones
+        ]
+        self._runs = [
+            Session(x, config or CacheConfig(), head=False, texts=each)
+            for x, each in zip(prm.backbones, texts, strict=True)
+        ]
         family = prm.family
         empty, begun = family.encode(question, [[], ["0"]])
         prompt = empty.ids[: _agree(empty.ids, begun.ids)]
