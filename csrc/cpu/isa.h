@@ -9,8 +9,9 @@
 #define KVTOOLS_X86 0
 #endif
 
-// Whether the compiler knows the instructions of AMX.
-#if KVTOOLS_X86 && defined(__linux__) && __has_include(<amxbf16intrin.h>)
+// Whether the compiler knows the instructions of AMX: GCC's header, or clang's.
+#if KVTOOLS_X86 && defined(__linux__) && \
+    (__has_include(<amxbf16intrin.h>) || __has_include(<amxintrin.h>))
 #define KVTOOLS_AMX 1
 #else
 #define KVTOOLS_AMX 0
