@@ -426,28 +426,38 @@ class Decoding:
     for so many requests."""
 
     def __init__(self, monkeypatch, dtype, layout, given, rows=0):
+        from vllm.config import CUDAGraphMode
+
         from kvtools.serve.vllm import Builder
 
         spec, self.caches = cache_of(given.get("kv_cache_dtype", "auto"), dtype, layout)
         self.layers = [layer_of(monkeypatch, **given) for _ in self.caches]
         seen = SimpleNamespace(impl=self.layers[0], kv_cache=self.caches[0])
-        context = SimpleNamespace(static_forward_context={"layer": seen})
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE if rows else CUDAGraphMode.NONE
+        context = SimpleNamespace(
+            static_forward_context={"layer": seen}, cudagraph_mode=mode,
+            cudagraph_capture_sizes=[rows],
+        )  # fmt: skip
         config = SimpleNamespace(compilation_config=context)
         self.builder = Builder(spec, ["layer"], config, torch.device("cpu"))
         self.rows = rows
         if rows:
             self.held = [torch.zeros(rows, h, 32, dtype=dtype) for h in (8, 2, 2)]
             self.slots = torch.full((rows,), -1)
-            self.metadata = self.dummy()
-            self.forward(*self.held, self.slots)  # vLLM warms up
+            with torch.inference_mode():  # as vLLM does both
+                self.metadata = self.builder.build(0, self.nobody())
+                self.forward(*self.held, self.slots)  # warms up, by what is then captured
+                assert self.dummy() is self.metadata
             with Recorder() as self.recorder:
                 self.output = self.forward(*self.held, self.slots)
 
     def dummy(self):
         """What vLLM captures with, and runs where other ranks have requests and this one none."""
+        return self.builder.build_for_cudagraph_capture(self.nobody())
+
+    def nobody(self):
         table, lens = torch.zeros(self.rows, WIDTH, dtype=torch.int32), torch.ones(self.rows)
-        batch = batch_of(table, lens.int(), torch.arange(self.rows + 1))
-        return self.builder.build_for_cudagraph_capture(batch)
+        return batch_of(table, lens.int(), torch.arange(self.rows + 1))
 
     def forward(self, query, key, value, slots):
         outputs = []
