@@ -519,6 +519,7 @@ def test_captured_steps_are_those_of_each_batch(monkeypatch, dtype, layout, give
 
 
 def test_which_steps_vllm_captures(monkeypatch):
+    from vllm.config import CompilationConfig
     from vllm.v1.attention.backend import AttentionCGSupport
 
     from kvtools.serve.vllm import Builder
@@ -530,6 +531,17 @@ def test_which_steps_vllm_captures(monkeypatch):
 
     assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     assert support(speculative=object()) == support(ubatching=True) == AttentionCGSupport.NEVER
+    for asked, given in (
+        ("FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"), ("FULL", "FULL_DECODE_ONLY"),
+    ):  # fmt: skip
+        config = CompilationConfig(
+            cudagraph_mode=asked, mode=3, cudagraph_capture_sizes=[3], max_cudagraph_capture_size=3
+        )
+        found = config.resolve_cudagraph_mode_and_sizes(
+            support(), "kvtools", 1, use_v2_model_runner=False, kv_cache_config=None,
+            max_num_reqs=3, is_profiling=False,
+        )  # fmt: skip
+        assert found.name == given
     graph = Decoding(monkeypatch, torch.float32, "LBHNC", {}, rows=3)
     prompts = batch_of(torch.zeros(3, WIDTH).int(), torch.tensor([2, 2, 2]), torch.arange(4) * 2)
     with pytest.raises(NotImplementedError, match="captured in decode steps only: choose the cuda"):
