@@ -426,28 +426,38 @@ class Decoding:
     for so many requests."""
 
     def __init__(self, monkeypatch, dtype, layout, given, rows=0):
+        from vllm.config import CUDAGraphMode
+
         from kvtools.serve.vllm import Builder
 
         spec, self.caches = cache_of(given.get("kv_cache_dtype", "auto"), dtype, layout)
         self.layers = [layer_of(monkeypatch, **given) for _ in self.caches]
         seen = SimpleNamespace(impl=self.layers[0], kv_cache=self.caches[0])
-        context = SimpleNamespace(static_forward_context={"layer": seen})
+        mode = CUDAGraphMode.FULL_AND_PIECEWISE if rows else CUDAGraphMode.NONE
+        context = SimpleNamespace(
+            static_forward_context={"layer": seen}, cudagraph_mode=mode,
+            cudagraph_capture_sizes=[rows],
+        )  # fmt: skip
         config = SimpleNamespace(compilation_config=context)
         self.builder = Builder(spec, ["layer"], config, torch.device("cpu"))
         self.rows = rows
         if rows:
             self.held = [torch.zeros(rows, h, 32, dtype=dtype) for h in (8, 2, 2)]
             self.slots = torch.full((rows,), -1)
-            self.metadata = self.dummy()
-            self.forward(*self.held, self.slots)  # vLLM warms up
+            with torch.inference_mode():  # as vLLM does both
+                self.metadata = self.builder.build(0, self.nobody())
+                self.forward(*self.held, self.slots)  # warms up, by what is then captured
+                assert self.dummy() is self.metadata
             with Recorder() as self.recorder:
                 self.output = self.forward(*self.held, self.slots)
 
     def dummy(self):
         """What vLLM captures with, and runs where other ranks have requests and this one none."""
+        return self.builder.build_for_cudagraph_capture(self.nobody())
+
+    def nobody(self):
         table, lens = torch.zeros(self.rows, WIDTH, dtype=torch.int32), torch.ones(self.rows)
-        batch = batch_of(table, lens.int(), torch.arange(self.rows + 1))
-        return self.builder.build_for_cudagraph_capture(batch)
+        return batch_of(table, lens.int(), torch.arange(self.rows + 1))
 
     def forward(self, query, key, value, slots):
         outputs = []
@@ -509,6 +519,7 @@ def test_captured_steps_are_those_of_each_batch(monkeypatch, dtype, layout, give
 
 
 def test_which_steps_vllm_captures(monkeypatch):
+    from vllm.config import CompilationConfig
     from vllm.v1.attention.backend import AttentionCGSupport
 
     from kvtools.serve.vllm import Builder
@@ -520,6 +531,17 @@ def test_which_steps_vllm_captures(monkeypatch):
 
     assert support() == AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     assert support(speculative=object()) == support(ubatching=True) == AttentionCGSupport.NEVER
+    for asked, given in (
+        ("FULL_AND_PIECEWISE", "FULL_AND_PIECEWISE"), ("FULL", "FULL_DECODE_ONLY"),
+    ):  # fmt: skip
+        config = CompilationConfig(
+            cudagraph_mode=asked, mode=3, cudagraph_capture_sizes=[3], max_cudagraph_capture_size=3
+        )
+        found = config.resolve_cudagraph_mode_and_sizes(
+            support(), "kvtools", 1, use_v2_model_runner=False, kv_cache_config=None,
+            max_num_reqs=3, is_profiling=False,
+        )  # fmt: skip
+        assert found.name == given
     graph = Decoding(monkeypatch, torch.float32, "LBHNC", {}, rows=3)
     prompts = batch_of(torch.zeros(3, WIDTH).int(), torch.tensor([2, 2, 2]), torch.arange(4) * 2)
     with pytest.raises(NotImplementedError, match="captured in decode steps only: choose the cuda"):

@@ -122,7 +122,8 @@ class Fixed:
         sizes = [math.prod(shape) for shape in shapes.values()]
         room = sum(map(_padded, sizes))
         if whole is None or len(whole) < room:
-            whole = torch.zeros(room, dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # whoever captures may be in it, whoever replays not
+                whole = torch.zeros(room, dtype=torch.int32, device=device)
         self.whole, self._sizes = whole, dict(zip(shapes, sizes, strict=True))
         parts = _parts(whole[:room], sizes, list(shapes.values()))
         self.tensors = dict(zip(shapes, parts, strict=True))

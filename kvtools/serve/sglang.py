@@ -104,7 +104,7 @@ class Backend(AttentionBackend):
             start = torch.cat([counts.new_zeros(1), counts]).cumsum(0)
         requests, written, table = batch.req_pool_indices, batch.out_cache_loc, self._table
         self._check(requests, lens)
-        if not self._windows and self._pool.page_size == 1 and not table.is_cuda:
+        if not self._windows and self._pool.page_size == 1 and table.device.type == "cpu":
             # The host has the table, and pages are slots: rows need not be copied together.
             step = self._step(table, lens, start, written, 0, requests)
             self.forward_metadata = Metadata(step)
@@ -134,7 +134,8 @@ class Backend(AttentionBackend):
             Graphs(-(-longest // x.page_size), x.page_size, _pages(x), device, **self._limits)
             for x in self._pools
         ]
-        self._window_loc = torch.zeros(max_bs, dtype=torch.int64, device=device)
+        with torch.inference_mode(False):
+            self._window_loc = torch.zeros(max_bs, dtype=torch.int64, device=device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         """Tokens of a row that only fills up a batch: one, in the slot that SGLang keeps for it."""

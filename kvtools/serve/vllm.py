@@ -132,12 +132,15 @@ class Builder(AttentionMetadataBuilder[Step]):
                 "kvtools' attention is captured in decode steps only: choose the cudagraph_mode "
                 "FULL_AND_PIECEWISE or FULL_DECODE_ONLY"
             )
+        self._hold(batch)
+        return self.build(0, batch)
+
+    def _hold(self, batch: CommonAttentionMetadata) -> None:
         if self._graphs is None:
             width, block = batch.block_table_tensor.shape[1], self.kv_cache_spec.block_size
             blocks = self._layer.kv_cache.shape[0]
             self._graphs = Graphs(width, block, blocks, self.device, **self._limits)
         self._graphs.hold(batch.num_reqs)
-        return self.build(0, batch)
 
     def build(
         self,
@@ -149,6 +152,14 @@ class Builder(AttentionMetadataBuilder[Step]):
         if batch.causal is not True:
             raise NotImplementedError("kvtools' attention is causal; this batch of vLLM's is not")
         cache, rows = self._layer.kv_cache, batch.num_reqs
+        graphs = self.vllm_config.compilation_config
+        if (
+            batch.max_query_len == 1
+            and cache.dim() == 4
+            and graphs.cudagraph_mode.has_full_cudagraphs()
+            and rows in graphs.cudagraph_capture_sizes
+        ):
+            self._hold(batch)  # so that what warms up runs the kernels that are then captured
         return step_from_block_table(
             batch.block_table_tensor[:rows],
             batch.seq_lens[:rows],
