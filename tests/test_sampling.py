@@ -403,6 +403,61 @@ def test_masked_and_huge_logits(kwargs, device, impl):
         torch.testing.assert_close(ours, theirs)
 
 
+# Seeds at whose position 5 a token's word of Philox is 0: no noise is greater.
+GREATEST_NOISE = {2020416: 1154, 2845786: 2319, 3459769: 3511, 3969686: 1798}
+
+
+@pytest.mark.parametrize("others", [-30.0, -torch.inf], ids=["low", "-inf"])
+def test_a_token_wins_by_its_noise_alone(others, device, impl):
+    """Where the greatest logit has just less or just more than another token and its noise; the
+    other is among those with the most noise, so that a bound on it may not be any tighter."""
+    few = interpreted(impl)
+    B, V = 4 + (4 if few else 44), 12_293
+    row = torch.arange(B, device=device)
+    seed_b = row.clone()
+    seed_b[:4] = torch.tensor(list(GREATEST_NOISE), device=device)
+    position_b = torch.full_like(seed_b, 5)
+    noise_bv = reference.gumbel_noise_of_all(seed_b, position_b, V)
+    other_b = noise_bv[:, :4096].topk(8).indices[row, row % 8]
+    other_b[:4] = torch.tensor(list(GREATEST_NOISE.values()), device=device)
+    assert (noise_bv[row, other_b][:4] > 22.87).all()
+    # The best is far from it, as groups, slices and programs see it, or next to it.
+    best_b = torch.where(row % 3 == 2, other_b ^ 1, 8192 + (other_b + 37 * row) % 4096)
+    for temperature in (0.8,) if few else (0.8, 1.0):
+        logits_bv = torch.full((B, V), others, device=device)
+        logits_bv[row, best_b] = 3.0
+        score_b = logits_bv[row, best_b].div(temperature) + noise_bv[row, best_b]
+        least_b = (temperature * (score_b - noise_bv[row, other_b])).float().clamp(max=3.0)
+        seen = []
+        for ulp in (-2, 2) if few else (-2, -1, 0, 1, 2):
+            bits_b = least_b.view(torch.int32) + ulp * torch.where(least_b < 0, -1, 1).int()
+            logits_bv[row, other_b] = bits_b.view(torch.float32)
+            args = logits_bv, seed_b, position_b
+            expected = sample(*args, temperature=temperature, impl="reference")
+            actual = sample(*args, temperature=temperature, impl=impl)
+            assert torch.equal(actual[0], expected[0])
+            seen.append(expected[0] == other_b)
+        assert seen[0].sum() < seen[-1].sum()  # both sides of the tie were met
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e-40], ids=str)
+@pytest.mark.parametrize("kwargs", [{}, {"top_p": 0.9}], ids=["none", "top_p"])
+def test_rounding_of_z_shows(kwargs, temperature, device, impl):
+    """z so large that it is rounded to steps, all of which count; and temperatures so low that
+    their inverse is infinite."""
+    B = 3 if interpreted(impl) else 40
+    args = make_rows(B, 1500, torch.float32, device, scale=1.0)
+    if temperature == 1:
+        args[0].add_(20_000.0)
+    else:
+        args[0].mul_(temperature)
+    expected = sample(*args, temperature=temperature, **kwargs, impl="reference")
+    actual = sample(*args, temperature=temperature, **kwargs, impl=impl)
+    assert torch.equal(actual[0], expected[0])
+    for ours, theirs in zip(actual[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("kwargs", [FILTERS["none"], FILTERS["all"]], ids=["none", "all"])
 def test_inputs_are_read_only_and_may_be_strided(kwargs, device, impl):
     logits_bv, seed_b, position_b = make_rows(5, 1001, torch.float32, device)

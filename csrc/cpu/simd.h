@@ -9,6 +9,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 namespace kvtools::KVTOOLS_ISA {
@@ -368,30 +370,47 @@ inline u64 multiply_low(u64 a, u64 b) {
   return bit_cast<u64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
 #elif defined(__AVX2__)
   return bit_cast<u64>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<u64>(_mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
 #else
   return (a & 0xffffffff) * (b & 0xffffffff);
 #endif
 }
 
-// The words of a 64-bit product.
-inline void multiply(u32 a, uint32_t b, u32& high, u32& low) {
-  const u64 even = multiply_low(bit_cast<u64>(a), u64{} + b);
-  const u64 odd = multiply_low(bit_cast<u64>(a) >> 32, u64{} + b);
-  high = bit_cast<u32>((even >> 32) | (odd & 0xffffffff00000000));
-  low = a * b;
+template <int... I>
+inline u64 high_words(u64 x, std::integer_sequence<int, I...>) {
+  const f32 y = bit_cast<f32>(x);
+  return bit_cast<u64>(shuffle(y, y, std::integer_sequence<int, (I | 1)...>{}));
 }
 
-// The lanes of a and b in turn: those of their first half, or of their second.
-template <bool Second, int... I>
-inline f32 zip(f32 a, f32 b, std::integer_sequence<int, I...>) {
-  constexpr int first = Second ? kLanes / 2 : 0;
-  return shuffle(a, b, std::integer_sequence<int, (first + I / 2 + I % 2 * kLanes)...>{});
+// The high halves, in both.
+inline u64 high_words(u64 x) { return high_words(x, std::make_integer_sequence<int, kLanes>{}); }
+
+// Whether any lane of a mask is set.
+inline bool any(i32 mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(bit_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(bit_cast<__m256>(mask)) != 0;
+#else
+  int32_t found = 0;
+  for (int lane = 0; lane < kLanes; ++lane) found |= mask[lane];
+  return found != 0;
+#endif
 }
 
-template <bool Second>
-inline u32 zip(u32 a, u32 b) {
-  return bit_cast<u32>(
-      zip<Second>(bit_cast<f32>(a), bit_cast<f32>(b), std::make_integer_sequence<int, kLanes>{}));
+// Puts the lanes that are set in `mask` at p, one behind another, and anything in the rest of a
+// vector. How many they are.
+inline int compress(float* p, f32 x, i32 mask) {
+#if defined(__AVX512F__)
+  const __mmask16 set = _mm512_movepi32_mask(bit_cast<__m512i>(mask));
+  store(p, _mm512_maskz_compress_ps(set, x));
+  return __builtin_popcount(set);
+#else
+  int count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) p[count] = x[lane], count -= mask[lane];
+  return count;
+#endif
 }
 
 // Call f(constant, first) for groups of at most Most rows that make up `rows`.

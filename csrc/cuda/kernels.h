@@ -9,7 +9,8 @@ namespace kvtools::cuda {
 struct Sampling {
   static constexpr int kGroup = 256, kBins = 128;
   struct Group {
-    float peak, sum, bound;  // the greatest z; sum of e^(z - peak), greatest e^(z + noise - peak)
+    // The greatest z; sum of e^(z - peak); the greatest e^(z + noise - peak), or 0 if too low.
+    float peak, sum, bound;
   };
   Sample p;
   Group* group;             // [b, v / kGroup, rounded up]

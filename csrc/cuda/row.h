@@ -69,6 +69,11 @@ struct Row {
 
   // z, which is logit / temperature, of tokens `first` to `first` + 7; -inf beyond the last.
   __device__ void load(int first, float (&z)[kEach]) const {
+    load_logits(first, z);
+    if (temperature != 0 && temperature != 1) divide(z, temperature);
+  }
+
+  __device__ void load_logits(int first, float (&z)[kEach]) const {
     const char* x = logits + first * step;
     uint32_t bits[kEach];
     if (vectors && first + kEach <= v) {
@@ -104,7 +109,6 @@ struct Row {
 #pragma unroll
       for (int i = 0; i < kEach; ++i) z[i] = __half2float(__ushort_as_half(bits[i] & 0xffff));
     }
-    if (temperature != 0 && temperature != 1) divide(z, temperature);
   }
 };
 

@@ -1,12 +1,13 @@
-// Sampling in three launches.
+// Sampling in four launches.
 //
-// One block per row would leave most of a GPU idle, since noise for a whole vocabulary is a matter
-// of arithmetic, not of memory. So `scan` spreads the rows over all of it: it reads the logits, a
-// warp per group of 256, and leaves a few facts about each group. `finish`, a block per row, then
-// reads again the few groups that matter: by their greatest where there are filters, else by a
-// bound on what their tokens can score. What top-p alone keeps depends on all tokens: for such rows
-// `weigh` reads the logits once more in between, and says in which narrow bin the floor lies. All
-// of it is exact: bounds only tell where to look, and sums that decide are those of integers.
+// One block per row would leave most of a GPU idle. So `scan` spreads the rows over all of it: it
+// reads the logits, a warp per group of 256, and leaves a few facts about each group. `finish`, a
+// block per row, then reads again the few groups that matter: by their greatest where there are
+// filters, else by a bound on what their tokens can score. In between `bound` draws the noise of
+// rows without filters, where the greatest of a group lets it win, and reads only what may. What
+// top-p alone keeps depends on all tokens: for such rows `weigh` reads the logits once more, and
+// says in which narrow bin the floor lies. All of it is exact: bounds only tell where to look, and
+// sums that decide are those of integers.
 #include <cfloat>
 #include <climits>
 
@@ -21,6 +22,7 @@ constexpr int kBins = Sampling::kBins;
 constexpr int kWarps = 8;           // of a block
 constexpr int kFinishWarps = 16;    // of one of `finish`, if the row has as many groups
 constexpr int kRounds = 4;          // groups that a warp weighs
+constexpr int kNoiseRounds = 8;     // groups of which a warp draws noise
 constexpr int kListed = 4096;       // values that a search keeps in shared memory
 constexpr float kMassless = 29;     // so far below the best, mass rounds to zero
 constexpr float kSlack = 0x1p-10f;  // for the errors of bounds on scores
@@ -74,33 +76,91 @@ __device__ float best_of(const Group* group, int groups, void* staged) {
   return greatest_of_block(best, staged);
 }
 
-// The facts about each group.
+// The facts about each group, but for noise.
 __global__ void __launch_bounds__(kWarps* kWarp) scan_kernel(__grid_constant__ const Sampling s) {
   const int64_t i = blockIdx.x;
   const Row row(s.p, i);
   if (blockIdx.y == 0 && threadIdx.x < kBins) s.bin[i * kBins + threadIdx.x] = 0;
   const int g = blockIdx.y * kWarps + threadIdx.x / kWarp;
   if (g >= row.groups) return;
-  const int first = g * kGroup + lane_index() * kEach;
-  float z[kEach], peak = -INFINITY, total = 0;
-  row.load(first, z);
+  float x[kEach], base = -INFINITY, total = 0;
+  row.load_logits(g * kGroup + lane_index() * kEach, x);
 #pragma unroll
-  for (float here : z) peak = fmaxf(peak, here);
-  peak = greatest(peak);
-  const float base = peak == -INFINITY ? 0 : peak;
+  for (float here : x) base = fmaxf(base, here);
+  base = greatest(base);
+  // Division keeps their order, so that only the greatest is divided; but for quotients whose
+  // rounding shows, and divisors that have no inverse.
+  const float divisor = row.greedy() ? 1 : row.temperature, peak = base / divisor;
+  float per_logit = kLog2e / divisor;
+  if (divisor < 0x1p-100f || !(fabsf(peak) <= 512)) {
+    divide(x, divisor);
+    base = peak == -INFINITY ? 0 : peak;
+    per_logit = kLog2e;
+  }
 #pragma unroll
-  for (float& here : z) here = relative(here, base), total += here;
-  total = sum(total);  // NaN if any z is
-  float bound = 0;
-  if (row.noisy()) {
-    const Noise noise(s.p, i);
-    uint32_t word[kEach];
+  for (float here : x) total += exp2_approximately((here - base) * per_logit);
+  total = sum(total);  // NaN if any logit is
+  if (lane_index() == 0) s.group[i * row.groups + g] = {peak, total, 0};
+}
+
+// The score of the token with the greatest z, which that of the winner reaches, in every thread.
+__device__ double score_of_best(const Row& row, const Noise& noise, const Group* group, float best,
+                                void* staged) {
+  int g = INT_MAX;
+  for (int other = threadIdx.x; other < row.groups; other += blockDim.x)
+    if (group[other].peak == best) g = min(g, other);
+  g = over_block(g, INT_MAX, [](int a, int b) { return min(a, b); }, staged);
+  double score = -INFINITY;
+  if (threadIdx.x < kWarp && g < row.groups) {
+    float z[kEach];
+    const int first = g * kGroup + lane_index() * kEach;
+    row.load(first, z);
+    int token = INT_MAX;
+#pragma unroll
+    for (int j = kEach - 1; j >= 0; --j)
+      if (z[j] == best) token = first + j;
+    token = reduce(token, [](int a, int b) { return min(a, b); });
+    uint32_t word[4];
+    noise.draw(token & ~3, word);
+    const int at = token & 3;  // no index, for which the words would go to memory
+    score = score_of(best, at < 2 ? (at ? word[1] : word[0]) : (at == 2 ? word[2] : word[3]));
+  }
+  return greatest_of_block(score, staged);
+}
+
+// For rows without filters, bounds on what the tokens of each group can score, where that is
+// enough.
+__global__ void __launch_bounds__(kWarps* kWarp) bound_kernel(__grid_constant__ const Sampling s) {
+  KVTOOLS_SHARED(double, staged);
+  const int64_t i = blockIdx.x;
+  const Row row(s.p, i);
+  if (!row.noisy()) return;
+  const Noise noise(s.p, i);
+  Group* group = s.group + i * row.groups;
+  const float best = best_of(group, row.groups, &staged);
+  if (!(fabsf(best) < INFINITY)) return;
+  const double score = score_of_best(row, noise, group, best, &staged);
+  const float lead = static_cast<float>(best - score + kSlack + 0x1p-51 * fabsf(best));
+  for (int round = 0; round < kNoiseRounds; ++round) {
+    const int g = (blockIdx.y * kNoiseRounds + round) * kWarps + threadIdx.x / kWarp;
+    if (g >= row.groups) return;
+    // By a word of more than 2^32 e^(z - score) nobody wins: -log(-log(1 - u)) <= -log(u).
+    const float most = 0x1p32f * relative(group[g].peak - best, -lead);
+    if (most < 0.5f) continue;
+    const int first = g * kGroup + lane_index() * kEach;
+    uint32_t word[kEach], least = ~0u;
     noise.draw(first, word), noise.draw(first + 4, word + 4);
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) bound = fmaxf(bound, bound_of(z[j], word[j]));
+    for (uint32_t here : word) least = min(least, here);
+    if (!__any_sync(kAll, static_cast<float>(least) <= most)) continue;
+    float z[kEach], bound = 0;
+    row.load(first, z);
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      bound = fmaxf(bound, bound_of(relative(z[j], group[g].peak), word[j]));
     bound = greatest(bound);
+    if (lane_index() == 0) group[g].bound = bound;
   }
-  if (lane_index() == 0) s.group[i * row.groups + g] = {peak, total, bound};
 }
 
 struct WeighShared {
@@ -447,6 +507,8 @@ void sample(const Sampling& s, void* stream) {
   const auto groups = static_cast<unsigned>((s.p.v + kGroup - 1) / kGroup);
   auto parts = [&](unsigned size) { return dim3(rows, (groups + size - 1) / size); };
   launch("sample, scan", scan_kernel, parts(kWarps), kWarps * kWarp, 0, stream, s);
+  launch("sample, bound", bound_kernel, parts(kWarps * kNoiseRounds), kWarps * kWarp,
+         kWarps * sizeof(double), stream, s);
   launch("sample, weigh", weigh_kernel, parts(kWarps * kRounds), kWarps * kWarp,
          sizeof(WeighShared), stream, s);
   launch("sample, finish", finish_kernel, dim3(rows), std::min<int>(groups, kFinishWarps) * kWarp,
