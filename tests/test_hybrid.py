@@ -285,7 +285,7 @@ def test_reward_models():
         assert ours == pytest.approx(whole.tolist(), abs=1e-3)
 
 
-def test_refused_by_name(tmp_path):
+def test_refused_by_name(tmp_path, monkeypatch):
     model, ids = hybrid("lfm2"), torch.tensor(texts(9))
     out = model.generate(
         ids, custom_generate=kvtools.generate, max_new_tokens=3, return_dict_in_generate=True
@@ -307,6 +307,9 @@ def test_refused_by_name(tmp_path):
     if CACHE != "cache":
         with pytest.raises(Unsupported, match="mamba2: its forward takes no past_key_values"):
             check_model(mamba2())
+    monkeypatch.setattr(kvtools.hf.door, "ranks_of", lambda model: "two")
+    with pytest.raises(Unsupported, match="recurrent layers, and lies on several ranks"):
+        check_model(MODELS["lfm2"]())
 
 
 def with_switch():

@@ -23,9 +23,10 @@ EQUAL = {
     "opt": "sdpa batch ragged",  # learned positions
     "bert": "eager exact ragged",  # no causal model as it comes
     "granite": "sdpa samples rope",
+    "kimi_linear": "sdpa ragged",  # recurrent layers beside latent keys
 }
 REFUSED = {
-    "mamba": "layers of another kind",
+    "minimax": "cache of its own",
     "bloom": "attention interface",
     "deepseek_v4": "layers of another kind",
 }
