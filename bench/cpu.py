@@ -26,7 +26,7 @@ from bench import bench_attention, bench_sampling
 from bench.bench_end_to_end import CONFIGS, OURS, RIVALS, SAMPLING, prompt_of
 from bench.cpu_report import caption, table, targets
 from bench.timing import against_floor, attempt, interleave, keep, name_of, summary
-from kvtools import CacheConfig, Rollouts, models
+from kvtools import CacheConfig, KVCache, Rollouts, models
 from kvtools.cli import demo
 from kvtools.ops import Op
 from kvtools.ops.quant import FORMATS
@@ -51,6 +51,8 @@ class Scale:
     rows: int = 32
     prompt: int = 1024
     new: int = 128
+    own: int = 4096  # tokens of each row, of which none is shared
+    own_rounds: int = 5
     few: tuple[int, int] = (4, 8)  # rows and new tokens of the slow rivals
     sweep_rows: tuple[int, ...] = (1, 4, 16, 64, 256)
     sweep_prompts: tuple[int, ...] = (128, 1024, 4096)
@@ -219,6 +221,40 @@ def step(scale: Scale, cells: dict, load: Load, steps: int = 4) -> dict:
     return found
 
 
+def own(scale: Scale, cells: dict, load: Load, steps: int = 2) -> dict:
+    """Steps of `Rollouts.generate` where rows have long continuations, of which no model has seen
+    anything: random keys and values are written to where theirs would lie."""
+    found = {}
+    for dtype in DTYPES:
+        model, ids = load(dtype)
+        runs = {}
+        for name in (OURS, "kvtools balanced"):
+            rollouts = Rollouts(model, CONFIGS[name], eos_token_id=(), **SAMPLING)
+            rollouts.prefill([ids[:16]], scale.rows)
+            rollouts.append([[ids[0]] * (scale.own + 1)] * scale.rows)  # the last is not seen yet
+            write(model, rollouts.kv, scale.own)
+            runs[name] = partial(rollouts.generate, steps)
+        rows = summary(interleave(runs, scale.own_rounds), steps)
+        for row in rows.values():
+            row["tokens_per_s"] = 1e3 * scale.rows / row["ms"]
+        found[name_of(dtype)] = rows
+    return found
+
+
+@torch.inference_mode()
+def write(model: Any, kv: KVCache, count: int) -> None:
+    """Give each row `count` tokens of random keys and values, whose attention nobody asks for."""
+    config = model.config
+    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    tokens = kv.rows * count
+    q = torch.zeros(1, config.num_attention_heads, d, dtype=model.dtype)
+    k = torch.randn(tokens, config.num_key_value_heads, d).to(q.dtype)
+    with mock.patch("kvtools.cache.tree_attention", lambda q, *args, **options: (q, None)):
+        kv.extend(np.full(kv.rows, count))
+        for layer in range(config.num_hidden_layers):
+            kv.attend(layer, q.expand(tokens, -1, -1), k, k)
+
+
 @contextmanager
 def clocked() -> Iterator[Counter]:
     """Seconds that operators take, by name."""
@@ -273,7 +309,7 @@ def sweep(scale: Scale, cells: dict, load: Load) -> dict:
 
 PARTS = {
     "floor": floor, "attention": attention, "sample": sample, "generate": generate, "step": step,
-    "sweep": sweep,
+    "own": own, "sweep": sweep,
 }  # fmt: skip
 
 

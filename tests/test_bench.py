@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(not COMPILED, reason="kvtools was built without 
 TINY = cpu.Scale(
     copied=2**16, product=32, shared=Shape(3, 40, 9, 2, 2, 16), alone=Shape(3, 0, 17, 2, 2, 16),
     long=Shape(2, 0, 40, 2, 2, 16), logits=bench_sampling.Shape(2, 300), rounds=2, rows=3,
-    prompt=20, new=4, few=(2, 3), sweep_rows=(1, 3), sweep_prompts=(8, 20), sweep_rounds=1,
+    prompt=20, new=4, own=20, own_rounds=1, few=(2, 3), sweep_rows=(1, 3), sweep_prompts=(8, 20),
+    sweep_rounds=1,
 )  # fmt: skip
 
 
@@ -63,7 +64,7 @@ def test_every_part_is_measured_and_every_target_judged(result):
     assert "skipped" in cells["sweep"]["prompts"]["20"]["3"]["plain"]
     assert cells["sweep"]["prompts"]["20"]["1"]["plain"]["tokens_per_s"] > 0
     names = [target["name"] for target in result["targets"]]
-    assert len(names) == len(set(names)) == 20
+    assert len(names) == len(set(names)) == 24
 
 
 def test_table_and_figure(result, tmp_path):
@@ -83,6 +84,7 @@ def test_targets(met):
     rows = {"cpu": {"of_floor": share}, "sdpa": {"ratio": 100.0}, "sdpa gqa": {"ratio": x}}
     shared = rows | {"sdpa": {"ratio": x}}
     ours = {"tokens_per_s": x, "memory": less}
+    balanced = ours | {"tokens_per_s": x * x}
     dtypes = ("float32", "bfloat16")
     cells = {
         "attention": {
@@ -92,13 +94,14 @@ def test_targets(met):
         "sample": {"top_k,top_p": {"transformers": {"ratio": x}}},
         "generate": dict.fromkeys(dtypes, {
             "plain": {"tokens_per_s": 1.0, "memory": 1.0}, "kvtools 16-bit": ours,
-            "kvtools balanced": ours,
+            "kvtools balanced": balanced,
         }),
         "step": dict.fromkeys(dtypes, {"step": {"ratio": less}, "host": less}),
+        "own": dict.fromkeys(dtypes, {"kvtools balanced": {"ratio": less}}),
         "sweep": {"one row": {"128": {"ratio": x}}},
     }  # fmt: skip
     found = cpu.targets(cells)
-    assert len(found) == 19
+    assert len(found) == 23
     assert all(target["ok"] is met for target in found)
     assert cpu.targets({}) == []
 

@@ -7,6 +7,7 @@
 
 #include "isa.h"
 #include "piece.h"
+#include "rotate.h"
 
 namespace kvtools::KVTOOLS_ISA {
 
@@ -59,6 +60,7 @@ class Attention {
   void run() {
     cut();
     const int64_t threads = cuts_.size() - 1;
+    rotate_queries(threads);
     pool_.run(threads, [this](int64_t task) {
       for (int64_t i = cuts_[task]; i < cuts_[task + 1]; ++i)
         Tile(o_, pieces_[i], partial_, [this](int64_t item, int64_t head) {
@@ -76,17 +78,19 @@ class Attention {
 
  private:
   void cut();
+  void rotate_queries(int64_t threads);
   void link();
   void merge(int64_t t, int64_t h);
   void track(int64_t i, int64_t head);
 
   bool is_rotated(int store) const { return p_.stores[store].v.format != Format::none; }
 
-  const Problem o_;
+  Problem o_;
   const TreeAttention& p_;
   const Pool& pool_;
   bool mixed_ = false;  // values of some stores are rotated, of others not
   std::vector<Piece> pieces_;
+  std::vector<int64_t> seen_;    // slots of each item that are looked at
   std::vector<int64_t> cuts_;    // pieces of thread i: cuts_[i] to cuts_[i + 1]
   std::vector<int64_t> logits_;  // where those of (item, head) start, if it is tracked
   Partial partial_;
@@ -110,10 +114,12 @@ void Attention::cut() {
     return whole_vectors(rows) / kLanes * each + decode + o_.d / 2;
   };
   int64_t total = 0, scores = 0;
+  seen_.resize(p_.items);
   for (int64_t i = 0; i < p_.items; ++i) {
     const int64_t n = o_.slots(i), rows = o_.rows(i), tiles = rows / kTileRows;
     const Pages& pages = o_.pages(i);
-    total += heads * n * (tiles * cost(pages, kTileRows) + cost(pages, rows % kTileRows));
+    seen_[i] = o_.tracked(i) ? n : o_.seen(i);
+    total += heads * seen_[i] * (tiles * cost(pages, kTileRows) + cost(pages, rows % kTileRows));
     for (int64_t h = 0; o_.tracks && h < heads; ++h) {
       logits_.push_back(scores);
       if (o_.tracked(i)) scores += rows * n;
@@ -123,7 +129,7 @@ void Attention::cut() {
   const int64_t threads = std::clamp<int64_t>(total / kWorthAThread, 1, pool_.threads);
   int64_t spent = 0, results = 0;
   auto add = [&](int64_t i, int64_t head, int64_t count, int64_t row, int64_t rows) {
-    const int64_t n = o_.slots(i), start = o_.item(i)[3], each = count * cost(o_.pages(i), rows);
+    const int64_t n = seen_[i], start = o_.item(i)[3], each = count * cost(o_.pages(i), rows);
     for (int64_t begin = 0, end; begin < n; begin = end) {
       end = n;
       if (const int64_t task = cuts_.size(); task < threads) {
@@ -161,6 +167,23 @@ void Attention::cut() {
   partial_.store = partial_.seen + results;
 }
 
+// Once for all stores whose keys are.
+void Attention::rotate_queries(int64_t threads) {
+  if (std::none_of(p_.stores, p_.stores + p_.store_count,
+                   [](const Pages& x) { return x.k.format != Format::none; }))
+    return;
+  float* all = scratch<float, 7>(p_.tokens * p_.heads_q * o_.width);
+  o_.rotated = all;
+  pool_.split(p_.tokens, (p_.tokens + threads - 1) / threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t)
+      for (int64_t h = 0; h < p_.heads_q; ++h) {
+        float* q = all + (t * p_.heads_q + h) * o_.width;
+        load_query(o_, t, h, q);
+        rotate(q, o_.d);
+      }
+  });
+}
+
 // Chain the partial results of each query head of each token.
 void Attention::link() {
   std::fill_n(first_, p_.tokens * p_.heads_q, -1);
@@ -186,15 +209,24 @@ void Attention::merge(int64_t t, int64_t h) {
   const int64_t sums = mixed_ ? 2 * o_.width : o_.width;
   float *out = scratch<float, 4>(sums), *rotated = out + sums - o_.width;
   std::fill_n(out, sums, 0.0f);
-  for (int32_t r = first; r >= 0; r = partial_.next[r]) {
-    seen += partial_.seen[r];
-    if (partial_.mass[r] == 0) continue;  // where nothing is seen; a NaN, once seen, stays
-    const float weight = std::exp((partial_.peak[r] - peak) * o_.unit);
-    mass += weight * partial_.mass[r];
-    if (partial_.store[r] == 0) first_mass += weight * partial_.mass[r];
-    float* sum = is_rotated(partial_.store[r]) ? rotated : out;
-    for (int64_t e = 0; e < o_.width; e += kLanes)
-      store(sum + e, load(sum + e) + load(partial_.sum + r * o_.width + e) * weight);
+  for (int32_t next = first; next >= 0;) {  // as many at a time as weights are found at once
+    int32_t some[kLanes];
+    float weights[kLanes] = {};
+    int n = 0;
+    for (; n < kLanes && next >= 0; next = partial_.next[next])
+      some[n] = next, weights[n++] = partial_.peak[next];
+    store(weights, exp2((load(weights) - peak) * (o_.unit * kLog2e)));
+    for (int i = 0; i < n; ++i) {
+      const int32_t r = some[i];
+      seen += partial_.seen[r];
+      if (partial_.mass[r] == 0) continue;  // where nothing is seen; a NaN, once seen, stays
+      const float weight = weights[i];
+      mass += weight * partial_.mass[r];
+      if (partial_.store[r] == 0) first_mass += weight * partial_.mass[r];
+      float* sum = is_rotated(partial_.store[r]) ? rotated : out;
+      for (int64_t e = 0; e < o_.width; e += kLanes)
+        store(sum + e, load(sum + e) + load(partial_.sum + r * o_.width + e) * weight);
+    }
   }
   if (mass != 0)
     for (int64_t e = 0; e < sums; e += kLanes) store(out + e, load(out + e) / mass);

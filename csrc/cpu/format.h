@@ -15,23 +15,18 @@ struct Grid : Levels<Bits> {
 };
 
 // A plane holds `Bits` bits of every code, from bit `Low` on, in w = d Bits / 8 bytes: those of
-// elements j, j + w, ... in byte j, lowest bits first.
+// elements j, j + w, ... in byte j, lowest bits first. Here four bytes of it are a word; each lane
+// has a plane of its own.
 template <int Bits, int Low>
-inline void pack_plane(const uint8_t* codes, int64_t w, uint8_t* plane) {
-  for (int64_t j = 0; j < w; ++j) {
-    int byte = 0;
-    for (int i = 0; i < 8 / Bits; ++i)
-      byte |= (codes[j + i * w] >> Low & ((1 << Bits) - 1)) << (Bits * i);
-    plane[j] = byte;
+inline void pack_plane(const u32* codes, int64_t w, u32* words) {
+  constexpr uint32_t kMask = (1 << Bits) - 1;
+  for (int64_t j = 0; j < w; j += 4) {
+    u32 word{};
+    for (int byte = 0; byte < 4 && j + byte < w; ++byte)
+      for (int i = 0; i < 8 / Bits; ++i)
+        word |= (codes[j + byte + i * w] >> Low & kMask) << (8 * byte + Bits * i);
+    *words++ = word;
   }
-}
-
-// All planes, one behind another.
-template <int Bits>
-inline void pack(const uint8_t* codes, int64_t d, uint8_t* packed) {
-  constexpr int kLow = Levels<Bits>::kLow, kHigh = Levels<Bits>::kHigh;
-  pack_plane<kLow, 0>(codes, d * kLow / 8, packed);
-  if constexpr (kHigh > 0) pack_plane<kHigh, kLow>(codes, d * kHigh / 8, packed + d * kLow / 8);
 }
 
 // Of at most 448 in magnitude; half to even.

@@ -7,7 +7,6 @@
 
 #include "packed.h"
 #include "problem.h"
-#include "rotate.h"
 
 namespace kvtools::KVTOOLS_ISA {
 
@@ -36,7 +35,9 @@ class Tile {
       k_steps_[i] = i * pages_.k.codes.slot, v_steps_[i] = i * pages_.v.codes.slot;
     load_queries();
     load_bounds();
-    std::fill_n(partial.sum + piece.at * o_.width, piece.results() * o_.width, 0.0f);
+    for (int64_t h = 0; h < piece.heads; ++h)  // of the rows that there are
+      std::fill_n(partial.sum + (piece.at + h * piece.padded()) * o_.width, piece.rows * o_.width,
+                  0.0f);
     std::fill_n(partial.peak + piece.at, piece.results(), -kInfinity);
     std::fill_n(partial.mass + piece.at, piece.results(), 0.0f);
     std::fill_n(partial.seen + piece.at, piece.results(), 0);
@@ -83,7 +84,6 @@ class Tile {
   void with_turned(F f) const;
   int64_t size_of_whole_q() const;
   void load_queries();
-  void take_gain(float* q, int64_t t, int64_t head) const;
   void load_bounds();
   void read(int64_t step, Slots& slots) const;
   void attend(Slots& now, const Slots& next);
@@ -132,49 +132,50 @@ inline int64_t Tile::size_of_whole_q() const {
 
 inline void Tile::load_queries() {
   const TreeAttention& p = o_.p;
-  float* one = scratch<float, 1>(o_.width);
-  with_type(p.q.type, [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
+  const bool rotated = pages_.k.format != Format::none;
+  auto query = [&](int64_t h, int64_t r, float* to) {
+    const int64_t row = piece_.row + r, t = o_.token(piece_.item, row);
+    const int64_t head = (piece_.head + h) * o_.group + row % o_.group;
+    if (rotated)
+      std::memcpy(to, o_.rotated + (t * p.heads_q + head) * o_.width, o_.width * sizeof *to);
+    else
+      load_query(o_, t, head, to);
+  };
+  if (few_) {
     for (int64_t h = 0; h < piece_.heads; ++h)
+      for (int64_t r = 0; r < piece_.rows; ++r) query(h, r, q_ + (h * piece_.rows + r) * o_.width);
+    with_turned([&](auto turned) {
+      for (int64_t i = 0; i < piece_.heads * piece_.rows; ++i)
+        turned.round_q(q_ + i * o_.width, o_.d, whole_q_ + i * turned.size_of_q(o_.d));
+    });
+    return;
+  }
+  if (pairs_) {
+    with_type(p.q.type, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
       for (int64_t r = 0; r < piece_.rows; ++r) {
-        const int64_t row = piece_.row + r;
-        const int64_t head = (piece_.head + h) * o_.group + row % o_.group;
-        const T* x = reinterpret_cast<const T*>(p.q.data) +
-                     o_.token(piece_.item, row) * p.q.stride[0] + head * p.q.stride[1];
-        if (pairs_) {
-          for (int64_t e = 0; e < o_.d / 2; ++e)
-            std::memcpy(q_ + e * kTileRows + r, x + 2 * e, sizeof *q_);
-          continue;
-        }
-        if (few_) one = q_ + (h * piece_.rows + r) * o_.width;
-        decode_row(ReadPlain<T>(o_.d), reinterpret_cast<const char*>(x), o_.d, p.scale / o_.unit,
-                   one);
-        if (p.frames.of) take_gain(one, o_.token(piece_.item, row), piece_.head + h);
-        if (pages_.k.format != Format::none) rotate(one, o_.d);
-        if (!few_)
-          for (int64_t e = 0; e < o_.d; ++e) q_[e * kTileRows + r] = one[e];
+        const int64_t row = piece_.row + r, head = piece_.head * o_.group + row % o_.group;
+        const T* x = reinterpret_cast<const T*>(p.q.at(o_.token(piece_.item, row), head));
+        for (int64_t e = 0; e < o_.d / 2; ++e)
+          std::memcpy(q_ + e * kTileRows + r, x + 2 * e, sizeof *q_);
       }
-  });
-  with_turned([&](auto turned) {
-    for (int64_t i = 0; i < piece_.heads * piece_.rows; ++i)
-      turned.round_q(q_ + i * o_.width, o_.d, whole_q_ + i * turned.size_of_q(o_.d));
-  });
-  if (!few_)
-    for (int64_t e = 0; e < (pairs_ ? o_.d / 2 : o_.d); ++e)
+    });
+    for (int64_t e = 0; e < o_.d / 2; ++e)
       std::fill(q_ + e * kTileRows + piece_.rows, q_ + e * kTileRows + piece_.padded(), 0.0f);
-}
-
-// Keys of the frame are stored times its gain, so queries are divided by it.
-inline void Tile::take_gain(float* q, int64_t t, int64_t head) const {
-  const Frames& frames = o_.p.frames;
-  with_type(frames.x.type, [&](auto* kind) {
-    using T = std::remove_pointer_t<decltype(kind)>;
-    const T* gain = reinterpret_cast<const T*>(frames.x.at(frames.of[t], 1, head));
-    int64_t e = 0;
-    for (; e + kLanes <= o_.d; e += kLanes) store(q + e, load(q + e) / load(gain + e));
-    const int left = o_.d - e;
-    if (left) store_part(q + e, load_part(q + e, left) / load_part(gain + e, left), left);
-  });
+    return;
+  }
+  float* some = scratch<float, 1>(kLanes * o_.width);
+  for (int64_t first = 0; first < piece_.rows; first += kLanes) {
+    for (int64_t r = 0; r < kLanes; ++r)  // behind the last it is repeated
+      query(0, std::min(first + r, piece_.rows - 1), some + r * o_.width);
+    for (int64_t begin = 0; begin < o_.d; begin += kLanes) {
+      f32 square[kLanes];
+      for (int r = 0; r < kLanes; ++r) square[r] = load(some + r * o_.width + begin);
+      transpose(square);
+      for (int e = 0; e < kLanes && begin + e < o_.d; ++e)
+        store(q_ + (begin + e) * kTileRows + first, square[e]);
+    }
+  }
 }
 
 inline void Tile::load_bounds() {

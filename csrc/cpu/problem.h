@@ -34,11 +34,21 @@ struct Problem {
   // Scores are kept before scaling, so that queries are not rounded once more; unit makes them
   // natural logarithms.
   const float unit = p.softcap == 0 && p.scale > 0 ? p.scale : 1;
+  const float* rotated = nullptr;  // queries, as `load_query` has them, [t][hq][width]
   const bool tracks = p.stores[0].importance.data || p.stores[0].history.data;
 
   const int32_t* item(int64_t i) const { return p.item + 6 * i; }
   int64_t slots(int64_t i) const {
     return std::max(0, std::min(item(i)[4], p.length[item(i)[0]]) - item(i)[3]);
+  }
+  // Slots up to the last that any of its tokens sees, where they lie in order.
+  int64_t seen(int64_t i) const {
+    const int64_t all = slots(i);
+    if (pages(i).position.data) return all;
+    int64_t last = INT32_MIN;
+    for (int64_t c = item(i)[1]; c < item(i)[2]; ++c)
+      last = std::max<int64_t>(last, last_seen(p.token[c], store(i)));
+    return std::clamp<int64_t>(last + 1 - p.base[item(i)[0]] - item(i)[3], 0, all);
   }
   int64_t rows(int64_t i) const { return (item(i)[2] - item(i)[1]) * group; }
   int64_t token(int64_t i, int64_t row) const { return p.token[item(i)[1] + row / group]; }
@@ -80,6 +90,24 @@ struct Problem {
   bool recent(int store) const { return p.recent >> store & 1; }
   int32_t newest_old(int64_t t) const { return std::max(p.before[t], INT32_MIN + 1) - 1; }
 };
+
+// A query head, scaled. Keys of a frame are stored times its gain, so it is divided by that.
+inline void load_query(const Problem& o, int64_t t, int64_t head, float* to) {
+  const TreeAttention& p = o.p;
+  with_type(p.q.type, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    decode_row(ReadPlain<T>(o.d), p.q.at(t, head), o.d, p.scale / o.unit, to);
+  });
+  if (!p.frames.of) return;
+  with_type(p.frames.x.type, [&](auto* kind) {
+    using T = std::remove_pointer_t<decltype(kind)>;
+    const auto* gain = reinterpret_cast<const T*>(p.frames.x.at(p.frames.of[t], 1, head / o.group));
+    int64_t e = 0;
+    for (; e + kLanes <= o.d; e += kLanes) store(to + e, load(to + e) / load(gain + e));
+    const int left = o.d - e;
+    if (left) store_part(to + e, load_part(to + e, left) / load_part(gain + e, left), left);
+  });
+}
 
 // Slots [begin, end) of a work item against rows [row, row + rows) of each of `heads` KV heads;
 // the results of the first of these rows are at `at` among the partial ones.

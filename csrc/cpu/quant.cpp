@@ -9,17 +9,7 @@
 namespace kvtools::KVTOOLS_ISA {
 namespace {
 
-constexpr float kTiny = 0x1p-24f;                                 // the least scale in fp16
-constexpr int kMostTries = Levels<2>::kTries, kPaddedTries = 16;  // of whole vectors
-
-// What one thread needs for a head. Its vectors are whole: zero behind d.
-struct Scratch {
-  explicit Scratch(int64_t d)
-      : x(whole_vectors(d)), framed(x.size()), levels(kMostTries * x.size()), codes(x.size()) {}
-
-  std::vector<float> x, framed, levels;  // levels for each range tried
-  std::vector<uint8_t> codes;
-};
+constexpr float kTiny = 0x1p-24f;  // the least scale in fp16
 
 template <class From, class To>
 void convert(const From* from, To* to, int64_t d) {
@@ -43,19 +33,6 @@ f32 to_scale(f32 x) {
   f16 rounded[kLanes];
   store(rounded, min(max(x, splat(kTiny)), splat(65504)));
   return load(rounded);
-}
-
-bool is_finite(const float* x, int64_t d) {
-  f32 zero{};
-  for (int64_t i = 0; i < d; i += kLanes) zero += load(x + i) - load(x + i);
-  return sum_lanes(zero)[0] == 0;
-}
-
-// In all lanes.
-f32 peak_of(const float* x, int64_t d) {
-  f32 peak{};
-  for (int64_t i = 0; i < d; i += kLanes) peak = max(peak, abs(load(x + i)));
-  return max_lanes(peak);
 }
 
 // The nearest level above zero to v >= 0, counted from zero; -1 for v = 0. Of two as near, the
@@ -87,8 +64,8 @@ struct Nearest {
   }
   static constexpr Table kAll = table();
 
-  static f32 look_up(f32 v, const float (&of)[2][kLanes]) {
-    const __m512i cell = _mm512_cvttps_epi32(min(v, splat(G::kGreatest)));
+  static f32 look_up(f32 v, bool beyond, const float (&of)[2][kLanes]) {
+    const __m512i cell = _mm512_cvttps_epi32(beyond ? min(v, splat(G::kGreatest)) : v);
     const f32 border = _mm512_permutexvar_ps(cell, load(kAll.border));
     const __mmask16 above = _mm512_cmp_ps_mask(border, v, _CMP_LT_OQ);
     const __m512i which = _mm512_mask_add_epi32(cell, above, cell, _mm512_set1_epi32(kLanes));
@@ -98,9 +75,10 @@ struct Nearest {
   static constexpr bool kTable = false;
 #endif
 
-  static f32 count(f32 v) {
+  // Where v is peak / reach of the greatest level, it may lie beyond the table.
+  static f32 count(f32 v, bool beyond = true) {
 #if defined(__AVX512F__)
-    if constexpr (kTable) return look_up(v, kAll.count);
+    if constexpr (kTable) return look_up(v, beyond, kAll.count);
 #endif
     v = min(v, splat(G::kGreatest));
     // A polynomial inverts `border` to less than half a step; then one comparison decides.
@@ -114,222 +92,303 @@ struct Nearest {
     return select(border < v, r, r - 1);
   }
 
-  static f32 level(f32 v) {
+  static f32 level(f32 v, bool beyond) {
 #if defined(__AVX512F__)
-    if constexpr (kTable) return look_up(v, kAll.level);
+    if constexpr (kTable) return look_up(v, beyond, kAll.level);
 #endif
     return G::level(count(v) + 0.5f);
   }
 };
 
-// Call f(j, whole) for vectors j, ... of d elements; the last may not be whole.
-template <class F>
-void each_vector(int64_t d, F f) {
-  int64_t j = 0;
-  for (; j + kLanes <= d; j += kLanes) f(j, std::true_type{});
-  if (j < d) f(j, std::false_type{});
-}
+// Heads are encoded kLanes at a time, each in a lane of its own, so that nothing is summed across
+// lanes: x[e] has element e of all of them. Meanwhile the next ones are fetched, evenly.
+struct Ahead {
+  const char* head[kLanes];
+  int64_t size;  // of an element
 
-// Integer codes and scale of rotated x: of a few ranges, that with the least error.
+  void operator()(int64_t e) const {
+    __builtin_prefetch(head[e % kLanes] + e / kLanes * kLanes * size);
+  }
+};
+
+// Integer codes and scales of rotated x: of a few ranges, that with the least error; `peak` is the
+// greatest magnitude.
 template <int Bits>
-f32 encode(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
+f32 encode(const f32* x, int64_t d, f32 peak, const Ahead& ahead, u32* codes) {
   using G = Grid<Bits>;
   constexpr int kTries = G::kTries, kAtOnce = kLanes < 16 ? 3 : 7;  // as registers allow
-  const f32 peak = peak_of(x, d);
-  float inverse[kPaddedTries], scale[kPaddedTries], error[kPaddedTries];
-  auto each_try = [](auto f) {  // f(i) for vectors of tries
-    for (int i = 0; i < kTries; i += kLanes) f(i);
-  };
-  each_try([&](int i) {
-    const i32 which = bit_cast<i32>(lane_index()) + (Bits == 8 ? 1 : i);
-    const f32 reach = (17 - __builtin_convertvector(which, f32)) / 16;
-    store(inverse + i, 1 / (peak * (reach / G::kGreatest) + kTiny));
-  });
-  f32 products[kTries], squares[kTries];
+  f32 inverse{}, scale{}, least = splat(kInfinity);
   in_groups<kAtOnce>(kTries, [&](auto count, int first) {
-    f32 product[count.value] = {}, square[count.value] = {};
-    each_vector(d, [&](int64_t j, auto whole) {
-      // Magnitudes will do: levels lie symmetrically.
-      const f32 magnitude = abs(load(x + j));
-      for (int i = 0; i < count.value; ++i) {
-        f32 y = Nearest<Bits>::level(magnitude * inverse[first + i]);
-        if (!whole.value) y = select(bit_cast<i32>(lane_index()) < int(d - j), y, f32{});
-        product[i] += magnitude * y;
-        square[i] += y * y;
-        store(scratch.levels.data() + j * kTries + (first + i) * kLanes, y);
-      }
-    });
-    for (int i = 0; i < count.value; ++i)
-      products[first + i] = product[i], squares[first + i] = square[i];
-  });
-  // For these codes, the best scale.
-  each_try([&](int i) {
-    const f32 product = sum_each(products + i, kTries - i),
-              square = sum_each(squares + i, kTries - i);
-    store(scale + i, to_scale(product / square));
-  });
-  if (kTries > 1)
-    in_groups<kAtOnce>(kTries, [&](auto count, int first) {
-      f32 square[count.value] = {};
-      for (int64_t j = 0; j < d; j += kLanes) {
-        const f32 magnitude = abs(load(x + j));
+    f32 inverses[count.value], scales[count.value], errors[count.value] = {};
+    f32 products[count.value] = {}, squares[count.value] = {};
+    for (int i = 0; i < count.value; ++i) {
+      const float reach = Bits == 8 ? 1 : (17 - (first + i)) / 16.0f;
+      inverses[i] = 1 / (peak * (reach / G::kGreatest) + kTiny);
+    }
+    auto each = [&](auto f) {  // f(i, magnitude, level); magnitudes do, as levels are symmetric
+      for (int64_t e = 0; e < d; ++e) {
+        const f32 magnitude = abs(x[e]);
         for (int i = 0; i < count.value; ++i) {
-          const float* levels = scratch.levels.data() + j * kTries + (first + i) * kLanes;
-          const f32 difference = load(levels) * scale[first + i] - magnitude;
-          square[i] += difference * difference;
+          // Of the widest ranges, nothing lies beyond 16.
+          const bool beyond = G::kGreatest * 16 >= 16 * (17 - (first + i));
+          f(i, magnitude, Nearest<Bits>::level(magnitude * inverses[i], beyond));
         }
       }
-      for (int i = 0; i < count.value; ++i) squares[first + i] = square[i];
+    };
+    each([&](int i, f32 magnitude, f32 y) {
+      products[i] += magnitude * y;
+      squares[i] += y * y;
     });
-  each_try([&](int i) { store(error + i, sum_each(squares + i, kTries - i)); });
-  int best = 0;
-  float least = error[0];
-  for (int i = 1; i < kTries; ++i)
-    best = error[i] < least ? i : best, least = std::min(least, error[i]);
-  for (int64_t j = 0; j < d; j += kLanes) {
-    const f32 y = load(x + j);
-    const f32 k = Nearest<Bits>::count(abs(y) * inverse[best]);
-    const f32 code = select(y < 0.0f, (G::kTop - 0.5f) - k, (G::kTop + 0.5f) + k);
-    store_bytes(&scratch.codes[j], bit_cast<u32>(__builtin_convertvector(code, i32)));
+    // For these codes, the best scale.
+    for (int i = 0; i < count.value; ++i) scales[i] = to_scale(products[i] / squares[i]);
+    if constexpr (Bits == 6)
+      each([&](int i, f32 magnitude, f32 y) {
+        const f32 rest = y * scales[i] - magnitude;
+        errors[i] += rest * rest;
+      });
+    for (int i = 0; i < count.value; ++i) {
+      const f32 s = scales[i];
+      // Less that of zeros, in which the error of 6 bits would be lost.
+      const f32 error = Bits == 6 ? errors[i] : s * (s * squares[i] - 2 * products[i]);
+      const i32 better = first + i == 0 ? ~i32{} : error < least;  // which may overflow
+      least = select(better, error, least), scale = select(better, s, scale);
+      inverse = select(better, inverses[i], inverse);
+    }
+  });
+  for (int64_t e = 0; e < d; ++e) {
+    const f32 k = Nearest<Bits>::count(abs(x[e]) * inverse);
+    ahead(e);
+    const u32 code = bit_cast<u32>(__builtin_convertvector(k + (G::kTop + 0.5f), i32));
+    codes[e] = code ^ (bit_cast<u32>(x[e] < 0.0f) & ((1 << Bits) - 1));
   }
-  pack<Bits>(scratch.codes.data(), d, packed);
-  return splat(scale[best]);
-}
-
-f32 encode_fp8(const float* x, int64_t d, Scratch& scratch, uint8_t* packed) {
-  const f32 scale = to_scale(peak_of(x, d) / 448);
-  for (int64_t j = 0; j < d; j += kLanes) {
-    const f32 y = load(x + j) / scale;
-    store_bytes(&scratch.codes[j], to_fp8(max(min(y, splat(448)), splat(-448))));
-  }
-  std::memcpy(packed, scratch.codes.data(), d);
   return scale;
 }
 
-// A head to be stored, in as many places as wanted; it is rotated once, for the first quantised
-// one.
-class Head {
- public:
-  Head(const char* x, Type type, int64_t d, Scratch& scratch)
-      : x_(x), type_(type), d_(d), scratch_(scratch) {}
+f32 encode_fp8(const f32* x, int64_t d, f32 peak, u32* codes) {
+  const f32 scale = to_scale(peak / 448);
+  for (int64_t e = 0; e < d; ++e)
+    codes[e] = to_fp8(max(min(x[e] / scale, splat(448)), splat(-448)));
+  return scale;
+}
 
-  // x = (x - center) * gain, in fp32; before it is stored.
-  void frame(const char* center, const char* gain, Type type) {
-    float* y = scratch_.framed.data();
-    convert(x_, type_, reinterpret_cast<char*>(y), Type::f32, d_);
-    with_type(type, [&](auto* kind) {
-      using T = std::remove_pointer_t<decltype(kind)>;
-      const T *c = reinterpret_cast<const T*>(center), *g = reinterpret_cast<const T*>(gain);
-      int64_t i = 0;
-      for (; i + kLanes <= d_; i += kLanes) store(y + i, (load(y + i) - load(c + i)) * load(g + i));
-      const int left = d_ - i;
-      if (left)
-        store_part(y + i, (load(y + i) - load_part(c + i, left)) * load_part(g + i, left), left);
-    });
-    x_ = reinterpret_cast<const char*>(y), type_ = Type::f32;
+// Where a head goes; nowhere if there is no page.
+struct Place {
+  int64_t page = -1, head = 0, slot = 0;
+};
+
+// Up to kLanes heads to be stored, in as many places as wanted; they are rotated once, for the
+// first quantised one.
+class Heads {
+ public:
+  explicit Heads(int64_t d)
+      : d_(d), width_(whole_vectors(d)), rows_(kLanes * width_), x_(d), codes_(d), words_(d) {}
+
+  // Of these, each at x(i); soon those at next(i), i < kLanes.
+  template <class F, class Next>
+  void take(int n, Type type, F x, Next next) {
+    n_ = n, type_ = type, is_rotated_ = false, ahead_.size = size_of(type);
+    for (int i = 0; i < n; ++i) from_[i] = x(i);
+    for (int i = 0; i < kLanes; ++i) ahead_.head[i] = next(i);
   }
 
-  // Into slot s of page p.
-  void put(const Content& to, int64_t p, int64_t h, int64_t s) {
-    char* codes = to.codes.at(p, h, s);
-    if (to.format == Format::none) return convert(x_, type_, codes, to.type, d_);
-    const float* y = rotated();
-    auto* packed = reinterpret_cast<uint8_t*>(codes);
+  // x = (x - center) * gain, in fp32; the i-th center at frame(i, 0), its gain at frame(i, 1).
+  // Before they are stored.
+  template <class F>
+  void frame(Type type, F frame) {
+    with_type(type, [&](auto* kind) {
+      using T = std::remove_pointer_t<decltype(kind)>;
+      for (int i = 0; i < n_; ++i) {
+        auto *c = reinterpret_cast<const T*>(frame(i, 0)),
+             *g = reinterpret_cast<const T*>(frame(i, 1));
+        float* y = copied(i);
+        int64_t e = 0;
+        for (; e + kLanes <= d_; e += kLanes)
+          store(y + e, (load(y + e) - load(c + e)) * load(g + e));
+        const int left = d_ - e;
+        if (left)
+          store_part(y + e, (load(y + e) - load_part(c + e, left)) * load_part(g + e, left), left);
+        from_[i] = reinterpret_cast<const char*>(y);
+      }
+    });
+    type_ = Type::f32;
+  }
+
+  void put(const Content& to, const Place* place) {
+    auto each = [&](auto f) {
+      for (int i = 0; i < n_; ++i)
+        if (const Place& p = place[i]; p.page >= 0) f(i, p);
+    };
+    if (to.format == Format::none)
+      return each([&](int i, const Place& p) {
+        convert(from_[i], type_, to.codes.at(p.page, p.head, p.slot), to.type, d_);
+      });
+    rotate();
+    auto write = [&](auto bits, auto low, int64_t at) {
+      const int64_t bytes = d_ * bits / 8;
+      pack_plane<bits, low>(codes_.data(), bytes, words_.data());
+      each([&](int i, const Place& p) {
+        const char* word = reinterpret_cast<const char*>(words_.data()) + 4 * i;
+        char* plane = to.codes.at(p.page, p.head, p.slot) + at;
+        int64_t j = 0;
+        for (; j + 4 <= bytes; j += 4, word += sizeof(u32)) std::memcpy(plane + j, word, 4);
+        if (j < bytes) std::memcpy(plane + j, word, bytes - j);
+      });
+    };
     f32 scale;
-    if (to.format == Format::fp8)
-      scale = encode_fp8(y, d_, scratch_, packed);
-    else
-      with_bits(to.format,
-                [&](auto bits) { scale = encode<decltype(bits)::value>(y, d_, scratch_, packed); });
-    store_one(reinterpret_cast<f16*>(to.scale.at(p, h, s)), finite_ ? scale[0] : NAN);
+    if (to.format == Format::fp8) {
+      scale = encode_fp8(x_.data(), d_, peak_, codes_.data());
+      write(Constant<8>{}, Constant<0>{}, 0);
+    } else {
+      with_bits(to.format, [&](auto bits) {
+        constexpr int kLow = Levels<bits>::kLow, kHigh = Levels<bits>::kHigh;
+        scale = encode<bits>(x_.data(), d_, peak_, ahead_, codes_.data());
+        write(Constant<kLow>{}, Constant<0>{}, 0);
+        if constexpr (kHigh > 0) write(Constant<kHigh>{}, Constant<kLow>{}, d_ * kLow / 8);
+      });
+    }
+    f16 scales[kLanes];
+    store(scales, select(finite_, scale, splat(NAN)));
+    each([&](int i, const Place& p) {
+      std::memcpy(to.scale.at(p.page, p.head, p.slot), scales + i, sizeof *scales);
+    });
   }
 
  private:
-  const float* rotated() {
-    float* y = scratch_.x.data();
-    if (is_rotated_) return y;
-    convert(x_, type_, reinterpret_cast<char*>(y), Type::f32, d_);
-    rotate(y, d_);
-    // Codes cannot tell, so the scale does.
-    finite_ = is_finite(y, d_);
-    if (!finite_) std::fill_n(y, scratch_.x.size(), 0.0f);
-    is_rotated_ = true;
+  template <int I>
+  using Constant = std::integral_constant<int, I>;
+
+  float* copied(int i) {
+    float* y = rows_.data() + i * width_;
+    convert(from_[i], type_, reinterpret_cast<char*>(y), Type::f32, d_);
     return y;
   }
 
-  const char* x_;
-  Type type_;
-  const int64_t d_;
-  Scratch& scratch_;
-  bool is_rotated_ = false, finite_ = true;
+  // Into the lanes, and find their peaks.
+  void rotate() {
+    if (is_rotated_) return;
+    is_rotated_ = true;
+    const float* rows[kLanes];  // behind the last, the first again
+    for (int i = 0; i < kLanes; ++i)
+      if (i >= n_)
+        rows[i] = rows[0];
+      else if (type_ == Type::f32 && width_ == d_)
+        rows[i] = reinterpret_cast<const float*>(from_[i]);
+      else
+        rows[i] = copied(i);
+    rotate_across(rows, x_.data(), d_);
+    i32 peak{};  // bits of magnitudes are in order, and those of NaN come last
+    for (f32 x : x_) {
+      const i32 magnitude = bit_cast<i32>(abs(x));
+      peak = magnitude > peak ? magnitude : peak;
+    }
+    finite_ = peak < 0x7f800000;
+    peak_ = select(finite_, bit_cast<f32>(peak), f32{});
+    // Codes cannot tell, so the scale does.
+    for (int i = 0; i < kLanes; ++i)
+      if (!finite_[i]) return zero();
+  }
+
+  void zero() {
+    for (f32& x : x_) x = select(finite_, x, f32{});
+  }
+
+  const int64_t d_, width_;
+  int n_ = 0;
+  Type type_ = Type::f32;
+  const char* from_[kLanes];
+  Ahead ahead_;
+  bool is_rotated_ = false;
+  i32 finite_;
+  f32 peak_;
+  std::vector<float> rows_;  // [kLanes][width]
+  std::vector<f32> x_;
+  std::vector<u32> codes_, words_;
 };
 
 // Elements that are work enough for a thread, some 10 us.
 int64_t share_of(Format format) {
-  return format == Format::none ? 65536 : format == Format::fp8 ? 16384 : 2048;
-}
-
-// body(begin, end, scratch) over `rows` heads of size d, in threads of at least `share` elements.
-template <class F>
-void split(int64_t rows, int64_t d, int64_t share, const Pool& pool, F body) {
-  pool.split(rows, share / d, [&](int64_t begin, int64_t end) {
-    Scratch scratch(d);
-    body(begin, end, scratch);
-  });
+  return format == Format::none ? 65536 : format == Format::fp8 ? 16384 : 3072;
 }
 
 }  // namespace
 
 void quantize_kv(const QuantizeKv& p, const Pool& pool) {
-  split(p.rows, p.d, share_of(p.to.format), pool,
-        [&](int64_t begin, int64_t end, Scratch& scratch) {
-          for (int64_t i = begin; i < end; ++i)
-            Head(p.x.at(i), p.x.type, p.d, scratch).put(p.to, 0, 0, i);
-        });
+  pool.split(p.rows, share_of(p.to.format) / p.d, [&](int64_t begin, int64_t end) {
+    Heads heads(p.d);
+    Place place[kLanes];
+    for (int64_t row = begin; row < end; row += kLanes) {
+      const int n = std::min<int64_t>(kLanes, end - row);
+      for (int i = 0; i < n; ++i) place[i] = {0, 0, row + i};
+      auto x = [&](int64_t i) { return p.x.at(std::min(row + i, end - 1)); };
+      heads.take(n, p.x.type, x, [&](int i) { return x(i + kLanes); });
+      heads.put(p.to, place);
+    }
+  });
 }
 
 void dequantize_kv(const DequantizeKv& p, const Pool& pool) {
-  split(p.rows, p.d, share_of(Format::fp8), pool,
-        [&](int64_t begin, int64_t end, Scratch& scratch) {
-          for (int64_t i = begin; i < end; ++i) {
-            const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
-            float* x = scratch.x.data();
-            with_reader(p.from, p.d, [&](auto read) {
-              decode_row(read, p.from.codes.at(0, 0, i), p.d, scale, x);
-            });
-            rotate_back(x, p.d);
-            convert(reinterpret_cast<char*>(x), Type::f32, p.out.at(i), p.out.type, p.d);
-          }
-        });
+  pool.split(p.rows, share_of(Format::fp8) / p.d, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(whole_vectors(p.d));
+    for (int64_t i = begin; i < end; ++i) {
+      const float scale = number_at(p.from.scale.at(0, 0, i), Type::f16);
+      with_reader(p.from, p.d, [&](auto read) {
+        decode_row(read, p.from.codes.at(0, 0, i), p.d, scale, x.data());
+      });
+      rotate_back(x.data(), p.d);
+      convert(reinterpret_cast<char*>(x.data()), Type::f32, p.out.at(i), p.out.type, p.d);
+    }
+  });
 }
 
 void append_kv(const AppendKv& p, const Pool& pool) {
   const Pages &to = p.pages, &also = p.also;
   int64_t share = std::min(share_of(to.k.format), share_of(to.v.format));
   if (p.also_slot.data) share = std::min({share, share_of(also.k.format), share_of(also.v.format)});
-  split(p.t * to.heads, to.d, share, pool, [&](int64_t begin, int64_t end, Scratch& scratch) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t t = row / to.heads, h = row % to.heads;
-      const int64_t slot = integer_at(p.slot, t, h);
-      const int64_t second = p.also_slot.data ? integer_at(p.also_slot, t, h) : -1;
-      if (slot < 0 && second < 0) continue;
-      const int64_t page = slot / to.page_size, s = slot % to.page_size;
-      auto put = [&](Head head, Content Pages::* x) {
-        if (slot >= 0) head.put(to.*x, page, h, s);
-        if (second >= 0) head.put(also.*x, second / also.page_size, h, second % also.page_size);
-      };
-      Head k(p.k.at(t, h), p.k.type, to.d, scratch);
-      if (const Frames& f = p.frames; f.of)
-        k.frame(f.x.at(f.of[t], 0, h), f.x.at(f.of[t], 1, h), f.x.type);
-      put(k, &Pages::k);
-      put(Head(p.v.at(t, h), p.v.type, to.d, scratch), &Pages::v);
-      if (slot < 0) continue;
-      if (to.position.data) {
-        const auto position = static_cast<int32_t>(integer_at(p.position, t));
-        std::memcpy(to.position.at(page, h, s), &position, sizeof position);
+  pool.split(p.t * to.heads, share / to.d, [&](int64_t begin, int64_t end) {
+    Heads heads(to.d);
+    int64_t token[kLanes], head[kLanes];
+    Place place[kLanes], second[kLanes];
+    int64_t t = begin / to.heads, h = begin % to.heads;
+    for (int64_t row = begin; row < end;) {
+      int n = 0;
+      for (; n < kLanes && row < end; ++row, ++h) {
+        if (h == to.heads) ++t, h = 0;
+        auto find = [&](const Strided<2>& slots, const Pages& pages) -> Place {
+          const int64_t slot = slots.data ? integer_at(slots, t, h) : -1;
+          if (slot < 0) return {};
+          return {slot / pages.page_size, h, slot % pages.page_size};
+        };
+        const Place first = find(p.slot, to), other = find(p.also_slot, also);
+        if (first.page < 0 && other.page < 0) continue;
+        token[n] = t, head[n] = h, place[n] = first, second[n++] = other;
+        if (first.page < 0) continue;
+        auto at = [&](const Paged& x) { return x.at(first.page, h, first.slot); };
+        if (to.position.data) {
+          const auto position = static_cast<int32_t>(integer_at(p.position, t));
+          std::memcpy(at(to.position), &position, sizeof position);
+        }
+        if (to.importance.data) std::memset(at(to.importance), 0, sizeof(float));
+        if (to.history.data) std::memset(at(to.history), 0, to.words * sizeof(int32_t));
       }
-      if (to.importance.data) std::memset(to.importance.at(page, h, s), 0, sizeof(float));
-      if (to.history.data) std::memset(to.history.at(page, h, s), 0, to.words * sizeof(int32_t));
+      auto put = [&](Content Pages::* content) {
+        heads.put(to.*content, place);
+        if (p.also_slot.data) heads.put(also.*content, second);
+      };
+      auto v = [&](int i) { return p.v.at(token[i], head[i]); };
+      heads.take(
+          n, p.k.type, [&](int i) { return p.k.at(token[i], head[i]); },
+          [&](int i) { return v(std::min(i, n - 1)); });
+      if (p.frames.of)
+        heads.frame(p.frames.x.type, [&](int i, int64_t which) {
+          return p.frames.x.at(p.frames.of[token[i]], which, head[i]);
+        });
+      put(&Pages::k);
+      int64_t next_t = t, next_h = h;
+      heads.take(n, p.v.type, v, [&](int) {
+        if (next_h == to.heads) ++next_t, next_h = 0;
+        return p.k.at(std::min(next_t, p.t - 1), next_h++);
+      });
+      put(&Pages::v);
     }
   });
 }

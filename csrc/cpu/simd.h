@@ -203,8 +203,26 @@ inline float number_at(const char* p, Type type) {
 inline f32 splat(float x) { return x - f32{}; }
 inline f32 abs(f32 x) { return bit_cast<f32>(bit_cast<u32>(x) & 0x7fffffff); }
 inline f32 select(i32 mask, f32 yes, f32 no) { return mask ? yes : no; }
-inline f32 max(f32 a, f32 b) { return a > b ? a : b; }
-inline f32 min(f32 a, f32 b) { return a < b ? a : b; }
+
+// a > b ? a : b, which GCC does not make one instruction of; and a < b ? a : b.
+inline f32 max(f32 a, f32 b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+inline f32 min(f32 a, f32 b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 template <int... I>
 inline u32 lane_index(std::integer_sequence<int, I...>) {
@@ -411,6 +429,22 @@ inline int compress(float* p, f32 x, i32 mask) {
   for (int lane = 0; lane < kLanes; ++lane) p[count] = x[lane], count -= mask[lane];
   return count;
 #endif
+}
+
+// Element j of vector i to element i of vector j.
+inline void transpose(f32 (&x)[kLanes]) {
+  constexpr std::make_integer_sequence<int, kLanes> lanes{};
+#pragma GCC unroll 4
+  for (int turns = 1; turns < kLanes; turns *= 2) {
+    f32 y[kLanes];
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      y[2 * i] = zip<false>(x[i], x[i + kLanes / 2], lanes);
+      y[2 * i + 1] = zip<true>(x[i], x[i + kLanes / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) x[i] = y[i];
+  }
 }
 
 // Call f(constant, first) for groups of at most Most rows that make up `rows`.
