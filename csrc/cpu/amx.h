@@ -189,31 +189,6 @@ inline TileRows evenly(const char* const* rows, int64_t bytes, char* buffer) {
   for (int i = 0; i < kTileSide; ++i) std::memcpy(buffer + i * bytes, rows[i], bytes);
   return {buffer, bytes, kTileBytes};
 }
-
-// The lanes of a and b in turn: those of their first half, or of their second.
-template <bool Second, int... I>
-inline f32 zip(f32 a, f32 b, std::integer_sequence<int, I...>) {
-  constexpr int first = Second ? kLanes / 2 : 0;
-  return shuffle(a, b, std::integer_sequence<int, (first + I / 2 + I % 2 * kLanes)...>{});
-}
-
-template <bool Second>
-inline u32 zip(u32 a, u32 b) {
-  return bit_cast<u32>(
-      zip<Second>(bit_cast<f32>(a), bit_cast<f32>(b), std::make_integer_sequence<int, kLanes>{}));
-}
-
-// Words of 16 vectors, turned: word j of vector i becomes word i of vector j.
-inline void transpose(u32* x) {
-  for (int round = 1; round < kTileSide; round *= 2) {
-    u32 y[kTileSide];
-    for (int i = 0; i < kTileSide / 2; ++i) {
-      y[2 * i] = zip<false>(x[i], x[i + kTileSide / 2]);
-      y[2 * i + 1] = zip<true>(x[i], x[i + kTileSide / 2]);
-    }
-    std::copy_n(y, kTileSide, x);
-  }
-}
 #endif
 
 }  // namespace kvtools::KVTOOLS_ISA

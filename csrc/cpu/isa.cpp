@@ -66,9 +66,18 @@ const char* lacks(Isa isa) {
 #endif
 }
 
+// The product of pairs of bf16 is slower than those of float32 on Intel's processors.
+bool pays(Isa isa) {
+#if KVTOOLS_X86
+  return isa != Isa::avx512bf16 || __builtin_cpu_is("amd");
+#else
+  return true;
+#endif
+}
+
 Isa widest() {
   int i = static_cast<int>(Isa::amx);
-  while (lacks(static_cast<Isa>(i))) --i;
+  while (lacks(static_cast<Isa>(i)) || !pays(static_cast<Isa>(i))) --i;
   return static_cast<Isa>(i);
 }
 

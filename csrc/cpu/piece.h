@@ -374,8 +374,8 @@ inline void Tile::add_pairs_of(const Slots& now, float* sum) {
 #if KVTOOLS_TILES
   for (int i = 0; i < vectors; ++i)
     for (int first = 0; first < pairs; first += kTileSide) {
-      u32 turned[kTileSide];
-      for (int s = 0; s < kTileSide; ++s) turned[s] = weights(first + s, i * kLanes);
+      f32 turned[kLanes];
+      for (int s = 0; s < kTileSide; ++s) turned[s] = bit_cast<f32>(weights(first + s, i * kLanes));
       transpose(turned);
       for (int r = 0; r < kTileSide; ++r)
         std::memcpy(p + (2 * first + r) * kTileRows + i * kLanes, &turned[r], sizeof turned[r]);

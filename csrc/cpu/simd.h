@@ -431,6 +431,13 @@ inline int compress(float* p, f32 x, i32 mask) {
 #endif
 }
 
+// The lanes of a and b in turn: those of their first half, or of their second.
+template <bool Second, int... I>
+inline f32 zip(f32 a, f32 b, std::integer_sequence<int, I...>) {
+  constexpr int first = Second ? kLanes / 2 : 0;
+  return shuffle(a, b, std::integer_sequence<int, (first + I / 2 + I % 2 * kLanes)...>{});
+}
+
 // Element j of vector i to element i of vector j.
 inline void transpose(f32 (&x)[kLanes]) {
   constexpr std::make_integer_sequence<int, kLanes> lanes{};
