@@ -359,6 +359,18 @@ def test_append_kv_to_two_places(first, second, dtype, paged, frames, framed, D,
             assert x is None or torch.equal(bytes_of(x), bytes_of(y))
 
 
+@pytest.mark.parametrize("format", ["none", "fp8", "int4"])
+def test_append_kv_of_skipped_tokens_alone(format, device, impl):
+    """As a server's warm-up has them; some, and as many as a kernel takes at once and more."""
+    for T in (1, 40):
+        pages = make_pages(2, 24, format, format, device)
+        before = [bytes_of(x).clone() for x in pages.tensors() if x is not None]
+        k, v = torch.randn(2, T, 2, 24, device=device)
+        kvtools.append_kv(k, v, torch.full((T,), -1, device=device), pages, impl=impl)
+        after = [bytes_of(x) for x in pages.tensors() if x is not None]
+        assert all(map(torch.equal, after, before))
+
+
 @pytest.mark.only(when=lambda impl: impl in ("reference", "cpu"))
 def test_append_kv_names_ids_out_of_range(impl):
     k = torch.randn(2, 1, 8)

@@ -440,17 +440,20 @@ def test_a_token_wins_by_its_noise_alone(others, device, impl):
         assert seen[0].sum() < seen[-1].sum()  # both sides of the tie were met
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1e-40], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 1e-40, 1e38], ids=str)
 @pytest.mark.parametrize("kwargs", [{}, {"top_p": 0.9}], ids=["none", "top_p"])
 def test_rounding_of_z_shows(kwargs, temperature, device, impl):
-    """z so large that it is rounded to steps, all of which count; and temperatures so low that
-    their inverse is infinite."""
+    """z so large that it is rounded to steps, all of which count; temperatures so low that their
+    inverse is infinite; and so high that of logits nothing but -inf still shows."""
     B = 3 if interpreted(impl) else 40
     args = make_rows(B, 1500, torch.float32, device, scale=1.0)
     if temperature == 1:
         args[0].add_(20_000.0)
-    else:
+    elif temperature < 1:
         args[0].mul_(temperature)
+    else:
+        args[0][::2, 100:] = -torch.inf
+        args[0][1].mul_(1e38)
     expected = sample(*args, temperature=temperature, **kwargs, impl="reference")
     actual = sample(*args, temperature=temperature, **kwargs, impl=impl)
     assert torch.equal(actual[0], expected[0])

@@ -370,6 +370,7 @@ void append_kv(const AppendKv& p, const Pool& pool) {
         if (to.importance.data) std::memset(at(to.importance), 0, sizeof(float));
         if (to.history.data) std::memset(at(to.history), 0, to.words * sizeof(int32_t));
       }
+      if (n == 0) break;  // all that were left are skipped
       auto put = [&](Content Pages::* content) {
         heads.put(to.*content, place);
         if (p.also_slot.data) heads.put(also.*content, second);

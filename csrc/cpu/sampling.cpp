@@ -72,7 +72,7 @@ class Row {
     logits_ = reinterpret_cast<const T*>(logits);
     temperature_ = temperature;
     per_logit_ = std::min<float>(kLog2e / temperature, -kLowest);
-    least_ = -125.0f / per_logit_;
+    least_ = std::max(-125.0f / per_logit_, kLowest);
   }
 
   // Reads a slice.
@@ -111,9 +111,10 @@ class Row {
   }
 
   // How far `total` may be from the sum of masses, as a part of it. Either rounds each z, by its
-  // size, and each exponent, whose mean is at most log2(v); masses are rounded to integers.
+  // size, and each exponent, whose mean is at most log2(v); masses are rounded to integers. All of
+  // it at temperatures so low, or so high, that fp32 does not hold what `relative` needs.
   double error() const {
-    if (per_logit_ == -kLowest) return 1;
+    if (per_logit_ == -kLowest || least_ == kLowest) return 1;
     return (2 * std::fabs(best) + 128) * 0x1p-24 + v * 0x1p-41;
   }
 

@@ -89,10 +89,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) scan_kernel(__grid_constant__ c
   for (float here : x) base = fmaxf(base, here);
   base = greatest(base);
   // Division keeps their order, so that only the greatest is divided; but for quotients whose
-  // rounding shows, and divisors that have no inverse.
+  // rounding shows, divisors that have no inverse, and logits whose differences fp32 does not hold.
   const float divisor = row.greedy() ? 1 : row.temperature, peak = base / divisor;
   float per_logit = kLog2e / divisor;
-  if (divisor < 0x1p-100f || !(fabsf(peak) <= 512)) {
+  if (divisor < 0x1p-100f || divisor > 0x1p100f || !(fabsf(peak) <= 512)) {
     divide(x, divisor);
     base = peak == -INFINITY ? 0 : peak;
     per_logit = kLog2e;

@@ -125,8 +125,9 @@ def _scan_kernel(rows: Rows, chunks: Chunks, CHUNK: tl.constexpr):
     base = tl.max(peak, 0)
     best = tl.div_rn(base, temperature)
     per_logit = LOG2E / temperature
-    # but for quotients whose rounding shows, and divisors that have no inverse.
-    if (tl.abs(best) > 512) | (temperature < 2.0**-100):
+    # but for quotients whose rounding shows, divisors that have no inverse, and logits whose
+    # differences fp32 does not hold.
+    if (tl.abs(best) > 512) | (temperature < 2.0**-100) | (temperature > 2.0**100):
         x = tl.div_rn(x, temperature)
         base = tl.where(best == float("-inf"), 0.0, best)
         per_logit = LOG2E + 0 * temperature
