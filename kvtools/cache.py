@@ -647,8 +647,11 @@ class KVCache:
         return _nbytes(x for x in [*content, *self._frame.values()] if x.dtype in wide)
 
     def kept(self, layer: int, row: int) -> list[list[int]]:
-        """True positions that each KV head of a layer still holds of a row, ascending."""
+        """True positions that each KV head of a layer still holds of a row, ascending; an empty
+        list of a layer without attention."""
         store, prompt = self._store[layer], self._prompts[self._prompt[row]]
+        if layer not in store.layers:
+            return []
         pages = store.layers[layer]
         slots = torch.from_numpy(store.forest.row_slots(row).astype(np.int64)).to(pages.k.device)
         sinks = list(range(prompt.sinks))

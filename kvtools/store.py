@@ -423,7 +423,8 @@ class Store:
         """Choose new victims in `layers` for the rows of a pass that have none left."""
         table = self.own_slots()
         if self.victims is None:
-            heads = max(pages.k.shape[1] for pages in self.layers.values())
+            # none of a model without attention
+            heads = max((pages.k.shape[1] for pages in self.layers.values()), default=0)
             shape = len(self.layers), self.forest.num_rows, heads, self.drop
             self.victims = torch.zeros(shape, dtype=torch.int32, device=self.device)
         if step.select is None:

@@ -247,6 +247,25 @@ def test_compressed(name, preset):
         r.kv.crop([1] * 4)
 
 
+@pytest.mark.skipif("mamba2" not in MODELS, reason="refused before transformers 5.24")
+@pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
+def test_without_attention_nothing_is_evicted(config):
+    prompts = texts(PROMPT, 12)
+    r = rollouts("mamba2", config)
+    r.prefill(prompts, n=2)
+    r.generate([NEW, 3, NEW, 20])
+    r.gather([0, 2, 3])
+    r.generate([0, 0, NEW - 20])
+    assert r.tokens == [plain("mamba2", prompts[i]) for i in (0, 1, 1)]
+
+
+def test_what_is_kept():
+    """Of layers without attention: no positions, as there are no heads."""
+    r = rollouts("lfm2")
+    r.prefill(texts(9))
+    assert [r.kv.kept(layer, 0) for layer in (0, 1)] == [[], [list(range(9))] * 2]
+
+
 def test_generate_goes_on_from_its_cache():
     name, model = "qwen3_5", hybrid("qwen3_5")
     ids = torch.tensor(texts(PROMPT))
