@@ -903,6 +903,33 @@ def test_importance(group, most, impl):
         assert mass.sum() > 0 and low.any()
 
 
+@pytest.mark.parametrize("tile", [1, 3])
+def test_importance_of_tokens_in_several_items(tile, impl):
+    """However the tokens of a row's own node are cut into items, all of them count."""
+    T, window, dtype = 7, 9, native(impl)
+    q, content = torch.randn(T, 4, 16).to(dtype), torch.randn(2, 3, 2, 8, 16).to(dtype)
+    position = torch.arange(24 - T, 24, dtype=torch.int32)
+    found = []
+    before = torch.get_num_threads()
+    for limits in ({}, dict(tile=tile), dict(tile=tile, chunk=8)):
+        table, lens, counts = torch.arange(3)[None], torch.tensor([24]), torch.tensor([T])
+        plan = kvtools.plan_from_block_table(table, lens, 8, query_lens=counts, **limits)
+        pages = KVPages.empty(3, 2, 8, 16, dtype=dtype, importance=True, window=window)
+        for x, filled in zip(pages.tensors()[:2], content, strict=True):
+            x.copy_(filled)
+        pages.importance.zero_(), pages.history.zero_()
+        torch.set_num_threads(4)
+        try:
+            kvtools.tree_attention(q, position, pages, plan, window=window, impl=impl)
+        finally:
+            torch.set_num_threads(before)
+        found.append(pages)
+    for pages in found[1:]:
+        torch.testing.assert_close(pages.importance, found[0].importance, rtol=1e-5, atol=1e-6)
+        assert torch.equal(pages.history, found[0].history) and pages.history.any()
+    assert 6.9 < float(found[0].importance.sum() / 2) < 7.1
+
+
 class Several(Case):
     """A case of which sinks and the newest tokens of each row lie in stores of their own: sinks in
     one page for all rows, not quantised, a ring of 9 slots per row, and new tokens one by one."""

@@ -107,6 +107,22 @@ def test_a_faulty_table_leaves_the_step_as_it_was():
     assert torch.equal(out, before) and out.any()
 
 
+@pytest.mark.parametrize("largest", [2, 16])
+def test_rows_longer_than_a_graph_holds_are_refused(largest):
+    """Also where there is memory behind the step's, of a larger one."""
+    graphs = Graphs(WIDTH, PAGE, BLOCKS, torch.device("cpu"))
+    graphs.hold(largest)
+    graphs.hold(2)
+    table, most = torch.ones(2, 2 * WIDTH, dtype=torch.int32), WIDTH * PAGE
+    table[1] = 2
+    given = torch.arange(3), PAGE
+    before = step_from_block_table(table, torch.tensor([most, 1]), *given, graphs=graphs)
+    kept = before.plan.page.clone()
+    with pytest.raises(ValueError, match=f"a row has {most + PAGE} tokens, .* holds {most} of"):
+        step_from_block_table(table, torch.tensor([most + PAGE] * 2), *given, graphs=graphs)
+    assert torch.equal(before.plan.page, kept)
+
+
 def test_a_step_that_is_made_anew_is_noticed(monkeypatch):
     """By the recorder, as a graph would read memory that is no longer the plan's."""
     pages, graphs = filled(), Graphs(WIDTH, PAGE, BLOCKS, torch.device("cpu"))

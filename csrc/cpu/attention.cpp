@@ -3,6 +3,7 @@
 // partial results of a query head are merged in fp32.
 #include <algorithm>
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "isa.h"
@@ -72,8 +73,7 @@ class Attention {
       for (int64_t t = begin; t < end; ++t)
         for (int64_t h = 0; h < p_.heads_q; ++h) merge(t, h);
     });
-    if (o_.tracks)
-      pool_.run(p_.items * o_.heads, [this](int64_t i) { track(i / o_.heads, i % o_.heads); });
+    if (o_.tracks) track();
   }
 
  private:
@@ -81,6 +81,7 @@ class Attention {
   void rotate_queries(int64_t threads);
   void link();
   void merge(int64_t t, int64_t h);
+  void track();
   void track(int64_t i, int64_t head);
 
   bool is_rotated(int store) const { return p_.stores[store].v.format != Format::none; }
@@ -278,10 +279,28 @@ void Attention::merge(int64_t t, int64_t h) {
   });
 }
 
+// Items with the same slots, for other tokens, go to one thread.
+void Attention::track() {
+  std::vector<int64_t> tracked, groups;
+  for (int64_t i = 0; i < p_.items; ++i)
+    if (o_.tracked(i)) tracked.push_back(i);
+  auto slots = [&](int64_t i) { return std::make_pair(o_.item(i)[0], o_.item(i)[3]); };
+  std::stable_sort(tracked.begin(), tracked.end(),
+                   [&](int64_t a, int64_t b) { return slots(a) < slots(b); });
+  for (size_t n = 0; n < tracked.size(); ++n)
+    if (n == 0 || slots(tracked[n]) != slots(tracked[n - 1])) groups.push_back(n);
+  const int64_t tasks = groups.size() * o_.heads;
+  groups.push_back(tracked.size());
+  pool_.run(tasks, [&](int64_t task) {
+    const int64_t group = task / o_.heads;
+    for (int64_t n = groups[group]; n < groups[group + 1]; ++n) track(tracked[n], task % o_.heads);
+  });
+}
+
 // Importance and history of the slots of an item that one row owns.
 void Attention::track(int64_t i, int64_t head) {
   const int64_t all = o_.slots(i), tokens = o_.item(i)[2] - o_.item(i)[1];
-  if (!o_.tracked(i) || all == 0) return;
+  if (all == 0) return;
   const Pages& pages = p_.stores[0];
   const float* logits = scores_ + logits_[i * o_.heads + head];
   const bool notes = pages.history.data;

@@ -124,8 +124,9 @@ def tree_attention(
         out = torch.einsum("nhgcs,nshd->nchgd", p, v_nshd)
         if v_format != "none":
             out = out @ turn.T
+        behind_n = item[chosen, 1] - token_indptr.long()[node]  # tokens of the node before these
         batches.append((number, token_nc, real_nc, out, lse.permute(0, 3, 1, 2), visible, past,
-                        logits, own[node] > 0, page_ns, offset_ns, live_ns))  # fmt: skip
+                        logits, own[node] > 0, page_ns, offset_ns, live_ns, behind_n))  # fmt: skip
 
     # Merge the partial results of each token.
     peak = plain.new_full((tokens, *plain.shape[1:3]), -torch.inf)
@@ -157,11 +158,14 @@ def tree_attention(
         # number.
         here_th = (peak + mass_here.log()).flatten(1, 2)
         mean_th = (here_th - lse_th).exp() / seen_th.repeat_interleave(group_size, 1)
-        for number, token_nc, real_nc, _, _, _, past, logits, own_n, *where in batches:
-            if number == 0:
+        for number, token_nc, real_nc, _, _, _, past, logits, own_n, *where, behind_n in batches:
+            if number != 0:
+                continue
+            for behind in behind_n[own_n].unique():  # one by one, as they have the same slots
+                some = own_n & (behind_n == behind)
                 track(
-                    importance, history, window, group, position_t, lse_th, mean_th, token_nc,
-                    real_nc, past, logits, own_n, *where,
+                    importance, history, window, group, position_t, lse_th, mean_th,
+                    *(x[some] for x in (token_nc, real_nc, past, logits, *where)),
                 )  # fmt: skip
     return out_thd.to(q_thd.dtype), lse_th
 
@@ -187,14 +191,12 @@ def track(
     real_nc: Tensor,
     past_nhcs: Tensor,
     logits: Tensor,
-    own_n: Tensor,
     page_ns: Tensor,
     offset_ns: Tensor,
     live_ns: Tensor,
 ) -> None:
-    """Add what own slots received to `importance`; note in `history` what was below the mean."""
-    if not own_n.any():
-        return
+    """Add what the slots of own nodes received to `importance`; note in `history` what was below
+    the mean. No two of the n items may have the same slots."""
     n, heads, g, c, s = logits.shape
 
     def per_query(x_th: Tensor) -> Tensor:
@@ -202,10 +204,9 @@ def track(
 
     p = (logits - per_query(lse_th)).exp()
     p = p.masked_fill(logits == -torch.inf, 0)
-    kept = own_n[:, None] & live_ns
-    where = (page_ns[kept], slice(None), offset_ns[kept])
+    where = (page_ns[live_ns], slice(None), offset_ns[live_ns])
     if importance is not None:
-        received = p.mean(2).sum(2).transpose(1, 2)[kept]
+        received = p.mean(2).sum(2).transpose(1, 2)[live_ns]
         importance[where] += received.to(importance.dtype)
     if history is not None:
         low = below_mean(p, per_query(mean_th), group) & past_nhcs
@@ -214,11 +215,11 @@ def track(
         row = torch.arange(bits.shape[0], device=bits.device)[:, None]
         for i in range(c):
             step_n = position_t[token_nc[:, i]].long() % window
-            word = (step_n // 32)[:, None].expand(n, s)[kept][:, None]
-            bit = (1 << (step_n % 32)).to(torch.int32)[:, None].expand(n, s)[kept][:, None]
-            real = real_nc[:, i, None].expand(n, s)[kept][:, None]
+            word = (step_n // 32)[:, None].expand(n, s)[live_ns][:, None]
+            bit = (1 << (step_n % 32)).to(torch.int32)[:, None].expand(n, s)[live_ns][:, None]
+            real = real_nc[:, i, None].expand(n, s)[live_ns][:, None]
             old = bits[row, head, word]
-            new = torch.where(low[:, :, i].transpose(1, 2)[kept], old | bit, old & ~bit)
+            new = torch.where(low[:, :, i].transpose(1, 2)[live_ns], old | bit, old & ~bit)
             bits[row, head, word] = torch.where(real, new, old)
         history[where] = bits
 

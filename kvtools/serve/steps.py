@@ -64,14 +64,19 @@ class Graphs:
         return rows in self._held
 
     def put(self, batch: "_Batch", position: np.ndarray) -> Step:
-        """The step of as many rows, which now is that of this batch."""
+        """The step of as many rows, which now is that of this batch; raises before it changes."""
         fixed, step = self._held[len(batch.lens)]
         tile = {name: x for name, x in self._limits.items() if name == "tile"}
-        # The last always fits: an item and a partial result for each row.
+        # The last always fits, if its blocks do: an item and a partial result for each row.
         for how in (self._limits, tile, {}, dict(share=False)):
             arrays = batch.arrays(self._page_size, **how) | {"position_t": position}
             if fixed.fits(arrays):
                 break
+        else:
+            longest, most = int(batch.lens.max()), self._width * self._page_size
+            raise ValueError(
+                f"seq_lens: a row has {longest} tokens, a step of a graph holds {most} of each"
+            )
         batch.check(arrays, self._page_size, self._blocks)
         fixed.put(arrays)
         return step
