@@ -2,6 +2,7 @@
 states are shared, forked and put back as keys and values are."""
 
 import functools
+import weakref
 
 import numpy as np
 import pytest
@@ -264,6 +265,30 @@ def test_what_is_kept():
     r = rollouts("lfm2")
     r.prefill(texts(9))
     assert [r.kv.kept(layer, 0) for layer in (0, 1)] == [[], [list(range(9))] * 2]
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "jamba"])
+def test_few_logits_of_what_is_fed_again(name):
+    """Rows that are rewound, and given texts, are long: logits of their last tokens alone are
+    held."""
+    r, held, most = rollouts(name), [], []
+
+    def seen(module, args, out):
+        held[:] = [x for x in held if x() is not None]
+        held.append(weakref.ref(out))
+        most.append(sum(x().numel() for x in held) // out.shape[-1])
+
+    r.prefill(texts(PROMPT, 12), n=2)
+    r.generate([NEW, 30, NEW, NEW])
+    hook = hybrid(name).lm_head.register_forward_hook(seen)
+    try:
+        r.crop([len(tokens) - 1 for tokens in r.tokens])
+        r.generate(1)
+        r.append(texts(20, 20, 17, 9))  # in three forwards
+        r.generate(1)
+    finally:
+        hook.remove()
+    assert max(most) <= 4 * r.rows
 
 
 def test_generate_goes_on_from_its_cache():

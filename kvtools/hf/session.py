@@ -501,10 +501,7 @@ class Session:
             else:
                 record = _Tokens(tokens)
                 on_device(self.device, record, *more)
-                out = self._by_groups(record.tokens.long(), counts, groups, turned)
-                if self.head and not every:
-                    last = counts[counts > 0].cumsum() - 1
-                    out = out[torch.from_numpy(last).to(out.device)]
+                out = self._by_groups(record.tokens.long(), counts, groups, turned, every)
         timing = self.cache.timing
         timing["decode_s"] += time.perf_counter() - begin
         timing["steps"] += 1
@@ -512,8 +509,9 @@ class Session:
         return out
 
     def _by_groups(
-        self, tokens: Tensor, counts: np.ndarray, groups: list[np.ndarray], turned: np.ndarray
-    ) -> Tensor:
+        self, tokens: Tensor, counts: np.ndarray, groups: list[np.ndarray], turned: np.ndarray,
+        every: bool,
+    ) -> Tensor:  # fmt: skip
         """One forward for each group of rows; rows `turned` are encoded again before."""
         start, index = np.cumsum(counts) - counts, np.arange(len(counts))
         parts, places = [], []
@@ -524,18 +522,18 @@ class Session:
             new = tokens[torch.from_numpy(place).to(tokens.device)]
             if turned[rows[0]]:
                 index[rows] = self.kv.rows + np.arange(len(rows))
-                parts.append(self._again(rows, new, counts[rows]))
+                parts.append(self._again(rows, new, counts[rows], every))
             else:
                 grow = np.zeros(self.kv.rows, np.int32)
                 grow[rows] = counts[rows]
-                parts.append(self._step(new, grow))
-            places.append(place)
+                parts.append(self._step(new, grow, every=every))
+            places.append(rows if self.head and not every else place)
         if turned.any():  # at the end: what they were is not overwritten before all has gone well
             self.kv.gather(index)
         order = torch.from_numpy(np.argsort(np.concatenate(places))).to(tokens.device)
         return torch.cat(parts)[order]
 
-    def _again(self, rows: np.ndarray, tokens: Tensor, counts: np.ndarray) -> Tensor:
+    def _again(self, rows: np.ndarray, tokens: Tensor, counts: np.ndarray, every: bool) -> Tensor:
         """Encode `rows` and their new tokens, as new rows, with other rotary frequencies or because
         their states have seen more than they hold.
 
@@ -562,16 +560,32 @@ class Session:
         order = np.array([i for members in prompts.values() for i in members])
         if (order != np.arange(len(rows))).any():
             self.kv.gather([*range(total), *(total + np.argsort(order))])
-        new = tokens.split(counts.tolist())
-        own = [
-            torch.cat([part.new_tensor(text[n:]), part])
-            for text, n, part in zip(texts, shared, new, strict=True)
-        ]
+        own = [tokens.new_tensor(text[n:]) for text, n in zip(texts, shared, strict=True)]
+        if self.door.recurrent:  # else tokens are rotated by the length of a forward: all at once
+            self._regrow(total, own)
+            own = [x[:0] for x in own]
+        own = [torch.cat(x) for x in zip(own, tokens.split(counts.tolist()), strict=True)]
         grow = np.zeros(self.kv.rows, np.int32)
         grow[total:] = [len(x) for x in own]
         groups, still = self.door.groups(self.kv.lengths.numpy(), grow), np.zeros(len(grow), bool)
-        out = self._by_groups(torch.cat(own), grow, groups, still).split(grow[total:].tolist())
-        return torch.cat([x[-n:] for x, n in zip(out, counts, strict=True)])
+        out = self._by_groups(torch.cat(own), grow, groups, still, every)
+        if self.head and not every:
+            return out
+        parts = out.split(grow[total:].tolist())
+        return torch.cat([x[-n:] for x, n in zip(parts, counts, strict=True)])
+
+    def _regrow(self, first: int, own: list[Tensor]) -> None:
+        """Give rows from `first` on what they had beyond their prompts, in forwards of `TOKENS`
+        tokens, of which no logits are held."""
+        grow = np.zeros(self.kv.rows, np.int32)
+        grow[first:] = [len(x) for x in own]
+        for rows in self.door.groups(self.kv.lengths.numpy(), grow):
+            width = max(1, TOKENS // max(1, len(rows)))
+            for begin in range(0, grow[rows].max(initial=0), width):
+                parts = [own[row - first][begin : begin + width] for row in rows]
+                counts = np.zeros(self.kv.rows, np.int32)
+                counts[rows] = len(parts[0])
+                self._step(torch.cat(parts), counts, every=False)
 
     def decode(self, tokens: Tensor, skip_t: Tensor) -> Tensor:
         """Logits [t, v] after one token each of the rows that `kv.extend` has room for; nothing
@@ -658,8 +672,11 @@ class Session:
         if self.door.single and most > 1:
             on_device(self.device, *more)
             tokens, one = tokens.reshape(-1, most), counts.clip(max=1)
-            steps = [self._step(tokens[:, i], one, prompt=prompt) for i in range(most)]
-            return torch.stack(steps, 1).flatten(0, 1) if every or not self.head else steps[-1]
+            steps: list[Tensor] = []
+            for i in range(most):
+                kept = steps if every or not self.head else []  # logits are large
+                steps = [*kept, self._step(tokens[:, i], one, prompt=prompt)]
+            return torch.stack(steps, 1).flatten(0, 1)
         past, live = int(self.kv.lengths.numpy()[rows].max()), len(rows)
         record = _Tokens(tokens)
         position_t = self.kv.extend(counts, record, *more, prompt=prompt)
