@@ -1264,6 +1264,7 @@ BROKEN = [
     ("first", lambda x: x[0], ValueError, "first"),
     ("page", lambda x: x[0], ValueError, "page must have 1 dim"),
     ("base", lambda x: x + 2**31 - 20, ValueError, "base holds"),
+    ("base", lambda x: torch.full_like(x, -(2**31)), ValueError, "base holds .* no position"),
     ("own", lambda x: x[:-1], ValueError, "own has"),
     ("token_indptr", lambda x: x.flip(0), IndexError, "token_indptr holds"),
     ("token", lambda x: x + 1, IndexError, "token holds 10; there are 10 query tokens"),

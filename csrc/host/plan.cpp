@@ -315,6 +315,8 @@ std::vector<int64_t> check_plan(const PlanView& plan, const Ints& page_sizes) {
   for (int64_t i = 0; i < nodes; ++i) {
     require_id(plan.first[i], page_sizes[plan.store[i]], "first", "slots in a page");
     if (plan.length[i] < 0) throw Invalid(text("length holds ", plan.length[i]));
+    if (plan.base[i] == INT32_MIN)  // to kernels, the last position that is too old
+      throw Invalid(text("base holds ", plan.base[i], ", which is no position"));
     if (plan.base[i] > kMaxInt32 - std::max<int64_t>(capacity(i), 0))
       throw Invalid(text("base holds ", plan.base[i], "; positions would pass 2**31 - 1"));
   }
