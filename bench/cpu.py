@@ -30,7 +30,7 @@ from kvtools import CacheConfig, KVCache, Rollouts, models
 from kvtools.cli import demo
 from kvtools.ops import Op
 from kvtools.ops.quant import FORMATS
-from kvtools.quality import Journal, elements
+from kvtools.quality import Journal, elements, head_size
 
 DTYPES = (torch.float32, torch.bfloat16)
 LIMIT = 6 * 2**30  # bytes that a plain cache may take in the sweep
@@ -245,8 +245,7 @@ def own(scale: Scale, cells: dict, load: Load, steps: int = 2) -> dict:
 def write(model: Any, kv: KVCache, count: int) -> None:
     """Give each row `count` tokens of random keys and values, whose attention nobody asks for."""
     config = model.config
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    tokens = kv.rows * count
+    d, tokens = head_size(config), kv.rows * count
     q = torch.zeros(1, config.num_attention_heads, d, dtype=model.dtype)
     k = torch.randn(tokens, config.num_key_value_heads, d).to(q.dtype)
     with mock.patch("kvtools.cache.tree_attention", lambda q, *args, **options: (q, None)):

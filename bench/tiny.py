@@ -16,6 +16,8 @@ from transformers import (
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from kvtools.quality import head_size
+
 VOCAB, LAYERS, HEADS, D, WINDOW = 256, 4, 4, 16, 16
 # Fields of configs by what they count. Names that a config does not have are not given to it.
 SIZES = [
@@ -183,8 +185,7 @@ def rope_config(kind: str, rope: str) -> Any:
         changes["original_max_position_embeddings"] = SWITCH
     whole = own.rope_parameters
     kept = whole.get("full_attention", whole)
-    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    half = int(width * kept.get("partial_rotary_factor", 1.0)) // 2
+    half = int(head_size(own) * kept.get("partial_rotary_factor", 1.0)) // 2
     scaled = kept | ROPES[rope] | {"rope_type": rope}
     if rope == "longrope":
         scaled["short_factor"] = [1 + 0.1 * i for i in range(half)]

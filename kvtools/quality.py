@@ -237,8 +237,12 @@ def elements(model: Any) -> int:
     """Elements of keys and values that a token has, over all layers."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * heads * d * config.num_hidden_layers
+    return 2 * heads * head_size(config) * config.num_hidden_layers
+
+
+def head_size(config: Any) -> int:
+    """Elements of one head's key."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def probe_items(ids: Sequence[int], windows: int = 3, length: int = 64) -> list[Item]:

@@ -152,12 +152,12 @@ class Builder(AttentionMetadataBuilder[Step]):
         if batch.causal is not True:
             raise NotImplementedError("kvtools' attention is causal; this batch of vLLM's is not")
         cache, rows = self._layer.kv_cache, batch.num_reqs
-        graphs = self.vllm_config.compilation_config
+        compiled = self.vllm_config.compilation_config
         if (
             batch.max_query_len == 1
             and cache.dim() == 4
-            and graphs.cudagraph_mode.has_full_cudagraphs()
-            and rows in graphs.cudagraph_capture_sizes
+            and compiled.cudagraph_mode.has_full_cudagraphs()
+            and rows in compiled.cudagraph_capture_sizes
         ):
             self._hold(batch)  # so that what warms up runs the kernels that are then captured
         return step_from_block_table(
