@@ -72,8 +72,8 @@ class KVCache:
         pages: pages per pool, fixed; None lets the pools grow as needed. There is a pool for each
             distinct factor of `layer_budget`, and one for sinks.
         judge: how a policy ranks tokens, where this cache holds some of the heads alone.
-        states: what rows hold besides keys and values; of it rows are gathered, a transaction takes
-            it back, and its `tensors()` count as rows' memory.
+        states: what rows hold besides keys and values; of it rows are gathered, steps with `room`
+            are planned, a transaction takes it back, and its `tensors()` count as rows' memory.
 
     Rows are numbered 0..rows-1 in the order in which they were added; `gather` renumbers them.
 
@@ -347,6 +347,8 @@ class KVCache:
                 counts, position, beside, version, whole=room is not None, prompt=prompt
             )
         self._step = self._recent.step(counts, position) if self._recent else None
+        if self.states and room:
+            more = *more, self.states.step(np.flatnonzero(counts))
         self._tokens = _Tokens(position, np.repeat(self._prompt, counts))
         passes = [x for each in self._passes.values() for x in each]
         plans = [x.arrays for x in passes if x.arrays is not None]
@@ -393,6 +395,8 @@ class KVCache:
         for each in stores:
             for pages in each.layers.values():
                 found += (x for x in pages.tensors() if x is not None)
+        if self.states:
+            found += self.states.lasting()
         return [(x.data_ptr(), x.shape) for x in found]
 
     @contextmanager
@@ -408,6 +412,8 @@ class KVCache:
             store.retract(rows)
         if self._recent:
             self._recent.retract(rows)
+        if self.states:
+            self.states.retract(rows)
         self._seen = self._seen.copy()
         self._seen[rows] -= 1
 

@@ -298,6 +298,8 @@ class Rollouts:
     def _behind(self, rows: list[int]) -> bool:
         """Whether a row waits for something else than what follows its last token."""
         lengths, flying = self.kv.lengths.numpy(), self._flying()
+        if self.kv.states and self.kv.states.stale(lengths)[rows].any():
+            return True
         return any(
             self._ready[row] is not None
             or len(self.tokens[row]) + (row in flying) != lengths[row] + 1

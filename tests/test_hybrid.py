@@ -2,6 +2,7 @@
 states are shared, forked and put back as keys and values are."""
 
 import functools
+import warnings
 import weakref
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import transformers
 from interrupts import Exhausted, Interrupt
 from models import COMMON, PROMPT, D, padded_prompts, random_ids, scaled
+from test_decode import Captured
 from test_prm import QUESTION, SOLUTIONS, byte_level
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +40,10 @@ MODELS = {
     # attention and a state in one layer
     "falcon_h1": lambda: make("FalconH1Config", mamba_d_ssm=128, **MAMBA),
     "lfm2": lambda: make("Lfm2Config", layer_types=["conv", "full_attention"] * 2),
+    "nemotron_h": lambda: make(
+        "NemotronHConfig", layers_block_type=["mamba", "attention"] * 2, mamba_num_heads=8,
+        mamba_head_dim=16, ssm_state_size=8, n_groups=1,
+    ),
 }  # fmt: skip
 
 
@@ -372,21 +378,142 @@ def with_switch():
     return model
 
 
-def test_step_by_step(monkeypatch):
-    """Neither compiled nor captured, with a warning each; tokens are the same."""
-    ids, want = torch.tensor(texts(PROMPT)), plain("lfm2", texts(PROMPT)[0], 9)
+def test_not_compiled():
+    """With a warning; tokens are the same."""
     compiled = torch.compile(MODELS["lfm2"](), backend="eager")
     with pytest.warns(RuntimeWarning, match="lfm2 without torch.compile: it has recurrent layers"):
         r = kvtools.Rollouts(compiled, temperature=0, eos_token_id=())
-    r.prefill(ids)
+    r.prefill(texts(PROMPT))
     r.generate(9)
-    assert r.tokens == [want]
-    monkeypatch.setattr(decode, "capturer", lambda device: lambda run: run)
-    with pytest.warns(UserWarning, match="lfm2 is run step by step.*it has recurrent layers"):
-        r = kvtools.Rollouts(MODELS["lfm2"](), temperature=0, eos_token_id=())
-    r.prefill(ids)
+    assert r.tokens == [plain("lfm2", texts(PROMPT)[0], 9)]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    captured = Captured()
+    monkeypatch.setattr(decode, "capturer", captured)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield captured
+
+
+def pair(name, config, **options):
+    """The same rows, that the host steps and that run ahead of it."""
+    options = dict(temperature=0.9, eos_token_id=[5, 77, 9], seed=3) | options
+    both = [rollouts(name, config, graph=graph, **options) for graph in (False, "auto")]
+    for r in both:
+        r.prefill(texts(20, 33, 7), n=2)
+    return both
+
+
+def alike(one, other):
+    assert one.tokens == other.tokens
+    assert (one.finished == other.finished).all() and torch.equal(one.kv.lengths, other.kv.lengths)
+    stale = [r.kv.states.stale(r.kv.lengths.numpy()).tolist() for r in (one, other)]
+    assert stale[0] == stale[1]
+    for ours, theirs in zip(states(one), states(other), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("config", [EXACT, TIGHT], ids=["exact", "tight"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mamba2"])
+def test_steps_ahead(name, config, graphs):
+    """Rows end, pause, are forked, given tokens, rewound, looked at, stepped by the host, and more
+    come: they say the same, and hold the same states."""
+    one, other = pair(name, config)
+    changes = [
+        lambda r: r.generate([20, 20, 3, 20, 9, 20]),
+        lambda r: r.gather([0, 0, 1, 3, 5, 2]),
+        lambda r: r.generate(8),
+        lambda r: r.append([[3, 4, 5], [], [7], [], [], []]),
+        lambda r: r.generate(5),
+        lambda r: r.crop([len(x) - 2 for x in r.tokens]) if config is EXACT else r.step(),
+        lambda r: r.generate(6),
+        lambda r: r.peek([3, 4], [0, 1]),
+        lambda r: r.prefill(texts(11), n=3),
+        lambda r: r.generate(7),
+        lambda r: r.generate(9, set(range(40, 90))),
+        lambda r: r.step(),
+        lambda r: r.generate(6),
+    ]  # fmt: skip
+    for change in changes:
+        for r in (one, other):
+            change(r)
+        alike(one, other)
+    assert one.finished.any() and not one.finished.all()
+    assert graphs.replays > 2 * graphs.captures > 0
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "falcon_h1"])
+def test_generate_ahead(name, graphs):
+    """Rows end apart, and samples take the places of others."""
+    ids, mask = padded_prompts((40, 20, 40, 11))
+    prompts, out, drawn = texts(20, 9), [], []
+    for graph in (False, "auto"):
+        torch.manual_seed(1)
+        with kvtools.patch(hybrid(name), EXACT, graph=graph) as model:
+            out.append(
+                model.generate(
+                    ids, attention_mask=mask, max_new_tokens=NEW, do_sample=True,
+                    eos_token_id=[*range(60, 70)],
+                )
+            )  # fmt: skip
+        r = rollouts(name, graph=graph, temperature=0.9, eos_token_id=[5, 77, 9], seed=3)
+        found = r.sample(prompts, 5, rows=3, max_new_tokens=20)
+        drawn.append({(x.prompt, x.number): list(x.tokens) for x in found})
+    assert torch.equal(*out) and drawn[0] == drawn[1] and graphs.replays
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "jamba"])
+def test_interrupts_of_steps_ahead(name, graphs):
+    """Anywhere, also once the device has run a step: its state counts for nothing."""
+    rng = np.random.default_rng(0)
+    twin, ours = pair(name, EXACT, eos_token_id=())
+    with Interrupt() as whole:
+        pair(name, EXACT)[1].generate(3)
+    ours.generate(6)
+    for at in rng.integers(1, whole.seen // 3, 16):
+        try:
+            with Interrupt(int(at)):
+                ours.generate([min(3, 30 - len(x)) for x in ours.logprobs])
+        except KeyboardInterrupt:
+            pass
+    ours.generate([30 - len(x) for x in ours.logprobs])
+    twin.generate(30)
+    alike(twin, ours)
+
+
+def test_places_of_states(graphs):
+    """As many rows keep to the same, forked or in another order; rows that come get more places,
+    and all are free once no row is left."""
+    one, other = pair("qwen3_5", EXACT, eos_token_id=())
+    for r in (one, other):
+        r.generate(20)
+        r.gather([5, 4, 3, 2, 1, 0])
+    places = [x.data_ptr() for x in other.kv.states.lasting()]
+    for r in (one, other):
+        r.generate(9)
+        r.gather([0, 0, 0, 3, 3, 3])
+        r.generate(9)
+    assert places == [x.data_ptr() for x in other.kv.states.lasting()]
+    alike(one, other)
+    each = sum(x.nbytes for x in states(one)) // 6
+    assert sum(x.nbytes for x in other.kv.states.tensors()) == 17 * each
+    for r in (one, other):
+        r.gather([*range(6)] * 3)
+        r.generate([9] * 17 + [0])
+    alike(one, other)
+    other.gather([])
+    assert not other.kv.states.tensors()
+
+
+@pytest.mark.skipif("mamba2" not in MODELS, reason="refused before transformers 5.24")
+def test_without_positions_step_by_step(graphs):
+    with pytest.warns(UserWarning, match="mamba2 is run step by step.*positions depend on"):
+        r = kvtools.Rollouts(mamba2(), temperature=0, eos_token_id=())
+    r.prefill(texts(PROMPT))
     r.generate(9)
-    assert r.tokens == [want]
+    assert r.tokens == [plain("mamba2", texts(PROMPT)[0], 9)] and not graphs.captures
 
 
 def test_unseen():

@@ -53,9 +53,7 @@ def usable(session: Session, graph: Graph) -> bool:
         return False
     if door.ranks is not None:  # which look at tokens before they run them
         return False
-    if door.recurrent:
-        _refuse(session, "it has recurrent layers, whose states move between steps")
-    elif door.ropes or door.dynamic or door.counted:
+    if door.ropes or door.dynamic or door.counted:
         what = "positions" if door.counted else "rotary frequencies"
         _refuse(session, f"its {what} depend on how long rows are, which the host has to look at")
     if door.uncaptured:

@@ -48,7 +48,8 @@ class Forward:
         kv: where keys and values go.
         filling: the prefill of prompts; afterwards rows attend to what is stored.
         past: tokens that the longest row had before; a tensor where it is no part of a graph.
-        rows: of the store, that go in, or that prompts are filled for.
+        rows: of the store, that go in, or that prompts are filled for; none in a step ahead of the
+            host, which may be captured.
         entry: which of the texts that go in each of them is.
         tokens: in a prefill, those of prompts among all that go in, row by row; None for all.
         padded: others go in with them, which a mask has to hide.
@@ -209,13 +210,19 @@ class PagedCache(Cache):
         """For a forward, recurrent layers hold the states of its rows; these are replaced by what
         it has left there, unless it raises."""
         none = {i: vars(empty) for i, empty in forward.door.recurrent.items()}
-        begin = none if forward.filling else self.kv.states.take(forward.rows)
+        states, ahead = self.kv.states, not len(forward.rows)
+        begin = states.read() if ahead else none
+        if not ahead and not forward.filling:
+            begin = states.take(forward.rows)
         try:
             self._hold(begin)
             yield
             left = {i: _held(vars(self.layers[i])) for i in begin}
-            seen = self.kv.lengths.numpy()[forward.rows]
-            self.kv.states.put(forward.rows, forward.entry, seen, left)
+            if ahead:
+                states.write(left, self.kv.positions < 0)
+            else:
+                seen = self.kv.lengths.numpy()[forward.rows]
+                states.put(forward.rows, forward.entry, seen, left)
         finally:
             self._hold(none)
 

@@ -11,13 +11,22 @@ from torch import Tensor
 from .plug import Unsupported
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batch:
-    """What a forward has left, never written to again: of each layer its attributes, in which all
-    tensors have an entry for each of `size` texts."""
+    """What a forward has left, of each layer its attributes, in which all tensors have an entry for
+    each of `size` texts. No entry is written to that a row names."""
 
     size: int
     layers: dict[int, dict[str, Any]]
+
+
+@dataclass
+class _Moves:
+    """Of each token of a step ahead of the host, the entries of the pool that its row's state is
+    read from and written to; 0 where there is no token."""
+
+    old_t: Any
+    new_t: Any
 
 
 class States:
@@ -25,6 +34,9 @@ class States:
 
     A row names an entry of a batch, so to fork or reorder rows is to renumber; a forward gets
     copies, which the layers may write to, and what it leaves replaces those once it has succeeded.
+    Steps ahead of the host read and write at fixed addresses: in a batch that lasts, the pool, from
+    the entries that rows name to others that none does. Its first entry is nobody's.
+
     A state cannot be rewound: it is known how many tokens it has seen, and one that has seen others
     than its row is stale.
     """
@@ -35,6 +47,8 @@ class States:
         self._batch = np.zeros(0, np.int64)  # by row, and so are these
         self._entry = np.zeros(0, np.int64)
         self._seen = np.zeros(0, np.int64)
+        self._pool: _Batch | None = None
+        self._moves: _Moves | None = None
 
     def stale(self, lengths: np.ndarray) -> np.ndarray:
         """Which rows of these lengths have a state of another."""
@@ -94,8 +108,71 @@ class States:
         self._batches = [*self._batches, _Batch(size, layers)]
         self._trim()
 
+    def step(self, rows: np.ndarray) -> _Moves:
+        """Plan a step ahead of the host, of a token for each of `rows`, none of which is stale."""
+        self._settle(rows)
+        new, seen = self._entry.copy(), self._seen.copy()
+        new[rows] = self._free(len(rows))
+        seen[rows] += 1
+        self._moves = _Moves(self._entry[rows], new[rows])
+        self._entry, self._seen = new, seen
+        return self._moves
+
+    def read(self) -> dict[int, dict[str, Any]]:
+        """As `take`, in the step that was planned last; it can be captured."""
+        return _mapped(lambda x: x[0].index_select(0, self._moves.old_t), [self._pool.layers])
+
+    def write(self, layers: dict[int, dict[str, Any]], skip_t: Tensor) -> None:
+        """Keep what that step has left; states of tokens that are skipped [t] stay as they were."""
+        old_t, new_t = self._moves.old_t, self._moves.new_t.long()
+        for pool, x in zip(_tensors(self._pool.layers), _tensors(layers), strict=True):
+            skip = skip_t.view(-1, *[1] * (x.dim() - 1))
+            pool.index_copy_(0, new_t, torch.where(skip, pool.index_select(0, old_t), x))
+
+    def retract(self, rows: np.ndarray) -> None:
+        """Take back the last step of `rows`, whose tokens it has skipped."""
+        self._seen = self._seen.copy()
+        self._seen[rows] -= 1
+
+    def lasting(self) -> list[Tensor]:
+        """What steps ahead of the host read and write."""
+        return [] if self._pool is None else list(_tensors(self._pool.layers))
+
     def tensors(self) -> list[Tensor]:
-        return [x for batch in self._batches for x in _tensors(batch.layers)]
+        """All that is held."""
+        batches = [x for x in self._batches if x is not self._pool]
+        return [x for batch in batches for x in _tensors(batch.layers)] + self.lasting()
+
+    def _settle(self, rows: np.ndarray) -> None:
+        """Give the states of `rows` entries in the pool, with as many left for what comes."""
+        inside = self._batch == self._number()
+        outside = rows[~inside[rows]]
+        needed = len(np.unique(self._entry[inside])) + len(outside) + len(rows)
+        if self._pool is None or needed >= self._pool.size:
+            outside, size = rows, 1 + (1 << (2 * len(rows) - 1).bit_length())
+            layers = _mapped(lambda x: x[0].new_zeros(size, *x[0].shape[1:]), [self.take(rows[:1])])
+            self._pool = _Batch(size, layers)
+        if not len(outside):
+            return
+        entry = self._free(len(outside))
+        index = torch.from_numpy(entry).to(self._device)
+        for pool, x in zip(self.lasting(), _tensors(self.take(outside)), strict=True):
+            pool.index_copy_(0, index, x)
+        if self._number() < 0:
+            self._batches = [*self._batches, self._pool]
+        batch, where = self._batch.copy(), self._entry.copy()
+        batch[outside], where[outside] = self._number(), entry
+        self._batch, self._entry = batch, where
+        self._trim()
+
+    def _number(self) -> int:
+        """Of the pool among the batches; -2 if no row names it."""
+        return next((i for i, x in enumerate(self._batches) if x is self._pool), -2)
+
+    def _free(self, count: int) -> np.ndarray:
+        """So many entries of the pool that no row names."""
+        named = self._entry[self._batch == self._number()]
+        return np.setdiff1d(np.arange(1, self._pool.size), named)[:count]
 
     def _trim(self) -> None:
         """Drop what no row names: batches, and entries where they are half of one or more."""
@@ -103,12 +180,14 @@ class States:
         for i in np.unique(batch):
             mine, part = self._batch == i, self._batches[i]
             named, place = np.unique(entry[mine], return_inverse=True)
-            if 2 * len(named) <= part.size:
+            if part is not self._pool and 2 * len(named) <= part.size:
                 index = torch.from_numpy(named).to(self._device)
                 layers = _mapped(lambda x, index=index: x[0].index_select(0, index), [part.layers])
                 part, entry[mine] = _Batch(len(named), layers), place
             batch[mine] = len(kept)
             kept.append(part)
+        if not len(batch):
+            self._pool = None
         self._batches, self._batch, self._entry = kept, batch, entry
 
 
