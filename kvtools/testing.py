@@ -140,7 +140,8 @@ class Recorder(TorchDispatchMode):
 
     def replay(self) -> None:
         """Run the recorded calls again."""
-        with torch.inference_mode():
+        # What autocast does was recorded; a call where it was off must not be given it here.
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             tensors = {id(x): x.tensor() for x in self._outside}
             for func, inputs, made in self._calls:
                 args, kwargs = tree_map_only(_Outside, lambda x: tensors[id(x)], inputs)

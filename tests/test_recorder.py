@@ -56,6 +56,29 @@ def test_replays_as_the_step_itself(inference):
     torch.testing.assert_close(model.state(), eager.state(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("while_replayed", [False, True])
+def test_autocast_is_that_of_the_step(while_replayed):
+    """A product where the step turns it off, as rotary embeddings do, and one where it is on."""
+    torch.manual_seed(0)
+    x, inner, outer = torch.randn(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)
+
+    def step():
+        outer.copy_(x @ x)
+        with torch.autocast("cpu", enabled=False):
+            inner.copy_(x @ x)
+
+    with torch.autocast("cpu", torch.bfloat16), Recorder() as recorder:
+        step()
+    x.copy_(torch.randn(8, 8))
+    with torch.autocast("cpu", torch.bfloat16, enabled=while_replayed):
+        recorder.replay()
+    found = inner.clone(), outer.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        step()
+    assert torch.equal(found[0], inner) and torch.equal(found[1], outer)
+    assert not torch.equal(inner, outer)
+
+
 def test_operators_write_to_the_same_pages():
     """A kvtools operator is one call; what it writes is where it was, and so is what it reads."""
 
