@@ -3,6 +3,7 @@ right before there is a GPU to run them."""
 
 import copy
 import functools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_prm import QUESTION, STEPS, Letters, parts
 
 import kvtools
 from kvtools import CacheConfig, Rollouts, ops, prm, search
+from kvtools.hf import decode
 from kvtools.testing import assert_within_budget
 
 NEW = 12
@@ -113,6 +115,35 @@ def test_compressed(options, device):
     assert_within_budget(
         "logits", logits(model_on(device), "auto"), exact_tv[:, None].expand(eager.shape), eager
     )
+
+
+def test_steps_are_graphs(device, monkeypatch):
+    """A step that cannot be captured is run step by step, right and slow: on a GPU none may be."""
+    seen, capturer = Counter(), decode.capturer
+
+    def counted(place):
+        capture = capturer(place)
+
+        def count(run):
+            seen["captured"] += 1
+            replay = capture(run)
+
+            def again():
+                seen["replayed"] += 1
+                replay()
+
+            return again
+
+        return capture and count
+
+    monkeypatch.setattr(decode, "capturer", counted)
+    rollouts = Rollouts(model_on(device), temperature=0)
+    rollouts.prefill(prompts(PROMPT), 4)
+    rollouts.generate(4 * NEW)
+    if device.type == "cuda":
+        assert seen["replayed"] > NEW > seen["captured"] > 0
+    else:
+        assert not seen
 
 
 @functools.cache
