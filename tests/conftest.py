@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import warnings
 from collections import defaultdict
 from inspect import signature
 from itertools import combinations
@@ -239,3 +240,17 @@ def poisoned_empty(monkeypatch):
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Steps ahead of the host on a CPU, captured by the recorder; one that is not fails."""
+    from captured import Captured
+
+    from kvtools.hf import decode
+
+    captured = Captured()
+    monkeypatch.setattr(decode, "capturer", captured)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        yield captured

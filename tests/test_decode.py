@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import warnings
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ from kvtools._host import PoolExhausted
 from kvtools.hf import decode
 from kvtools.hf.plug import CACHE
 from kvtools.ops.upload import Room, on_device
-from kvtools.testing import Recorder
 
 EOS = [5, 77, 9]
 CONFIGS = {
@@ -30,27 +28,6 @@ CONFIGS = {
 }
 
 
-class Captured:
-    """In the place of CUDA graphs."""
-
-    def __init__(self):
-        self.captures = self.replays = 0
-
-    def __call__(self, device):
-        return self.capture
-
-    def capture(self, run):
-        with Recorder() as recorder:
-            run()
-        self.captures += 1
-
-        def replay():
-            self.replays += 1
-            recorder.replay()
-
-        return replay
-
-
 class Then(torch.nn.Module):
     """A module, and a function of what goes in and what comes out."""
 
@@ -60,15 +37,6 @@ class Then(torch.nn.Module):
 
     def forward(self, x):
         return self.function(x, self.module(x))
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    captured = Captured()
-    monkeypatch.setattr(decode, "capturer", captured)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield captured
 
 
 def prompts(*lengths):

@@ -3,11 +3,11 @@ right before there is a GPU to run them."""
 
 import copy
 import functools
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+from captured import Captured
 from models import PROMPT, padded_prompts, random_ids, tiny_model
 from test_prm import QUESTION, STEPS, Letters, parts
 
@@ -119,31 +119,15 @@ def test_compressed(options, device):
 
 def test_steps_are_graphs(device, monkeypatch):
     """A step that cannot be captured is run step by step, right and slow: on a GPU none may be."""
-    seen, capturer = Counter(), decode.capturer
-
-    def counted(place):
-        capture = capturer(place)
-
-        def count(run):
-            seen["captured"] += 1
-            replay = capture(run)
-
-            def again():
-                seen["replayed"] += 1
-                replay()
-
-            return again
-
-        return capture and count
-
-    monkeypatch.setattr(decode, "capturer", counted)
+    graphs = Captured(decode.capturer)
+    monkeypatch.setattr(decode, "capturer", graphs)
     rollouts = Rollouts(model_on(device), temperature=0)
     rollouts.prefill(prompts(PROMPT), 4)
     rollouts.generate(4 * NEW)
     if device.type == "cuda":
-        assert seen["replayed"] > NEW > seen["captured"] > 0
+        assert graphs.replays > NEW > graphs.captures > 0
     else:
-        assert not seen
+        assert not graphs.captures
 
 
 @functools.cache

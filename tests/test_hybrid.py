@@ -2,21 +2,20 @@
 states are shared, forked and put back as keys and values are."""
 
 import functools
-import warnings
 import weakref
 
 import numpy as np
 import pytest
+import test_decode
 import torch
 import transformers
 from interrupts import Exhausted, Interrupt
 from models import COMMON, PROMPT, D, padded_prompts, random_ids, scaled
-from test_decode import Captured
 from test_prm import QUESTION, SOLUTIONS, byte_level
 from transformers import AutoModelForCausalLM
 
 import kvtools
-from kvtools.hf import Unsupported, check_model, decode
+from kvtools.hf import Unsupported, check_model
 from kvtools.hf.plug import CACHE
 
 NEW = 40
@@ -388,27 +387,16 @@ def test_not_compiled():
     assert r.tokens == [plain("lfm2", texts(PROMPT)[0], 9)]
 
 
-@pytest.fixture
-def graphs(monkeypatch):
-    captured = Captured()
-    monkeypatch.setattr(decode, "capturer", captured)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        yield captured
-
-
 def pair(name, config, **options):
     """The same rows, that the host steps and that run ahead of it."""
-    options = dict(temperature=0.9, eos_token_id=[5, 77, 9], seed=3) | options
-    both = [rollouts(name, config, graph=graph, **options) for graph in (False, "auto")]
-    for r in both:
-        r.prefill(texts(20, 33, 7), n=2)
-    return both
+    return [
+        test_decode.started(config, hybrid(name), graph=graph, **options)
+        for graph in (False, "auto")
+    ]
 
 
 def alike(one, other):
-    assert one.tokens == other.tokens
-    assert (one.finished == other.finished).all() and torch.equal(one.kv.lengths, other.kv.lengths)
+    test_decode.same(one, other)
     stale = [r.kv.states.stale(r.kv.lengths.numpy()).tolist() for r in (one, other)]
     assert stale[0] == stale[1]
     for ours, theirs in zip(states(one), states(other), strict=True):

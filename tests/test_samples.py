@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from models import padded_prompts, random_ids, tiny_model
-from test_decode import graphs  # noqa: F401
 from transformers import StoppingCriteriaList
 
 import kvtools
@@ -312,7 +311,7 @@ def test_waves_go_on_from_a_cache():
     assert torch.equal(model.generate(ids, attention_mask=mask, rows=4, **given, **how), want)
 
 
-def test_waves_run_ahead(graphs):  # noqa: F811
+def test_waves_run_ahead(graphs):
     for how in (dict(temperature=1.3), dict(return_dict_in_generate=True)):
         want, got = (waves(x, max_new_tokens=6, **how) for x in (None, 5))
         if "return_dict_in_generate" in how:

@@ -211,8 +211,11 @@ class PagedCache(Cache):
         it has left there, unless it raises."""
         none = {i: vars(empty) for i, empty in forward.door.recurrent.items()}
         states, ahead = self.kv.states, not len(forward.rows)
-        begin = states.read() if ahead else none
-        if not ahead and not forward.filling:
+        if forward.filling:
+            begin = none
+        elif ahead:
+            begin = states.read()
+        else:
             begin = states.take(forward.rows)
         try:
             self._hold(begin)
