@@ -44,6 +44,7 @@ def tiny(tmp_path_factory):
         eos_token_id=1,
     )
     folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -606,6 +607,7 @@ def reward(tmp_path_factory):
         num_attention_heads=4, num_key_value_heads=2, num_labels=2,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(0)
     transformers.LlamaForTokenClassification(config).save_pretrained(folder)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
     tokenizer.save_pretrained(folder)
